@@ -1,0 +1,41 @@
+"""Small data that several test files share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("vqad", deadline=None)
+settings.load_profile("vqad")
+
+
+@pytest.fixture
+def colour_images():
+    """Five RGB images, uint8 of shape (5, 20, 24, 3), with every value from 0 to 255 in them."""
+    return np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def mvtec_root(tmp_path):
+    """A folder in the layout of MVTec AD: categories "bolt" and "nut", grey PNG files of 12 x 10 pixels.
+
+    Each has 3 training images and, in test, 2 good and 11 scratched ones, of which the last has no mask.
+    Pixels are the image's number in its folder; the mask of image k marks its k first rows.
+    """
+    for category in ("bolt", "nut"):
+        for kind, n in (("train/good", 3), ("test/good", 2), ("test/scratch", 11)):
+            for k in range(n):
+                save_png(tmp_path / category / kind / f"{k}.png", np.full((12, 10), k, np.uint8))
+        for k in range(10):
+            mask = np.zeros((12, 10), np.uint8)
+            mask[:k] = 255
+            save_png(tmp_path / category / "ground_truth" / "scratch" / f"{k}_mask.png", mask)
+    return tmp_path
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

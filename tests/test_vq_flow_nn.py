@@ -1,0 +1,410 @@
+"""VQFlow: the published numbers, the exact density, the algebra, the codes."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqad.nn.condition import Condition
+from vqad.nn.hierarchy import Codes, positional_encoding
+from vqad.nn.vq_flow import (
+    VQFlow,
+    additive_map,
+    density_map,
+    image_score,
+    multiplicative_map,
+)
+
+GOLDEN = Path(__file__).parent / "data" / "vq_flow_release.npz"
+CHANNELS = (8, 12, 16, 20)
+SIZES = {"n_concepts": 4, "n_patterns": 8, "d_concept": 16, "d_position": 8, "n_blocks": (1, 2, 2)}
+RELEASE = {"likelihood": "release", "revive_threshold": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def small(**parameters) -> VQFlow:
+    return VQFlow(CHANNELS, **{**SIZES, **parameters}).double()
+
+
+def features_like(n: int, grids=((16, 16), (8, 8), (4, 4), (2, 2)), channels=CHANNELS) -> list[Tensor]:
+    return [torch.randn(n, c, *grid, dtype=torch.float64) for c, grid in zip(channels, grids)]
+
+
+# ---- the release's numbers
+
+RENAMED = (
+    (r"^scale_flow\.(\d+)\.block\.", r"scale_flow.\1.blocks."),
+    (r"\.subnet\.ln\.", ".subnet.norm."),
+    (r"\.w_perm$", ".rotation"),
+    (r"^fusion\.permutation\.(\d)\.perm$", r"fusion.permutation_\1"),
+    (r"^fusion\.coupling\.", "fusion."),
+    (r"\.cross_convs\.", "."),
+    (r"^(upsampler\.\d)\.1\.", r"\1."),
+    (r"^((top_projection|upsampler|(concept|pattern)_(encoder|codebook))\..*)$", r"hierarchy.\1"),
+)
+INVERSES = ("w_perm_inv", "perm_inv")
+
+
+def our_name(release_name: str) -> str:
+    for pattern, replacement in RENAMED:
+        release_name = re.sub(pattern, replacement, release_name)
+    return release_name
+
+
+def split_first_convolutions(named: dict[str, Tensor]) -> None:
+    """From convolutions of [passive ; condition], one for each block, to one for each part."""
+    width = SIZES["d_position"] + 2 * SIZES["d_concept"]
+    for name in [n for n in named if n.endswith("conv1.weight")]:
+        owner = re.sub(r"\.(blocks\.\d\.subnet|subnet_\d)\.conv1\.weight$", "", name)
+        whole, bias = named.pop(name), named.pop(name.replace("weight", "bias"))
+        named[name] = whole[:, :-width]
+        for part, value in (("weight", whole[:, -width:]), ("bias", bias)):
+            shared = f"{owner}.project.{part}"
+            named[shared] = torch.cat([named[shared], value]) if shared in named else value
+
+
+class Golden:
+    """The release's arrays, and a module that holds its parameters."""
+
+    def __init__(self) -> None:
+        with np.load(GOLDEN) as file:
+            self.arrays = {k: torch.from_numpy(file[k]) for k in file.files}
+        self.features = [self.arrays[f"features.{k}"].double() for k in range(4)]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Arrays of one prefix, by our names."""
+        found = {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
+        named = {our_name(k): v for k, v in found.items() if not k.endswith(INVERSES)}
+        split_first_convolutions(named)
+        return named
+
+    def module(self, **parameters) -> VQFlow:
+        module = small(**{**RELEASE, **parameters})
+        state = module.state_dict()
+        theirs = {k: v.reshape(state[k].shape) for k, v in self.under("param.").items()}
+        missing, unexpected = module.load_state_dict(theirs, strict=False)
+        assert not unexpected
+        assert all(name.endswith("n_updates") for name in missing)
+        return module
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden()
+
+
+def same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    if not theirs.is_floating_point():
+        assert torch.equal(ours, theirs)
+        return
+    theirs = theirs.double().reshape(ours.shape)
+    # Gradients of a bias before a batch norm are zero: rounding is all that is in them.
+    atol = max(1e-12, tolerance * float(theirs.abs().max()))
+    torch.testing.assert_close(ours.detach(), theirs, rtol=tolerance, atol=atol)
+
+
+def named_outputs(module: VQFlow, features: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    output = module(features)
+    codes, latents = output.codes, output.latents
+    named = {
+        "concept": codes.concept,
+        "concept_index": codes.concept_index,
+        "logdet": latents.log_det,
+        "commitment": codes.commitment,
+        "loss": output.loss,
+    }
+    for k, condition in enumerate(codes.conditions):
+        named[f"pattern_index.{k}"] = condition.index
+    for k in range(3):
+        named[f"condition.{k}"] = codes.conditions[k].dense()
+        named[f"flow_z.{k}"] = latents.flow_z[k]
+        named[f"flow_logdet.{k}"] = latents.flow_log_det[k]
+        named[f"z.{k}"] = latents.z[k]
+    return named, output.loss
+
+
+@pytest.mark.parametrize("path", ["table", "convolution"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_every_output_of_the_release_is_reproduced(golden, mode, path):
+    module = golden.module(condition_path=path).train(mode == "train")
+    ours, _ = named_outputs(module, golden.features)
+    theirs = golden.under(f"{mode}.")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        same(ours[name], value)
+
+
+@pytest.mark.parametrize("path", ["table", "convolution"])
+def test_gradients_codebooks_and_batch_statistics_of_a_training_step_are_the_releases(golden, path):
+    module = golden.module(condition_path=path).train()
+    _, loss = named_outputs(module, golden.features)
+    loss.backward()
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    theirs = golden.under("grad.")
+    assert gradients.keys() == theirs.keys()
+    for name, value in theirs.items():
+        same(gradients[name], value)
+    state = module.state_dict()
+    after = golden.under("after.")
+    moved = {
+        n for n in state if n.endswith(("running_mean", "running_var", "embed", "embed_avg", "cluster_size"))
+    }
+    assert after.keys() == moved
+    for name, value in after.items():
+        same(state[name], value)
+
+
+def test_maps_and_image_scores_are_the_releases(golden):
+    module = golden.module().eval()
+    with torch.no_grad():
+        terms = module.anomaly_map(golden.features)
+    stages = [terms[f"log_likelihood_{k}"] for k in (1, 2, 3)]
+    for k, term in enumerate(stages):
+        same(-term, golden.arrays[f"score.logp.{k}"])
+    size = tuple(golden.arrays["score.map_mul"].shape[1:])
+    multiplied = multiplicative_map(stages, size)
+    same(multiplied, golden.arrays["score.map_mul"])
+    same(additive_map(stages, size), golden.arrays["score.map_add"])
+    same(image_score(multiplied), golden.arrays["score.image"])
+    named = {k for k in golden.arrays if k.startswith("score.")}
+    assert named == {f"score.{n}" for n in ("image", "map_add", "map_mul", "logp.0", "logp.1", "logp.2")}
+
+
+# ---- the exact likelihood
+
+
+def awake(module: VQFlow) -> VQFlow:
+    """Mixtures that do something: they start as the identity."""
+    with torch.no_grad():
+        for mixture in module.mixture:
+            for parameter in mixture.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("likelihood", ["exact", "release"])
+def test_the_density_given_the_codes_integrates_to_one_and_the_releases_does_not(likelihood):
+    """Six dimensions, by quasi-random points of a wide normal density."""
+    channels, n = (2, 2, 2, 4), 2**15
+    module = VQFlow(
+        channels, **{**SIZES, "d_concept": 4, "d_position": 4, "hidden": 6}, likelihood=likelihood
+    ).double()
+    awake(module).eval()
+    with torch.no_grad():
+        codes = module(features_like(1, ((1, 1),) * 4, channels)).codes
+        points = torch.quasirandom.SobolEngine(6, scramble=True, seed=0).draw(n, dtype=torch.float64)
+        proposal = torch.distributions.Normal(torch.zeros(6).double(), 2.0)
+        x = proposal.icdf(points.clamp(1e-9, 1 - 1e-9))
+        conditions = [
+            Condition(
+                c.pattern.expand(n, -1, -1, -1),
+                c.index.expand(n, -1, -1),
+                c.encoded.expand(n, -1, -1, -1),
+                c.codes,
+                c.position,
+                c.concept.expand(n, -1),
+            )
+            for c in codes.conditions
+        ]
+        repeated = Codes(
+            codes.concept.expand(n, -1),
+            codes.concept_index.expand(n),
+            codes.concept_distance.expand(n),
+            conditions,
+            codes.commitment,
+        )
+        stages = [part[:, :, None, None] for part in x.split(2, 1)]
+        log_ratio = module.transform(stages, repeated).log_prob - proposal.log_prob(x).sum(1)
+        integral = float(log_ratio.exp().mean())
+        volume = math.prod(
+            float(scale.prod()) for scale in (mixture.moments(codes.concept)[1] for mixture in module.mixture)
+        )
+    if likelihood == "exact":
+        assert integral == pytest.approx(1, abs=0.01)
+    else:
+        assert integral == pytest.approx(volume, rel=0.01)
+        assert abs(volume - 1) > 0.04
+
+
+def test_the_terms_of_the_map_add_up_to_the_log_density():
+    module = awake(small(hidden=6)).eval()
+    features = features_like(3)
+    with torch.no_grad():
+        terms = module.anomaly_map(features)
+        log_prob = module(features).latents.log_prob
+    per_channel = [terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"] for k in (1, 2, 3)]
+    constant = 0.5 * math.log(2 * math.pi)
+    total = sum((stage + constant).flatten(1).sum(1) * c for stage, c in zip(per_channel, CHANNELS))
+    torch.testing.assert_close(-total, log_prob, rtol=1e-10, atol=1e-10)
+
+
+def test_the_density_map_of_equal_cells_is_their_value():
+    value = {f"log_likelihood_{k}": torch.full((2, 3, 3), 0.25 * k) for k in (1, 2, 3)}
+    value |= {f"volume_{k}": torch.full((2, 3, 3), -0.5) for k in (1, 2, 3)}
+    expected = 0.25 * 6 - 1.5 + 1.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(density_map(value, (5, 7)), torch.full((2, 5, 7), expected))
+
+
+def test_the_default_loss_is_nats_per_dimension_plus_commitment():
+    module = awake(small(hidden=6, commitment_weight=0.5)).eval()
+    features = features_like(3)
+    output = module(features)
+    dimensions = 8 * 64 + 12 * 16 + 16 * 4
+    expected = -output.latents.log_prob.mean() / dimensions + 0.5 * output.codes.commitment
+    torch.testing.assert_close(module.loss(features, torch.tensor([0, 1, 2])), expected)
+
+
+def test_latents_are_taken_back_to_features_in_single_precision():
+    module = awake(small(hidden=6)).float().eval()
+    with torch.no_grad():
+        stages = module.pool(features_like(3))
+        codes = module.hierarchy(stages)
+        restored = module.restore(module.transform(stages[:3], codes).z, codes)
+    for ours, stage in zip(restored, stages):
+        torch.testing.assert_close(ours, stage, rtol=1e-4, atol=1e-4)
+
+
+# ---- the algebra: both ways give the same numbers
+
+
+def test_looked_up_and_convolved_conditions_give_the_same_training_step():
+    torch.manual_seed(0)
+    table = awake(small(hidden=6))
+    convolution = small(hidden=6, condition_path="convolution")
+    convolution.load_state_dict(table.state_dict())
+    features = features_like(4)
+    losses = [module.loss(features) for module in (table, convolution)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    for (name, p), q in zip(table.named_parameters(), convolution.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10, msg=name)
+    for (name, a), b in zip(table.named_buffers(), convolution.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_prepared_tables_give_the_same_maps_and_are_never_stale():
+    module, features = awake(small(hidden=6)).eval(), features_like(3)
+    plain = small(hidden=6, condition_path="convolution").eval()
+    with torch.no_grad(), module.prepared():
+        for _ in range(3):
+            plain.load_state_dict(module.state_dict())
+            expected = plain.anomaly_map(features)
+            for name, term in module.anomaly_map(features).items():
+                torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-10)
+            module.scale_flow[1].project.weight.mul_(1.5)
+            module.hierarchy.pattern_codebook[0].embed.mul_(0.9)
+
+
+def test_upsampling_after_the_1x1_convolution_is_upsampling_before_it():
+    module = small().eval()
+    stages = module.pool(features_like(2))
+    top = module.hierarchy.top_projection(stages[3].permute(0, 2, 3, 1).flatten(0, 2))
+    top = top.view(2, 2, 2, -1).permute(0, 3, 1, 2)
+    for k, factor in enumerate((4, 2, 1)):
+        layer, encoder = module.hierarchy.upsampler[k], module.hierarchy.pattern_encoder[k]
+        up = F.interpolate(top, scale_factor=factor, mode="bilinear", align_corners=False)
+        cells = stages[k].permute(0, 2, 3, 1)
+        own = encoder(cells.flatten(0, 2)).view(*cells.shape[:3], -1).permute(0, 3, 1, 2)
+        expected = own + F.conv2d(up, layer.weight[:, :, None, None], layer.bias)
+        ours = module.hierarchy._encode_patterns(stages)[k]
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+# ---- behaviour
+
+
+def test_an_image_is_scored_the_same_in_any_company():
+    module, features = awake(small(hidden=6)).eval(), features_like(5)
+    with torch.no_grad():
+        together = module.anomaly_map(features)
+        alone = module.anomaly_map([f[3:4] for f in features])
+    for name, term in alone.items():
+        torch.testing.assert_close(term[0], together[name][3], rtol=1e-10, atol=1e-10)
+
+
+def test_categories_are_not_used():
+    module, features = small(hidden=6).eval(), features_like(4)
+    with torch.no_grad():
+        without = module.anomaly_map(features)
+        within = module.anomaly_map(features, torch.tensor([3, 1, 0, 2]))
+    assert all(torch.equal(without[name], within[name]) for name in without)
+
+
+def test_a_single_image_can_be_trained_on():
+    module, features = small(hidden=6).train(), features_like(1)
+    module.loss(features).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_maps_may_have_any_size():
+    module = small(hidden=6).eval()
+    terms = module.anomaly_map(features_like(2, ((13, 22), (7, 11), (4, 6), (2, 3))))
+    assert [tuple(terms[f"volume_{k}"].shape) for k in (1, 2, 3)] == [(2, 7, 11), (2, 4, 6), (2, 2, 3)]
+
+
+def test_codes_start_from_the_data_and_leave_everything_else_as_it_was():
+    module = small(hidden=6, n_patterns=16)
+    batches = [(features_like(6), None) for _ in range(3)]
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    random_state = torch.get_rng_state()
+    commitment_before = module.train()(batches[0][0]).codes.commitment
+    module.load_state_dict(before)
+    module.initialise_codes(batches, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    first = module.state_dict()
+    for name, value in first.items():
+        if "codebook" not in name:
+            assert torch.equal(value, before[name]), name
+    first = {k: v.clone() for k, v in first.items()}
+    module.load_state_dict(before)
+    module.initialise_codes(batches, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(v, first[k]) for k, v in module.state_dict().items())
+    codes = module.train()(batches[0][0]).codes
+    assert codes.commitment < 0.5 * commitment_before
+    assert all(len(condition.index.unique()) > 8 for condition in codes.conditions)
+
+
+def test_no_data_is_no_start_for_codes():
+    with pytest.raises(ValueError, match="at least one batch"):
+        small().initialise_codes([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"n_blocks": (1, 2)}, "3 n_blocks"), ({"d_position": 6}, "multiple of 4")],
+)
+def test_impossible_sizes_are_refused_with_the_reason(change, message):
+    with pytest.raises(ValueError, match=message):
+        small(**change)
+
+
+def test_features_of_another_backbone_are_refused_with_the_channels():
+    with pytest.raises(ValueError, match=r"\(8, 12, 16, 20\) channels"):
+        small().loss(features_like(2, channels=(8, 12, 16, 24)))
+    with pytest.raises(ValueError, match="four stages"):
+        small().loss(features_like(2)[:3])
+
+
+def test_the_image_score_is_the_mean_of_the_largest_share():
+    scores = image_score(torch.arange(200.0).view(2, 10, 10), fraction=0.05)
+    torch.testing.assert_close(scores, torch.tensor([97.0, 197.0]))
+
+
+def test_the_positional_encoding_tells_all_cells_apart():
+    cells = positional_encoding(8, 6, 5).flatten(1).T
+    distance = torch.cdist(cells, cells) + torch.eye(30).double()
+    assert distance.min() > 1e-2

@@ -1,0 +1,540 @@
+"""The estimator contract, written once: everything that a detector does but its model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from numbers import Integral, Real
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import BaseEstimator, OutlierMixin, clone
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile, pool_map
+from vqad.features import BackboneFeatures, FeatureStore, chunk_size, pad_chunk
+from vqad.images import ImageSequence, check_images
+from vqad.routing import CategoryRouter
+from vqad.training import Trainer, TrainingPlan, native_precision, pick_device, seeded, to_device
+
+# Normal images of a category that say where its maps are high.
+MAX_REFERENCE_IMAGES = 200
+# An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
+FAR = 2.0
+# What such an image's score grows by for every further such distance, in standard deviations of normal scores.
+FAR_WEIGHT = 10.0
+
+
+class Judgement(NamedTuple):
+    """What is known of some images after one pass over them.
+
+    Attributes
+    ----------
+    score : ndarray of shape (n,)
+        Higher is more anomalous; standardised per category.
+    category : ndarray of shape (n,), int64
+    maps : ndarray of shape (n, h, w), float32
+        Standardised, on the grid of the features.
+    """
+
+    score: np.ndarray
+    category: np.ndarray
+    maps: np.ndarray
+
+
+class BaseImageDetector(OutlierMixin, BaseEstimator):
+    """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
+
+    A detector adds its parameters and two hooks: ``_make_model(channels, shapes, n_categories)`` returns the
+    module, with the methods ``loss``, ``anomaly_map``, ``initialise_codes`` and ``perplexity``; ``_plan()`` the
+    `TrainingPlan`. The class attributes say what it wants of the features.
+    """
+
+    _merge_stages = True
+    _map_terms: dict[str, float] | None = None
+
+    _parameter_constraints: dict = {
+        "backbone": [str, HasMethods(["fit", "transform"]), None],
+        "weights": [str, Path, None],
+        "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
+        "image_shape": [tuple, list, None],
+        "standardize": ["boolean"],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
+        "false_alarm_rate": [Interval(Real, 0, 1, closed="neither")],
+        "calibration_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "threshold": [StrOptions({"global", "category"})],
+        "device": [str, torch.device],
+        "precision": [StrOptions({"auto", "float32", "bfloat16"})],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    # ---------------------------------------------------------------- fitting
+
+    def fit(self, X, y=None, *, category=None):
+        """Learn what normal looks like.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            Array (n, H, W) or (n, H, W, C), list of images, file paths, or a `vqad.datasets` collection.
+        y : None or array-like of shape (n,) of +1 / -1, default=None
+            Images labelled -1 are left out.
+        category : array-like of shape (n,) of str or int, default=None
+            The kind of object on each image. Discovered when left out. Never needed again.
+
+        Returns
+        -------
+        self : object
+
+        Raises
+        ------
+        ValueError
+            When X has the wrong form, an image cannot be read or a parameter is out of its range.
+        FileNotFoundError
+            When the backbone's weights are not on this machine.
+        """
+        self._validate_params()
+        data = self._check_X(X, reset=True)
+        rows, category = _normal_rows(y, len(data)), _check_category(category, len(data))
+        if len(rows) == 0:
+            raise ValueError("No normal image to learn from: every y is -1.")
+        device = pick_device(self.device)
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        with seeded(seed, device):
+            store, descriptor = self._extract(data, rows, device)
+            self._fit_from_features(store, descriptor, None if category is None else category[rows], device, seed)
+        return self
+
+    def fit_predict(self, X, y=None, *, category=None):
+        """Fit, then label the same images: +1 normal, -1 anomaly.
+
+        Returns
+        -------
+        label : ndarray of shape (n,), int
+        """
+        return self.fit(X, y, category=category).predict(X)
+
+    def _fit_from_features(self, store, descriptor, category, device, seed) -> None:
+        self.router_ = CategoryRouter()
+        index = self.router_.fit(descriptor, category, random_state=seed)
+        self.categories_ = self.router_.categories_
+        self._distance_limit = self._far_limits(descriptor, index)
+        n_categories = len(self.categories_)
+        train, held_out = _split(index, self.calibration_fraction, seed)
+        validation = None
+        if self.early_stopping:
+            keep, chosen = _split(index[train], self.validation_fraction, seed + 1)
+            train, validation = train[keep], train[chosen]
+        self.feature_mean_, self.feature_scale_ = _channel_statistics(store, train, self.standardize)
+        scaled = _Scaled(store, self.feature_mean_, self.feature_scale_)
+        category_tensor = torch.from_numpy(index)
+
+        self.model_ = self._make_model(
+            [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps], n_categories
+        )
+        self._initialise(scaled, train, category_tensor)
+        trainer = Trainer(
+            self.model_, scaled, category_tensor, self._plan(),
+            device=device, dtype=native_precision(device, self.precision),
+        )  # fmt: skip
+        log = trainer.fit(torch.from_numpy(train), None if validation is None else torch.from_numpy(validation))
+        self.training_log_ = log
+        self.loss_curve_, self.n_iter_ = log.loss_curve, log.n_iter
+        self.validation_curve_ = log.validation_curve
+        self._calibrate(store, descriptor, index, train, held_out, device)
+
+    def _initialise(self, scaled, train, category) -> None:
+        batches = [
+            (scaled.batch(part), category[part]) for part in torch.from_numpy(train).split(self.batch_size)
+        ] if len(train) <= 64 else _Batches(scaled, category, torch.from_numpy(train), self.batch_size)
+        self.model_.initialise_codes(batches)
+
+    def _far_limits(self, descriptor, index) -> np.ndarray:
+        """Distance from each category's mean beyond which an image belongs to no category."""
+        _, distance = self.router_.predict(descriptor)
+        return np.array(
+            [FAR * np.quantile(distance[index == c], 0.99) + 1e-9 if (index == c).any() else np.inf
+             for c in range(len(self.categories_))]
+        )  # fmt: skip
+
+    def _calibrate(self, store, descriptor, index, train, held_out, device) -> None:
+        """Set scales, thresholds and ``offset_`` from held-out normal images."""
+        n_categories = len(self.categories_)
+        reference = np.concatenate(
+            [np.append(train[index[train] == c][:MAX_REFERENCE_IMAGES], held_out[index[held_out] == c])
+             for c in range(n_categories)]
+        )  # fmt: skip
+        terms = self._store_terms(store, reference, index[reference], device)
+        is_held = np.isin(reference, held_out)
+        held_terms = {name: term[is_held] for name, term in terms.items()}
+        held = reference[is_held]
+        self.map_calibration_ = MapCalibration(self._map_weights()).fit(
+            terms, index[reference], held_terms, index[held], n_categories
+        )
+        maps = self.map_calibration_.combine(held_terms, index[held])
+        raw = pool_map(maps, self._pool_fraction)
+        self.score_calibration_ = ScoreCalibration().fit(raw, index[held], n_categories)
+        score = self.score_calibration_.transform(raw, index[held])
+        self.conformal_ = ConformalCalibration(self.threshold == "category").fit(score, index[held], n_categories)
+        if self.contamination == "auto":
+            self.offset_ = -self.conformal_.thresholds(self.false_alarm_rate, self.categories_)
+        else:
+            everyone = np.sort(np.append(train, held_out))
+            self.offset_ = self._contamination_offset(store, descriptor, everyone, device)
+        if len(self.offset_) == 1:
+            self.offset_ = float(self.offset_[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
+            self.map_threshold_ = conformal_quantile(
+                np.sort(maps.reshape(len(maps), -1).max(1)), self.false_alarm_rate
+            )
+
+    def _contamination_offset(self, store, descriptor, rows, device) -> np.ndarray:
+        category, excess = self._route(descriptor[rows])
+        maps = self.map_calibration_.combine(self._store_terms(store, rows, category, device), category)
+        score = -self._image_score(maps, category, excess)
+        groups = range(len(self.categories_)) if self.threshold == "category" else [None]
+        return np.array(
+            [np.quantile(score if c is None else score[category == c], self.contamination) for c in groups]
+        )
+
+    # ---------------------------------------------------------------- scoring
+
+    def score_samples(self, X):
+        """How normal each image is.
+
+        Returns
+        -------
+        score : ndarray of shape (n,), float64
+            Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
+            deviation of normal images.
+        """
+        return -self._judge(X).score
+
+    def decision_function(self, X):
+        """``score_samples(X) - offset_``: negative for anomalies.
+
+        Returns
+        -------
+        decision : ndarray of shape (n,), float64
+        """
+        judged = self._judge(X)
+        return -judged.score - self._offset_of(judged.category)
+
+    def predict(self, X):
+        """+1 for normal images, -1 for anomalies.
+
+        Returns
+        -------
+        label : ndarray of shape (n,), int
+        """
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def p_values(self, X):
+        """Conformal p-value of "this image is normal", from held-out normal images.
+
+        Returns
+        -------
+        p : ndarray of shape (n,), float64
+            In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
+        """
+        judged = self._judge(X)
+        return self.conformal_.p_values(judged.score, judged.category)
+
+    def predict_category(self, X):
+        """Which category each image was judged as.
+
+        Returns
+        -------
+        category : ndarray of shape (n,)
+            Labels as given to fit, or numbers where the categories were discovered.
+        """
+        check_is_fitted(self)
+        data = self._check_X(X)
+        device = pick_device(self.device)
+        parts = [self._route(_describe(maps))[0] for _, maps in self._iter_features(data, device)]
+        return self.categories_[np.concatenate(parts)]
+
+    def anomaly_map(self, X):
+        """Where each image is anomalous, and how much.
+
+        Returns
+        -------
+        maps : ndarray of shape (n, H, W), float32, or list of ndarray of shape (H, W)
+            Of the images' own size, a list when they differ in size; of the features' grid with ``backbone=None``.
+            Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
+            occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
+        """
+        check_is_fitted(self)
+        data = self._check_X(X)
+        out = []
+        for start in range(0, len(data), self.batch_size):
+            rows = np.arange(start, min(start + self.batch_size, len(data)))
+            maps = self._judge_data(data, rows).maps
+            out.extend(_resize(m, data.size(i)) for i, m in zip(rows, maps))
+        same = len({m.shape for m in out}) == 1
+        return np.stack(out) if same else out
+
+    def _offset_of(self, category):
+        return self.offset_ if np.isscalar(self.offset_) else self.offset_[category]
+
+    def _judge(self, X) -> Judgement:
+        check_is_fitted(self)
+        data = self._check_X(X)
+        return self._judge_data(data, np.arange(len(data)), keep_maps=False)
+
+    def _judge_data(self, data, rows, keep_maps=True) -> Judgement:
+        """One pass over some images, chunk by chunk."""
+        device = pick_device(self.device)
+        parts = []
+        model = self.model_.to(device)
+        try:
+            for _, maps in self._iter_features(data, device, rows):
+                category, excess = self._route(_describe(maps))
+                terms = self._model_terms(model, maps, category, device)
+                combined = self.map_calibration_.combine(terms, category)
+                score = self._image_score(combined, category, excess)
+                parts.append((score, category, combined if keep_maps else combined[:0]))
+        finally:
+            model.to("cpu")
+        return Judgement(*(np.concatenate(column) for column in zip(*parts)))
+
+    def _image_score(self, maps, category, excess) -> np.ndarray:
+        score = self.score_calibration_.transform(pool_map(maps, self._pool_fraction), category)
+        return score + FAR_WEIGHT * excess
+
+    def _route(self, descriptor) -> tuple[np.ndarray, np.ndarray]:
+        """Category of each image, and by how many limits it is too far from it."""
+        category, distance = self.router_.predict(descriptor)
+        return category, np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
+
+    def _model_terms(self, model: nn.Module, maps: list[Tensor], category, device) -> dict[str, np.ndarray]:
+        """The model's map terms of one chunk, which is filled up to a fixed size first."""
+        n = len(category)
+        size = max(n, chunk_size(device, math.prod(maps[-1].shape[-2:])))
+        mean, scale = self.feature_mean_, self.feature_scale_
+        scaled = [pad_chunk((m.float() - a.to(m.device)) / b.to(m.device), size) for m, a, b in zip(maps, mean, scale)]
+        number = pad_chunk(torch.from_numpy(category), size).to(device)
+        dtype = native_precision(device, self.precision)
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            terms = model.anomaly_map(scaled[0] if len(scaled) == 1 else scaled, number)
+        return {name: term[:n].float().cpu().numpy() for name, term in terms.items()}
+
+    def _store_terms(self, store, rows, category, device) -> dict[str, np.ndarray]:
+        """Map terms of stored images."""
+        parts = []
+        size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
+        model = self.model_.to(device)
+        try:
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                maps = store.batch(rows[part])
+                maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
+                parts.append(self._model_terms(model, maps, category[part], device))
+        finally:
+            model.to("cpu")
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    # ---------------------------------------------------------------- images and features
+
+    def _check_X(self, X, reset=False):
+        """Images or features, checked, as something with a length, sizes and chunks."""
+        if self.backbone is None:
+            return _check_features(self, X, reset)
+        if isinstance(X, np.ndarray) and X.ndim == 2 and self.image_shape is not None:
+            X = validate_data(self, X, reset=reset, ensure_all_finite=False, dtype=None)
+        return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
+
+    def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:
+        """Features and descriptors of the images ``rows``: each image passes the backbone once."""
+        if self.backbone is not None:
+            self.features_ = self._make_features()
+        store = FeatureStore(len(rows), native_precision(device, self.precision))
+        descriptor, done = [], 0
+        for _, maps in self._iter_features(data, device, rows):
+            n = len(maps[0])
+            store.write(np.arange(done, done + n), maps)
+            descriptor.append(_describe(maps))
+            done += n
+        return store, np.concatenate(descriptor)
+
+    def _make_features(self):
+        if isinstance(self.backbone, str):
+            return BackboneFeatures(
+                self.backbone, weights=self.weights, stages=self._stages, image_size=self.image_size,
+                merge=self._merge_stages, device=self.device, precision=self.precision,
+            ).fit()  # fmt: skip
+        return clone(self.backbone).fit(None)
+
+    def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        rows = np.arange(len(data)) if rows is None else rows
+        if isinstance(data, FeatureArray):
+            yield from data.chunks(rows, device)
+        elif isinstance(self.features_, BackboneFeatures):
+            yield from self.features_.iter_maps(data, rows)
+        else:
+            for row in rows:
+                maps = np.asarray(self.features_.transform([data.pixels(row)]), dtype=np.float32)
+                yield np.array([row]), [torch.from_numpy(maps).permute(0, 3, 1, 2).to(device)]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        is_table = self.backbone is None or self.image_shape is not None
+        tags.input_tags.two_d_array = is_table
+        tags.input_tags.three_d_array = not is_table
+        tags.non_deterministic = False
+        return tags
+
+
+class FeatureArray:
+    """Features that came ready: rows (n, C), or maps (n, h, w, C)."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.values.shape[1:3]
+
+    def chunks(self, rows, device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        size = chunk_size(device, math.prod(self.values.shape[1:3]))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, [torch.from_numpy(self.values[part]).permute(0, 3, 1, 2).to(device)]
+
+
+def _check_features(estimator, X, reset: bool) -> FeatureArray:
+    if getattr(X, "ndim", 2) == 4:
+        maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
+        if reset:
+            estimator.map_shape_ = maps.shape[1:]
+        elif maps.shape[1:] != estimator.map_shape_:
+            raise ValueError(
+                f"X has feature maps of shape {maps.shape[1:]}; fit saw maps of shape {estimator.map_shape_} (h, w, C)."
+            )
+        return FeatureArray(maps)
+    table = validate_data(estimator, X, reset=reset, dtype=np.float32)
+    if reset:
+        estimator.map_shape_ = (1, 1, table.shape[1])
+    return FeatureArray(table[:, None, None, :])
+
+
+class _Scaled:
+    """A feature source whose channels have mean 0 and standard deviation 1 over the training images."""
+
+    def __init__(self, store: FeatureStore, mean: list[Tensor], scale: list[Tensor]):
+        self.store, self.mean, self.scale = store, mean, scale
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def batch(self, indices) -> Tensor | list[Tensor]:
+        maps = self.store.batch(indices)
+        if isinstance(maps, Tensor):
+            return maps.sub_(self.mean[0]).div_(self.scale[0])
+        return [m.sub_(a).div_(b) for m, a, b in zip(maps, self.mean, self.scale)]
+
+
+class _Batches:
+    """Training batches as a collection that can be gone through again."""
+
+    def __init__(self, source: _Scaled, category: Tensor, rows: Tensor, batch_size: int):
+        self.source, self.category, self.parts = source, category, rows.split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | list[Tensor], Tensor]:
+        part = self.parts[i]
+        return self.source.batch(part), self.category[part]
+
+
+def _channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and standard deviation of every channel over all cells of the images ``rows``, (1, C, 1, 1) each."""
+    if not standardize:
+        return [torch.zeros(1)] * len(store.maps), [torch.ones(1)] * len(store.maps)
+    totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
+    for part in torch.from_numpy(rows).split(64):
+        maps = store.batch(part)
+        for total, m in zip(totals, [maps] if isinstance(maps, Tensor) else maps):
+            total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
+    mean, scale = [], []
+    for total, m in zip(totals, store.maps):
+        first, second = total / (len(rows) * math.prod(m.shape[2:]))
+        deviation = (second - first.square()).clamp(min=0).sqrt()
+        floor = 1e-3 * deviation.max() + 1e-8
+        mean.append(first.float().view(1, -1, 1, 1))
+        scale.append(torch.where(deviation > floor, deviation, torch.ones(())).float().view(1, -1, 1, 1))
+    return mean, scale
+
+
+def _describe(maps: list[Tensor]) -> np.ndarray:
+    """Descriptor of each whole image: mean and standard deviation of every channel over the map."""
+    parts = [s for m in maps for s in (m.float().mean((2, 3)), m.float().std((2, 3), correction=0))]
+    return torch.cat(parts, 1).cpu().numpy().astype(np.float64)
+
+
+def _resize(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if grid_map.shape == tuple(size):
+        return grid_map
+    tensor = torch.from_numpy(grid_map)[None, None]
+    return F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
+
+
+def _normal_rows(y, n: int) -> np.ndarray:
+    """Rows to train on: all but those labelled -1."""
+    if y is None:
+        return np.arange(n)
+    y = np.asarray(y)
+    if y.shape != (n,):
+        raise ValueError(f"y has shape {y.shape}, but X has {n} images: one label of +1 or -1 each is expected.")
+    if not np.isin(y, (-1, 1)).all():
+        warnings.warn(
+            "y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.",
+            UserWarning, stacklevel=3,
+        )  # fmt: skip
+        return np.arange(n)
+    return np.flatnonzero(y == 1)
+
+
+def _check_category(category, n: int) -> np.ndarray | None:
+    if category is None:
+        return None
+    category = np.asarray(category)
+    if category.shape != (n,):
+        raise ValueError(f"category has shape {category.shape}, but X has {n} images: one label each is expected.")
+    return category
+
+
+def _split(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
+    rng = np.random.RandomState(seed % 2**32)
+    held = []
+    for c in np.unique(index):
+        rows = rng.permutation(np.flatnonzero(index == c))
+        n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        held.append(rows[:n])
+    held_out = np.sort(np.concatenate(held))
+    keep = np.setdiff1d(np.arange(len(index)), held_out)
+    if len(held_out) == 0:
+        warnings.warn("Too few images to hold any out: thresholds come from the training images.", stacklevel=3)
+        held_out = keep
+    return keep, held_out

@@ -1,0 +1,214 @@
+"""From raw map terms to scores that compare: standardisation, thresholds, p-values. NumPy only."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+from scipy import ndimage
+
+# A category's statistics count as much as its pooled or location-free ones when it has this many images.
+SHRINKAGE_IMAGES = 20
+# Standard deviations become comparable to a location's neighbours by this blur, in cells.
+LOCATION_BLUR = 1.5
+NORMAL_CONSISTENCY = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
+
+
+class MapCalibration:
+    r"""Puts the terms of an anomaly map on one scale, per category and location, and adds them up.
+
+    A term :math:`t` at cell :math:`x` of an image of category :math:`c` becomes
+
+    .. math:: z_t(x) = \frac{1}{b_{ct}} \left( \frac{t(x) - \mu_{ct}(x)}{\sigma_{ct}(x)} - a_{ct} \right)
+
+    where :math:`\mu, \sigma` are the mean and standard deviation over normal images at that place, blurred, and shrunk to
+    the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation over the cells of
+    held-out normal images. Without the location, what always looks odd about a product (its border, an edge in
+    the background) would hide what is odd about one piece of it. The map is the mean of the terms.
+
+    Attributes
+    ----------
+    terms_ : tuple of str
+    mean_, spread_ : ndarray of shape (n_categories, n_terms, h, w), float32
+    center_, scale_ : ndarray of shape (n_categories, n_terms), float32
+    """
+
+    def __init__(self, weights: dict[str, float] | None = None):
+        self.weights = weights
+
+    def fit(
+        self,
+        reference: dict[str, np.ndarray],
+        reference_category: np.ndarray,
+        held_out: dict[str, np.ndarray],
+        held_out_category: np.ndarray,
+        n_categories: int,
+    ) -> MapCalibration:
+        """Learn the scales.
+
+        Parameters
+        ----------
+        reference : dict of ndarray of shape (n, h, w)
+            Terms of normal images, which may have been trained on: they say where a category is high.
+        held_out : dict of ndarray of shape (m, h, w)
+            Terms of normal images that were not trained on: they say how high normal is.
+        """
+        names = reference if self.weights is None else self.weights
+        self.terms_ = tuple(name for name in names if name in reference)
+        self.weight_ = np.array([1.0 if self.weights is None else self.weights[n] for n in self.terms_], np.float32)
+        self.weight_ /= self.weight_.sum()
+        raw = np.stack([reference[name] for name in self.terms_], axis=1)
+        outer = np.stack([held_out[name] for name in self.terms_], axis=1)
+        grid = raw.shape[2:]
+        shape = (n_categories, len(self.terms_))
+        self.mean_ = np.zeros((*shape, *grid), np.float32)
+        self.spread_ = np.ones((*shape, *grid), np.float32)
+        for c in range(n_categories):
+            rows = raw[reference_category == c]
+            if len(rows):
+                self.mean_[c], self.spread_[c] = _location_statistics(rows)
+        self.center_ = np.zeros(shape, np.float32)
+        self.scale_ = np.ones(shape, np.float32)
+        located = self._locate(outer, held_out_category)
+        pooled = located.transpose(1, 0, 2, 3).reshape(shape[1], -1)
+        for c in range(n_categories):
+            cells = located[held_out_category == c].transpose(1, 0, 2, 3).reshape(shape[1], -1)
+            self.center_[c], self.scale_[c] = _robust(cells if cells.shape[1] else pooled)
+        return self
+
+    def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
+        """The standardised map, (n, h, w) float32, of raw terms (n, h, w) and category numbers (n,)."""
+        z = self._locate(np.stack([terms[name] for name in self.terms_], axis=1), category)
+        z -= self.center_[category][:, :, None, None]
+        z /= self.scale_[category][:, :, None, None]
+        return np.einsum("t,nthw->nhw", self.weight_, z, dtype=np.float32)
+
+    def _locate(self, terms: np.ndarray, category: np.ndarray) -> np.ndarray:
+        return ((terms - self.mean_[category]) / self.spread_[category]).astype(np.float32)
+
+
+def _location_statistics(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per location of (n, n_terms, h, w), blurred and shrunk."""
+    n = len(rows)
+    keep = n / (n + SHRINKAGE_IMAGES)
+    blur = (0, LOCATION_BLUR, LOCATION_BLUR)
+    mean = ndimage.gaussian_filter(rows.mean(0, dtype=np.float64), blur, mode="nearest")
+    variance = ndimage.gaussian_filter(rows.var(0, dtype=np.float64), blur, mode="nearest")
+    flat_mean = rows.mean((0, 2, 3), dtype=np.float64)[:, None, None]
+    flat_variance = rows.var((0, 2, 3), dtype=np.float64)[:, None, None]
+    mean = keep * mean + (1 - keep) * flat_mean
+    # A tenth of the overall variance always stays: a place where normal images happen to agree is no reason to divide by nothing.
+    variance = keep * (0.9 * variance + 0.1 * flat_variance) + (1 - keep) * flat_variance
+    tiny = np.maximum(1e-6 * np.abs(flat_mean), 1e-12)
+    return mean, np.maximum(np.sqrt(variance), tiny)
+
+
+def _robust(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and robust standard deviation along the last axis."""
+    center = np.median(values, axis=-1)
+    scale = NORMAL_CONSISTENCY * np.median(np.abs(values - center[..., None]), axis=-1)
+    fallback = values.std(-1)
+    scale = np.where(scale > 1e-12, scale, np.where(fallback > 1e-12, fallback, 1.0))
+    return center, scale
+
+
+class ScoreCalibration:
+    """Standardises image scores per category, so that one image's score means the same whatever it shows.
+
+    A category's median and spread over held-out normal images, pulled towards the pooled spread when they are few.
+    """
+
+    def fit(self, score: np.ndarray, category: np.ndarray, n_categories: int) -> ScoreCalibration:
+        self.center_ = np.full(n_categories, np.median(score))
+        self.scale_ = np.ones(n_categories)
+        present = [c for c in range(n_categories) if (category == c).any()]
+        for c in present:
+            self.center_[c] = np.median(score[category == c])
+        residual = score - self.center_[category]
+        pooled = float(_robust(residual[None])[1][0])
+        self.scale_[:] = pooled
+        for c in present:
+            own = residual[category == c]
+            keep = len(own) / (len(own) + SHRINKAGE_IMAGES)
+            self.scale_[c] = keep * float(_robust(own[None])[1][0]) + (1 - keep) * pooled
+        return self
+
+    def transform(self, score: np.ndarray, category: np.ndarray) -> np.ndarray:
+        return (score - self.center_[category]) / self.scale_[category]
+
+
+class ConformalCalibration:
+    r"""Split-conformal p-values and thresholds from the scores of held-out normal images.
+
+    With n calibration scores, :math:`p(s) = (1 + \#\{s_i \ge s\}) / (n + 1)`. For an image that is exchangeable with them,
+    :math:`P(p \le \alpha) \le \alpha` (Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005).
+
+    Parameters
+    ----------
+    per_category : bool
+        Whether every category has its own calibration scores, or all share one set.
+    """
+
+    def __init__(self, per_category: bool = False):
+        self.per_category = per_category
+
+    def fit(self, score: np.ndarray, category: np.ndarray, n_categories: int) -> ConformalCalibration:
+        """Keep the anomaly scores of held-out normal images, sorted."""
+        groups = range(n_categories) if self.per_category else [None]
+        self.scores_ = [np.sort(score if c is None else score[category == c]) for c in groups]
+        return self
+
+    def p_values(self, score: np.ndarray, category: np.ndarray) -> np.ndarray:
+        """Probability that a normal image scores this high or higher, (n,) in (0, 1]."""
+        out = np.empty(len(score))
+        group = category if self.per_category else np.zeros(len(score), dtype=int)
+        for c in np.unique(group):
+            rows, known = group == c, self.scores_[c]
+            at_least = len(known) - np.searchsorted(known, score[rows], side="left")
+            out[rows] = (1 + at_least) / (len(known) + 1)
+        return out
+
+    def thresholds(self, rate: float, names=None) -> np.ndarray:
+        """Anomaly score above which an image is anomalous with a false-alarm rate of at most ``rate``.
+
+        Returns
+        -------
+        threshold : ndarray of shape (n_groups,)
+
+        Warns
+        -----
+        UserWarning
+            When the images are too few for that rate; the largest calibration score is taken.
+        """
+        return np.array(
+            [
+                conformal_quantile(scores, rate, "" if not self.per_category else f" of category {names[c]!r}")
+                for c, scores in enumerate(self.scores_)
+            ]
+        )
+
+
+def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
+    """The ceil((n + 1)(1 - rate))-th smallest of n sorted scores."""
+    n = len(scores)
+    rank = math.ceil((n + 1) * (1 - rate) - 1e-9)
+    if rank > n:
+        if n == 0:
+            raise ValueError(f"No calibration images{of}: raise calibration_fraction or give more images.")
+        warnings.warn(
+            f"{n} held-out calibration images{of} are too few for false_alarm_rate={rate:g}; the smallest rate that they "
+            f"support is {1 / (n + 1):.3g}, which is used. Give more images or raise calibration_fraction.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return float(scores[-1])
+    return float(scores[max(rank, 1) - 1])
+
+
+def pool_map(maps: np.ndarray, fraction: float = 0.03) -> np.ndarray:
+    """Image score of maps (n, h, w): the mean of the highest ``fraction`` of the cells, at least one."""
+    flat = maps.reshape(len(maps), -1)
+    k = max(1, round(fraction * flat.shape[1]))
+    top = np.partition(flat, flat.shape[1] - k, axis=1)[:, -k:]
+    return top.mean(1, dtype=np.float64)

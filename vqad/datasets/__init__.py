@@ -1,0 +1,16 @@
+"""Image collections that are read when they are used: one file per layout."""
+
+from vqad.datasets._collection import ImageDataset
+from vqad.datasets.elpv import ElpvDataset, load_elpv
+from vqad.datasets.folder import load_folder
+from vqad.datasets.mvtec import load_mvtec
+from vqad.datasets.synthetic import make_textured_parts
+
+__all__ = [
+    "ElpvDataset",
+    "ImageDataset",
+    "load_elpv",
+    "load_folder",
+    "load_mvtec",
+    "make_textured_parts",
+]

@@ -1,0 +1,74 @@
+"""What every folder layout needs: which files are images, and in which order."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
+)
+
+
+def natural_key(path: Path) -> list[tuple[int, str]]:
+    """Sort key that puts ``part-2`` before ``part-10``."""
+    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", path.name)]
+
+
+def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """List the image files of a folder in natural order; hidden files and folders are skipped.
+
+    With `recursive`, the files of a folder come before those of its subfolders.
+    """
+    entries = _visible(folder)
+    files = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if recursive:
+        for path in entries:
+            # A link to a folder further up would be followed for ever.
+            if path.is_dir() and not path.is_symlink():
+                files += image_files(path, recursive=True)
+    return files
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """List the folders in a folder in natural order, without hidden ones."""
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def existing_folder(root: str | os.PathLike[str]) -> Path:
+    """Give `root` as a Path, or say what is wrong with it."""
+    path = Path(root)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"root {str(root)!r} does not exist (the working directory is {os.getcwd()!r})."
+        )
+    if not path.is_dir():
+        raise NotADirectoryError(f"root {str(root)!r} is a file; a folder of images is expected.")
+    return path
+
+
+def describe(folder: Path) -> str:
+    """Say in a few words what is in a folder, for error messages."""
+    names = [path.name + ("/" if path.is_dir() else "") for path in _visible(folder)]
+    if not names:
+        return "nothing"
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=natural_key)

@@ -1,0 +1,60 @@
+"""Plain folders of images."""
+
+from __future__ import annotations
+
+import os
+
+from vqad.datasets._collection import ImageDataset
+from vqad.datasets._files import IMAGE_SUFFIXES, describe, existing_folder, image_files, subfolders
+from vqad.datasets.mvtec import find_categories
+
+
+def load_folder(
+    root: str | os.PathLike[str], *, recursive: bool = True, category: str | None = None, target: int = 1
+) -> ImageDataset:
+    """List the images of a folder; its subfolders are categories.
+
+    Images that lie in `root` itself get its name as their category, images in a subfolder, at any depth, the
+    subfolder's name. Files are in natural order (``part-2`` before ``part-10``); hidden files are skipped.
+
+    Parameters
+    ----------
+    root : path-like
+        Folder of images, or of one subfolder per category.
+    recursive : bool, default=True
+        Whether to look into subfolders.
+    category : str, default=None
+        One category for all images, instead of the folders' names.
+    target : {1, -1}, default=1
+        What the images are: 1 normal, -1 anomalies. ``load_folder("good") + load_folder("bad", target=-1)``.
+
+    Returns
+    -------
+    ImageDataset
+        No image is opened.
+
+    Raises
+    ------
+    ValueError
+        If there are no images, or the folder has the layout of MVTec AD, whose masks are no normal images.
+    FileNotFoundError, NotADirectoryError
+        If `root` is no folder.
+    """
+    folder = existing_folder(root)
+    if recursive and (found := find_categories(folder)):
+        raise ValueError(
+            f"root {str(root)!r} has the layout of MVTec AD (categories {list(found)}): load it with "
+            "vqad.datasets.load_mvtec, which knows defects and masks from normal images."
+        )
+    paths = image_files(folder)
+    categories = [folder.resolve().name] * len(paths)
+    for subfolder in subfolders(folder) if recursive else []:
+        inside = image_files(subfolder, recursive=True)
+        paths += inside
+        categories += [subfolder.name] * len(inside)
+    if not paths:
+        raise ValueError(
+            f"root {str(root)!r} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); it contains "
+            f"{describe(folder)}."
+        )
+    return ImageDataset(paths, target=[target] * len(paths), category=category or categories)

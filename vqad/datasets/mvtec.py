@@ -1,0 +1,115 @@
+"""The folder layout of MVTec AD, which MPDD, BTAD and many others share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqad.datasets._collection import ImageDataset
+from vqad.datasets._files import describe, existing_folder, image_files, subfolders
+
+SPLITS = ("train", "test", "all")
+NORMAL_KINDS = ("good", "ok")  # MVTec AD and MPDD, BTAD
+
+
+def load_mvtec(
+    root: str | os.PathLike[str], *, categories: str | Sequence[str] | None = None, split: str = "train"
+) -> ImageDataset:
+    """List the images of a folder in the layout of MVTec AD.
+
+    The layout is ``CATEGORY/train/good``, ``CATEGORY/test/KIND`` and ``CATEGORY/ground_truth/KIND``, where
+    the mask of ``NNN.png`` is ``NNN_mask.png`` or ``NNN.png``, with any image suffix. ``ok`` is taken for
+    ``good`` (BTAD).
+
+    Parameters
+    ----------
+    root : path-like
+        Folder of categories, or the folder of a single category.
+    categories : str or sequence of str, default=None
+        Which categories, in this order; None: all of them, sorted.
+    split : {"train", "test", "all"}, default="train"
+        "train": the normal training images; "test": normal and defective test images; "all": both.
+
+    Returns
+    -------
+    ImageDataset
+        Category by category, first the training images. No image is opened.
+
+    Raises
+    ------
+    ValueError
+        If `root` has not this layout, an asked category is missing, or the split has no images.
+    FileNotFoundError, NotADirectoryError
+        If `root` is no folder.
+
+    References
+    ----------
+    Bergmann et al., "MVTec AD: A Comprehensive Real-World Dataset for Unsupervised Anomaly Detection",
+    CVPR 2019.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}.")
+    folder = existing_folder(root)
+    found = find_categories(folder)
+    if not found:
+        raise ValueError(
+            f"root {str(root)!r} has not the layout of MVTec AD, CATEGORY/train/good and CATEGORY/test/KIND: "
+            f"it contains {describe(folder)}. For images in plain folders use vqad.datasets.load_folder."
+        )
+    names = (
+        list(found)
+        if categories is None
+        else [categories]
+        if isinstance(categories, str)
+        else list(categories)
+    )
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {list(found)}.")
+
+    rows: list[tuple[Path, int, str, str, Path | None]] = []
+    for name in names:
+        if split in ("train", "all"):
+            rows += _train_rows(found[name], name)
+        if split in ("test", "all"):
+            rows += _test_rows(found[name], name)
+    if not rows:
+        raise ValueError(f"root {str(root)!r} has no images for split={split!r} in the categories {names}.")
+    paths, target, category, defect, mask_paths = zip(*rows)
+    return ImageDataset(paths, target=target, category=category, defect=defect, mask_paths=mask_paths)
+
+
+def find_categories(folder: Path) -> dict[str, Path]:
+    """Find the category folders in `folder`, or `folder` itself, by name; empty if it has not the layout."""
+    if _is_category(folder):
+        return {folder.resolve().name: folder}
+    return {path.name: path for path in subfolders(folder) if _is_category(path)}
+
+
+def _is_category(folder: Path) -> bool:
+    parts = [folder / split / kind for split in ("train", "test") for kind in NORMAL_KINDS]
+    return any(part.is_dir() for part in parts)
+
+
+def _train_rows(folder: Path, category: str) -> list[tuple[Path, int, str, str, Path | None]]:
+    kinds = [folder / "train" / kind for kind in NORMAL_KINDS]
+    return [
+        (path, 1, category, "good", None) for kind in kinds if kind.is_dir() for path in image_files(kind)
+    ]
+
+
+def _test_rows(folder: Path, category: str) -> list[tuple[Path, int, str, str, Path | None]]:
+    if not (folder / "test").is_dir():
+        return []
+    rows: list[tuple[Path, int, str, str, Path | None]] = []
+    for kind in subfolders(folder / "test"):
+        if kind.name in NORMAL_KINDS:
+            rows += [(path, 1, category, "good", None) for path in image_files(kind)]
+            continue
+        mask_folder = folder / "ground_truth" / kind.name
+        masks = {path.stem: path for path in image_files(mask_folder)} if mask_folder.is_dir() else {}
+        for path in image_files(kind):
+            mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
+            rows.append((path, -1, category, kind.name, mask))
+    return rows

@@ -1,0 +1,246 @@
+"""HVQTransDetector: HVQ-Trans as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from vqad.base import BaseImageDetector
+from vqad.features import DEFAULT_BACKBONE
+from vqad.nn.hvq_trans import HVQTrans
+from vqad.training import TrainingPlan
+
+
+class HVQTransDetector(BaseImageDetector):
+    """Hierarchical vector-quantised transformer for multi-class anomaly detection.
+
+    Features of a frozen backbone go through a transformer in which every layer's output is replaced by the
+    nearest of a category's learned codes, level by level, and are rebuilt from those codes. What normal images
+    did not teach cannot be rebuilt: the reconstruction error, and the cost of transporting an image's cells to
+    the codes, say how anomalous an image is and where [1]_.
+
+    One model serves many kinds of object. The kind of a new image is inferred from the image.
+
+    Parameters
+    ----------
+    backbone : str, transformer or None, default="tf_efficientnet_lite0"
+        Name of a timm model; or a transformer that gives feature maps (n, h, w, C); or None when X is features already: rows
+        (n, C) or maps (n, h, w, C).
+    weights : None, "hub", "random", str or path, default=None
+        Weights of the backbone: None takes an installed weight package, a path a local ``.safetensors`` or ``.pth``
+        file, "hub" lets timm download them. Nothing is downloaded unasked.
+    image_size : int or (int, int), default=224
+        Height and width in pixels that the backbone sees.
+    image_shape : tuple of int or None, default=None
+        (H, W) or (H, W, C) of images that come as flattened rows.
+    standardize : bool, default=True
+        Whether each feature channel is brought to mean 0 and variance 1 over the training images, so that all channels
+        count alike in the reconstruction. The published system does not.
+    n_codes : int, default=512
+        Codes of one codebook: one a category and level.
+    d_model : int, default=128
+        Width of the encoder; the decoder has twice that.
+    n_layers : int, default=2
+        Layers of the encoder and of the decoder; there is one level of codes more.
+    n_heads : int, default=8
+        Attention heads.
+    dim_feedforward : int, default=256
+        Width of the transformer's feed-forward layers.
+    dropout : float, default=0.0
+        Share of activations that are dropped in training.
+    transport : {"conditional", "nearest", "sinkhorn", "exact"}, default="nearest"
+        How cells are transported to codes. "conditional" is the published one-directional cost. "sinkhorn" and "exact"
+        are optimal transport plans between an image's cells and the codes, whose marginal is their usage. "nearest" is the plan
+        when only the cells' marginal is fixed.
+    transport_weight : float, default=0.0
+        Weight of the transport cost in the training loss.
+    max_iter : int, default=24
+        Passes over the training images.
+    batch_size : int, default=16
+        Images per training step; also bounds the memory that images take.
+    learning_rate : float, default=1e-3
+        Peak rate of AdamW, after a warm-up and before a cosine decay to zero.
+    weight_decay : float, default=1e-4
+        Of AdamW.
+    early_stopping : bool, default=False
+        Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
+        back to the best pass.
+    validation_fraction : float, default=0.1
+        Share of the training images that early stopping watches.
+    n_iter_no_change : int, default=10
+        Passes without an improvement of ``tol`` before stopping early.
+    tol : float, default=1e-4
+        Improvement of the validation loss that counts.
+    contamination : "auto" or float in (0, 0.5], default="auto"
+        "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
+        images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
+    false_alarm_rate : float, default=0.01
+        Share of normal images that may be called anomalous.
+    calibration_fraction : float, default=0.2
+        Share of the images that is not trained on but sets scales and thresholds.
+    threshold : {"global", "category"}, default="global"
+        One threshold for all images, or one for each category.
+    device : "auto", str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        "auto" takes bfloat16 where the hardware has it natively.
+    random_state : int, RandomState instance or None, default=None
+        An int makes two fits on one machine identical.
+    verbose : int, default=0
+        Whether to show progress.
+
+    Attributes
+    ----------
+    categories_ : ndarray of shape (n_categories,)
+        Labels given to fit, sorted; or 0, 1, ... where the categories were discovered.
+    offset_ : float or ndarray of shape (n_categories,)
+        ``decision_function`` is ``score_samples`` minus this.
+    map_threshold_ : float
+        Values of ``anomaly_map`` over this are anomalous.
+    loss_curve_, validation_curve_ : list of float
+        After every pass.
+    n_iter_ : int
+        Passes that were run.
+    model_ : vqad.nn.hvq_trans.HVQTrans
+        The trained module, on the CPU.
+    features_ : BackboneFeatures
+        The backbone.
+
+    References
+    ----------
+    .. [1] Lu, Wu, Tian, Wang, Xiong, Gao, Wang: Hierarchical Vector Quantized Transformer for Multi-class
+       Unsupervised Anomaly Detection, NeurIPS 2023. arXiv:2310.14228.
+
+    Examples
+    --------
+    >>> from vqad import HVQTransDetector
+    >>> from vqad.datasets import make_textured_parts
+    >>> parts = make_textured_parts(n_normal=30, n_anomalous=0, random_state=0)
+    >>> detector = HVQTransDetector(image_size=64, d_model=32, n_codes=32, max_iter=2, random_state=0)
+    >>> detector.fit(parts.images).predict(parts.images[:2]).shape
+    (2,)
+    """
+
+    _parameter_constraints = {
+        **BaseImageDetector._parameter_constraints,
+        "n_codes": [Interval(Integral, 2, None, closed="left")],
+        "d_model": [Interval(Integral, 2, None, closed="left")],
+        "n_layers": [Interval(Integral, 1, None, closed="left")],
+        "n_heads": [Interval(Integral, 1, None, closed="left")],
+        "dim_feedforward": [Interval(Integral, 1, None, closed="left")],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "transport": [StrOptions({"conditional", "nearest", "sinkhorn", "exact"})],
+        "transport_weight": [Interval(Real, 0, None, closed="left")],
+    }
+
+    _stages = (0, 1, 2, 3)
+    _pool_fraction = 0.03
+
+    def __init__(
+        self,
+        *,
+        backbone=DEFAULT_BACKBONE,
+        weights=None,
+        image_size=224,
+        image_shape=None,
+        standardize=True,
+        n_codes=512,
+        d_model=128,
+        n_layers=2,
+        n_heads=8,
+        dim_feedforward=256,
+        dropout=0.0,
+        transport="nearest",
+        transport_weight=0.0,
+        max_iter=24,
+        batch_size=16,
+        learning_rate=1e-3,
+        weight_decay=1e-4,
+        early_stopping=False,
+        validation_fraction=0.1,
+        n_iter_no_change=10,
+        tol=1e-4,
+        contamination="auto",
+        false_alarm_rate=0.01,
+        calibration_fraction=0.2,
+        threshold="global",
+        device="auto",
+        precision="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.standardize = standardize
+        self.n_codes = n_codes
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.dim_feedforward = dim_feedforward
+        self.dropout = dropout
+        self.transport = transport
+        self.transport_weight = transport_weight
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.contamination = contamination
+        self.false_alarm_rate = false_alarm_rate
+        self.calibration_fraction = calibration_fraction
+        self.threshold = threshold
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def paper(cls, **overrides):
+        """The published configuration: EfficientNet-B4 at 224², d = 256, 4 layers, 512 codes, 1000 passes.
+
+        Its weights have no package: give ``weights=`` a file, or "hub". What is not the paper's even so: codes start
+        from the data, dead codes are revived, and scores are calibrated.
+        """
+        published = dict(
+            backbone="tf_efficientnet_b4", image_size=224, standardize=False, n_codes=512, d_model=256, n_layers=4,
+            n_heads=8, dim_feedforward=1024, dropout=0.1, transport="conditional", max_iter=1000, batch_size=16,
+            learning_rate=1e-4, weight_decay=1e-4,
+        )  # fmt: skip
+        return cls(**{**published, **overrides})
+
+    def _make_model(self, channels, shapes, n_categories):
+        return HVQTrans(
+            channels[0],
+            shapes[0],
+            n_categories,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            dim_feedforward=self.dim_feedforward,
+            dropout=self.dropout,
+            n_codes=self.n_codes,
+            transport=self.transport,
+            transport_weight=self.transport_weight,
+        )
+
+    def _plan(self):
+        return TrainingPlan(
+            max_iter=self.max_iter,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            clip_norm=0.1,
+            early_stopping=self.early_stopping,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
+            verbose=self.verbose,
+        )
+
+    def _map_weights(self):
+        return None

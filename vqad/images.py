@@ -1,0 +1,569 @@
+"""From what a caller passes as ``X`` to batches of pixels: the only module that opens image files.
+
+Every accepted form ends as something indexable whose items are single images (an array, a tensor, a PIL
+image or a path), and every item takes the same way from there: decoded, scaled to 0..1, given three channels,
+resized. So two forms of one picture cannot differ in their pixels, nor can one picture in other company.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+__all__ = ["ImageSequence", "check_images", "read_mask"]
+
+CHANNELS = (1, 3, 4)
+FLOAT_TOLERANCE = 1e-3
+_PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FORMS = (
+    "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images or file paths), "
+    "an array or Series of file paths, or a vqad.datasets collection"
+)
+
+
+def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> ImageSequence:
+    """Check the form of ``X`` and wrap it; pixels are read, and checked, only when they are loaded.
+
+    Parameters
+    ----------
+    X : array, tensor, list, tuple, Series or lazy collection
+        One of
+
+        - array or torch tensor of shape (n, H, W) or (n, H, W, C), with C = 1 (grey), 3 (RGB) or 4 (RGBA,
+          alpha is dropped with a warning). Any object with numpy's ``shape``, ``dtype`` and indexing, such as
+          a memmap or an HDF5 data set, is read image by image;
+        - list, tuple or object array of single images of any sizes: arrays or tensors of shape (H, W) or
+          (H, W, C), PIL images and file paths;
+        - array or pandas Series of file paths;
+        - an object with a sequence of file paths as attribute ``paths``, as `vqad.datasets.ImageDataset` has;
+        - any other object with ``len(X)`` and ``X[i]``, where ``X[i]`` is a single image in one of these
+          forms and is asked for whenever it is needed;
+        - rows (n, n_features) when `image_shape` is given.
+
+        Unsigned integers are divided by their type's maximum, booleans are 0 and 1, floats are taken as 0..1.
+    image_shape : (H, W) or (H, W, C), default=None
+        Shape of the images that the rows of a 2-D ``X`` were flattened from; unused for any other form.
+
+    Returns
+    -------
+    ImageSequence
+
+    Raises
+    ------
+    ValueError, TypeError
+        If ``X`` is none of these forms, is empty, or has the wrong number of channels or columns.
+    FileNotFoundError, IsADirectoryError
+        If a path leads to nothing, or to a folder.
+    """
+    if isinstance(X, ImageSequence):
+        return X
+    _reject_single_image(X)
+    if hasattr(X, "paths") and not hasattr(X, "iloc"):
+        X = list(X.paths)
+    if isinstance(X, torch.Tensor):
+        X = X.detach()
+    elif not isinstance(X, (list, tuple)) and not _is_array(X):
+        X = _as_known_form(X)
+    if isinstance(X, (list, tuple)):
+        X = _stack_if_rows(list(X))
+    if not _is_array(X):
+        items = X
+    elif X.ndim == 1:
+        items = _items_of_1d(X)
+    else:
+        items = _check_stack(X, image_shape)
+    if len(items) == 0:
+        raise ValueError("X is empty: at least one image is needed.")
+    if isinstance(items, list):
+        items = [_check_item(item, i) for i, item in enumerate(items)]
+    return ImageSequence(items, np.arange(len(items)))
+
+
+class ImageSequence:
+    """Checked images, read when they are asked for; made by `check_images`.
+
+    Decoded pixels are never kept. The sequence pickles, with the arrays or the paths that it was made from.
+
+    Parameters
+    ----------
+    items : indexable
+        ``items[i]`` is a single image: an array or tensor (H, W) or (H, W, C), a PIL image, or a path (str).
+    indices : ndarray of int
+        Which items, in which order.
+    """
+
+    def __init__(self, items: Any, indices: np.ndarray, _said: dict[str, bool] | None = None) -> None:
+        self._items = items
+        self._indices = indices
+        # Shared with every subset, so that one X warns once.
+        self._said = {"alpha": False} if _said is None else _said
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} images>"
+
+    def name(self, i: int) -> str:
+        """Name of image `i` in the caller's terms, such as ``image 17 of X, path 'a.png'``."""
+        origin = int(self._indices[i])
+        path = self._items[origin] if isinstance(self._items, list) else None
+        return f"image {origin} of X" + (f", path {path!r}" if isinstance(path, str) else "")
+
+    def subset(self, indices: Any) -> ImageSequence:
+        """Return a view of some images (int array, boolean mask or slice); names keep their number in X."""
+        if not isinstance(indices, slice):
+            indices = np.asarray(indices)
+            indices = indices.astype(np.intp) if indices.size == 0 else indices
+        return ImageSequence(self._items, self._indices[indices], self._said)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image `i` in pixels, upright; of a file only the header is read."""
+        item, name = self._item(i), self.name(i)
+        if isinstance(item, str):
+            with _opened(item, name) as image:
+                return _upright_size(image)
+        if isinstance(item, Image.Image):
+            with _decoding(name):
+                item.load()
+                return _upright_size(item)
+        return int(item.shape[0]), int(item.shape[1])
+
+    def pixels(self, i: int) -> np.ndarray:
+        """Pixels of image `i` at its own size.
+
+        Returns
+        -------
+        ndarray of shape (H, W, 3), float32, in 0..1
+            A new array; grey is repeated to three channels.
+
+        Raises
+        ------
+        ValueError
+            If the file is truncated or no image, or if the values are not finite or not in 0..1.
+        """
+        raw, name = self._item(i), self.name(i)
+        if isinstance(raw, str):
+            with _opened(raw, name) as image:
+                raw, has_alpha = _pil_to_array(image)
+        elif isinstance(raw, Image.Image):
+            with _decoding(name):
+                raw.load()
+                raw, has_alpha = _pil_to_array(raw)
+        else:
+            raw, has_alpha = _tensor_to_array(raw), raw.ndim == 3 and raw.shape[2] == 4
+        if has_alpha:
+            self._warn_alpha(name)
+        if raw.ndim == 3 and raw.shape[2] == 4:
+            raw = raw[:, :, :3]
+        pixels = _to_unit_range(raw, name)
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+    def load(self, indices: Any, size: tuple[int, int]) -> torch.Tensor:
+        """Read images and resize each to `size`, bilinear with antialiasing.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            Which images of this sequence.
+        size : (h, w)
+            Height and width in pixels.
+
+        Returns
+        -------
+        Tensor of shape (len(indices), 3, h, w), float32, in 0..1
+        """
+        indices = np.asarray(indices, dtype=np.intp)
+        batch = torch.empty((len(indices), 3, *size), dtype=torch.float32)
+        for slot, i in zip(batch, indices):
+            slot.copy_(self._resized(int(i), size))
+        return batch
+
+    def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
+        image = torch.from_numpy(self.pixels(i)).permute(2, 0, 1)
+        if tuple(image.shape[1:]) == tuple(size):
+            return image
+        image = F.interpolate(
+            image[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True
+        )
+        return image[0].clamp_(0.0, 1.0)
+
+    def _item(self, i: int) -> Any:
+        origin = int(self._indices[i])
+        item = self._items[origin]
+        # Lists and arrays were checked by check_images; what a lazy object gives is seen only here.
+        return item if isinstance(self._items, list) or _is_array(self._items) else _check_item(item, origin)
+
+    def _warn_alpha(self, name: str) -> None:
+        if not self._said["alpha"]:
+            self._said["alpha"] = True
+            warnings.warn(
+                f"{_is(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.",
+                UserWarning,
+                stacklevel=_caller_stacklevel(),
+            )
+
+
+def read_mask(path: str) -> np.ndarray:
+    """Read a defect mask: True where any colour channel is not black.
+
+    Parameters
+    ----------
+    path : str
+        An image file of any mode. In JPEG files, which do not keep black black, the limit is half of white.
+
+    Returns
+    -------
+    ndarray of shape (H, W), bool
+    """
+    name = f"mask {path!r}"
+    with _opened(path, name) as image:
+        limit = 0.5 if image.format in ("JPEG", "MPO") else 0.0
+        raw, _ = _pil_to_array(image)
+    marked = raw > limit * (np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1)
+    return np.any(np.atleast_3d(marked), axis=2)
+
+
+# ---- the form of X -------------------------------------------------------------------------------
+
+
+def _is_array(X: Any) -> bool:
+    """Whether X is an array that can be read image by image: numpy, torch, memmap, HDF5, zarr."""
+    if isinstance(X, (np.ndarray, torch.Tensor)):
+        return True
+    is_lazy_array = hasattr(X, "shape") and isinstance(getattr(X, "dtype", None), np.dtype)
+    return is_lazy_array and hasattr(X, "__getitem__") and len(X.shape) >= 3
+
+
+def _reject_single_image(X: Any) -> None:
+    if isinstance(X, (str, os.PathLike)):
+        if os.path.isdir(X):
+            raise _folder_error("X", os.fspath(X))
+        raise ValueError(f"X is a single path, {os.fspath(X)!r}: pass a list of paths, [path].")
+    if isinstance(X, Image.Image):
+        raise ValueError("X is a single PIL image: pass a list of images, [image].")
+
+
+def _as_known_form(X: Any) -> Any:
+    """Make an array of an unknown container, or leave it as a lazy object with len(X) and X[i]."""
+    if hasattr(X, "toarray"):
+        raise TypeError(
+            "X is a sparse matrix: dense images are needed; use X.toarray() and image_shape=(H, W)."
+        )
+    if hasattr(X, "__array__"):
+        return np.asarray(X)
+    is_sized = hasattr(X, "__len__") and hasattr(X, "__getitem__")
+    if not is_sized or hasattr(X, "keys") or isinstance(X, (bytes, bytearray)):
+        hint = " Use list(X)." if hasattr(X, "__iter__") and not isinstance(X, (bytes, bytearray)) else ""
+        raise TypeError(f"X must be {_FORMS}; got {_kind(X)}.{hint}")
+    return X
+
+
+def _stack_if_rows(X: list[Any]) -> Any:
+    """Make an array of a list of numbers or rows (nested lists, 1-D arrays); leave a list of images alone."""
+
+    def is_row(item: Any) -> bool:
+        return isinstance(item, (list, tuple, numbers.Number)) or getattr(item, "ndim", None) in (0, 1)
+
+    if not X or isinstance(X[0], (str, os.PathLike)) or not is_row(X[0]):
+        return X
+    try:
+        return np.asarray(X)
+    except ValueError as error:
+        raise ValueError(
+            f"X is a list of {_kind(X[0])} that does not make one array ({error}). X must be {_FORMS}."
+        ) from error
+
+
+def _items_of_1d(X: Any) -> list[Any]:
+    """List the items of a 1-D array of paths or images."""
+    if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
+        return X.astype(str).tolist() if X.dtype.kind == "S" else X.tolist()
+    raise ValueError(
+        f"X has one dimension, shape {tuple(X.shape)} and dtype {X.dtype}; X must be {_FORMS}. "
+        "For one flattened image pass X[None] and image_shape=(H, W)."
+    )
+
+
+def _check_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
+    """Check an array of images with two axes or more; give it as (n, H, W) or (n, H, W, C)."""
+    if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
+        X = _numbers_of_objects(X)
+    if X.ndim == 2:
+        X = _rows_to_stack(X, image_shape)
+    shape = tuple(X.shape)
+    if X.ndim not in (3, 4):
+        raise ValueError(f"X must be {_FORMS}; got an array of shape {shape}.")
+    if X.ndim == 3 and shape[2] in CHANNELS:
+        raise ValueError(
+            f"X has shape {shape}, which looks like one image (H, W, C): pass X[None] for one image, "
+            f"or X[..., None] if these are {shape[0]} grey images only {shape[2]} pixels wide."
+        )
+    if shape[0]:
+        _check_shape(shape[1:], "X", f"(n, H, W, C); got shape {shape}", "np.moveaxis(X, 1, -1)")
+    _check_dtype(X.dtype, "X")
+    return X
+
+
+def _numbers_of_objects(X: np.ndarray) -> np.ndarray:
+    try:
+        made = np.array(X.tolist())
+    except ValueError:
+        made = X
+    if made.dtype.kind not in "biuf":
+        raise ValueError(
+            f"X has shape {X.shape} and dtype {X.dtype}, and its entries are not numbers; X must be "
+            f"{_FORMS}. Of a table pass the one column of paths."
+        )
+    return made
+
+
+def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
+    n, n_columns = (int(length) for length in X.shape)
+    if image_shape is None:
+        raise ValueError(
+            f"X is a 2-D array of shape {(n, n_columns)}: give image_shape=(H, W) or (H, W, C) if its rows "
+            "are flattened images, backbone=None if they are feature vectors; pass X[None] if X is one image."
+        )
+    shape = tuple(image_shape)
+    is_positive = all(isinstance(length, numbers.Integral) and length > 0 for length in shape)
+    if len(shape) not in (2, 3) or not is_positive or (len(shape) == 3 and shape[2] not in CHANNELS):
+        raise ValueError(f"image_shape must be (H, W) or (H, W, C) with C = 1, 3 or 4; got {image_shape!r}.")
+    if n_columns != np.prod(shape):
+        raise ValueError(
+            f"X has {n_columns} columns, but image_shape={shape} means {' x '.join(map(str, shape))} = "
+            f"{np.prod(shape)} columns, one image a row."
+        )
+    return X.reshape(n, *shape, *(() if len(shape) == 3 else (1,)))
+
+
+# ---- the form of one image -----------------------------------------------------------------------
+
+
+def _check_item(item: Any, i: int) -> Any:
+    """Check what can be known of one image without reading its pixels; paths become str."""
+    if isinstance(item, (str, os.PathLike)):
+        path = os.fspath(item)
+        name = f"image {i} of X, path {path!r}"
+        if not os.path.isfile(path):
+            if os.path.isdir(path):
+                raise _folder_error(name, path)
+            raise FileNotFoundError(
+                f"{_is(name, 'does')} not exist (the working directory is {os.getcwd()!r})."
+            )
+        return str(path)
+    name = f"image {i} of X"
+    if isinstance(item, Image.Image):
+        return item
+    if isinstance(item, (list, tuple)):
+        raise TypeError(f"{name} is a {_kind(item)}; an image is an array, a PIL image or a file path.")
+    if not isinstance(item, (np.ndarray, torch.Tensor)):
+        if not hasattr(item, "__array__") or isinstance(item, np.generic):
+            raise TypeError(f"{name} is {_kind(item)}; an image is an array, a PIL image or a file path.")
+        item = np.asarray(item)
+    _check_shape(
+        tuple(item.shape),
+        name,
+        f"(H, W) or (H, W, C); got shape {tuple(item.shape)}",
+        "np.moveaxis(image, 0, -1)",
+    )
+    _check_dtype(item.dtype, name)
+    return item.detach() if isinstance(item, torch.Tensor) else item
+
+
+def _check_shape(shape: tuple[int, ...], name: str, expected: str, channels_last: str) -> None:
+    """Check the shape (H, W) or (H, W, C) of one image, or of every image of a stack."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{name} must have shape {expected}.")
+    if len(shape) == 3 and shape[2] not in CHANNELS:
+        advice = f" The channels seem to come first: pass {channels_last}." if shape[0] in CHANNELS else ""
+        raise ValueError(
+            f"{name} must have shape {expected}, that is C = {shape[2]} channels, where 1 (grey), 3 (RGB) or "
+            f"4 (RGBA) are expected.{advice}"
+        )
+    if 0 in shape:
+        raise ValueError(f"{name} must have shape {expected}, which has no pixels.")
+
+
+def _check_dtype(dtype: Any, name: str) -> None:
+    kind = _dtype_kind(dtype)
+    if kind in "buf":
+        return
+    if kind == "i":
+        raise ValueError(
+            f"{_is(name, 'has')} dtype {dtype}, and the range of signed integers is not known. If the values "
+            "are 0..255 cast them with .astype(np.uint8): unsigned integers are scaled by their maximum."
+        )
+    raise ValueError(
+        f"{_is(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats."
+    )
+
+
+def _dtype_kind(dtype: Any) -> str:
+    """Numpy's letter for the kind of a numpy or torch dtype."""
+    if not isinstance(dtype, torch.dtype):
+        return str(np.dtype(dtype).kind)
+    if dtype.is_floating_point:
+        return "f"
+    if dtype.is_complex:
+        return "c"
+    name = str(dtype).removeprefix("torch.")
+    return "b" if name == "bool" else "u" if name.startswith("uint") else "i"
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def _is(name: str, verb: str) -> str:
+    """Put a verb after an image's name, with the comma that closes its path."""
+    return f"{name}, {verb}" if ", path " in name else f"{name} {verb}"
+
+
+def _folder_error(name: str, path: str) -> IsADirectoryError:
+    return IsADirectoryError(
+        f"{_is(name, 'is')} a folder, not an image file: for the images in it pass "
+        f"vqad.datasets.load_folder({path!r})."
+    )
+
+
+# ---- from one image to an array ------------------------------------------------------------------
+
+
+def _tensor_to_array(image: Any) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        # numpy has no bfloat16
+        image = image.float() if image.dtype == torch.bfloat16 else image
+        return image.cpu().numpy()
+    return np.asarray(image)
+
+
+def _to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
+    """Check values and scale them to float32 in 0..1, in a new array.
+
+    Values are divided by their type's maximum, not multiplied with its inverse: a correctly rounded quotient
+    is the very same float32 from 8 bit, 16 bit and floats of 32 or 64 bits.
+    """
+    if raw.dtype.kind == "b":
+        return raw.astype(np.float32)
+    if raw.dtype.kind == "u":
+        wide = np.float32 if raw.dtype.itemsize <= 2 else np.float64
+        pixels = raw.astype(wide)
+        pixels /= wide(np.iinfo(raw.dtype).max)
+        return pixels.astype(np.float32, copy=False)
+    _check_dtype(raw.dtype, name)
+    low, high = float(raw.min()), float(raw.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{_is(name, 'contains')} NaN or infinite pixels.")
+    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
+        raise ValueError(
+            f"{_is(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If the "
+            "values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
+        )
+    return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
+
+
+@contextmanager
+def _opened(path: str, name: str) -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong is told with the image's name."""
+    try:
+        # Apart from the image, as its errors are others; and given as a file because Pillow 13 scrambles
+        # plain TIFF files that are turned by their orientation tag when it opens them by name.
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise type(error)(f"{_is(name, 'cannot')} be opened: {error.strerror}.") from error
+    with file, _decoding(name), Image.open(file) as image:
+        yield image
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(f"{_is(name, 'is')} truncated or not an image ({error}).") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow's getexif decodes a PNG file to the end in search of a late Exif chunk. Only what precedes the
+    # pixels is heeded here, so that `size` reads no more than the header and still agrees with `pixels`.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":
+        image.load()  # newer Pillow turns TIFF files itself, and only then drops the tag
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if _orientation(image) in (5, 6, 7, 8):
+        width, height = _upright(image).size if image.format == "TIFF" else (height, width)
+    return height, width
+
+
+def _pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """Decode an image of any mode; give its pixels, and whether alpha was dropped.
+
+    The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32; int32 if their range cannot be
+    known. 16-bit colour files are read by Pillow with 8 bits a channel.
+    """
+    is_16_bit = image.format in ("PNG", "PPM")  # some versions give these as mode I, signed 32 bit
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    image = _upright(image)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif image.mode == "P" and has_alpha:
+        image = image.convert("RGBA")
+    if image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    return (pixels.astype(np.uint16) if image.mode == "I" and is_16_bit else pixels), has_alpha
+
+
+def _caller_stacklevel() -> int:
+    """Stack level, for `warnings.warn`, of the first frame outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_PACKAGE_DIR):
+        frame = frame.f_back
+        level += 1
+    return level

@@ -1,0 +1,23 @@
+"""How well anomaly scores and anomaly maps separate what is wrong from what is normal.
+
+Labels are scikit-learn's for outliers: +1 normal, -1 anomaly. Scores and maps are higher where more
+anomalous: for a detector, ``-detector.score_samples(X)`` and ``detector.anomaly_map(X)``. Every number is
+exact: nothing is binned or subsampled, and equal scores move together.
+"""
+
+from vqad.metrics._evaluation import Evaluation, evaluate
+from vqad.metrics._image import bootstrap_interval, image_auroc, image_average_precision, image_f1_max
+from vqad.metrics._pixel import aupro, pixel_auroc, pixel_average_precision, pixel_f1_max
+
+__all__ = [
+    "Evaluation",
+    "aupro",
+    "bootstrap_interval",
+    "evaluate",
+    "image_auroc",
+    "image_average_precision",
+    "image_f1_max",
+    "pixel_auroc",
+    "pixel_average_precision",
+    "pixel_f1_max",
+]

@@ -1,0 +1,1 @@
+"""The two published models as plain torch modules."""

@@ -1,0 +1,245 @@
+"""The hierarchy of codes of VQ-Flow: a concept for an image, a pattern for each cell of each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqad.nn.condition import Condition
+from vqad.nn.quantize import Quantized, VectorQuantizer
+
+
+def positional_encoding(width: int, h: int, w: int) -> Tensor:
+    """Fixed 2-D sinusoidal encoding, (width, h, w) float64: first half by column, second half by row.
+
+    In each half sine and cosine alternate, at frequencies from 1 to 1/10000.
+    """
+    half = width // 2
+    frequency = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * (-math.log(1e4) / half))
+
+    def along(n: int) -> Tensor:
+        angle = frequency[:, None] * torch.arange(n, dtype=torch.float64)
+        return torch.stack([angle.sin(), angle.cos()], 1).flatten(0, 1)
+
+    x, y = along(w)[:, None, :].expand(-1, h, -1), along(h)[:, :, None].expand(-1, -1, w)
+    return torch.cat([x, y])
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What an image is made of, as codes.
+
+    Attributes
+    ----------
+    concept : Tensor of shape (N, d_concept)
+        ŷ, with straight-through gradients to its encoder.
+    concept_index : Tensor of shape (N,), int64
+    concept_distance : Tensor of shape (N,)
+        Mean squared difference between the encoded concept and its code.
+    conditions : list of 4 Condition
+        Patterns and concept of each stage.
+    commitment : Tensor, scalar
+        Commitment of the concept and of the four stages' patterns, summed, mean over images.
+    """
+
+    concept: Tensor
+    concept_index: Tensor
+    concept_distance: Tensor
+    conditions: list[Condition]
+    commitment: Tensor
+
+
+class CodeHierarchy(nn.Module):
+    r"""Encoders and codebooks of the concept and of the four stages' patterns.
+
+    .. math::
+
+        \hat y &= \mathrm{VQ}(\mathrm{MLP}(\text{average of } h_4)), \qquad b = [\text{position} ; \hat y] \\
+        g_k &= \mathrm{MLP}_k(h_k) + \mathrm{Up}_k(\mathrm{proj}(h_4)) \quad (k \le 3), \qquad
+        g_4 = \mathrm{MLP}_4(h_4) \\
+        \text{pattern}_k &= b + \mathrm{VQ}_k(g_k - b)
+
+    Parameters
+    ----------
+    channels : sequence of 4 int
+    n_concepts, n_patterns : int
+        Codes in the concept codebook, and in each stage's pattern codebook.
+    d_concept, d_position : int
+        Width of a concept, and of the positional encoding (a multiple of 4). A pattern has both.
+    revive_threshold : float
+        See :class:`VectorQuantizer`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        n_concepts: int,
+        n_patterns: int,
+        d_concept: int,
+        d_position: int,
+        revive_threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if d_position % 4:
+            raise ValueError(
+                f"d_position: expected a multiple of 4 (sine and cosine of row and column), got {d_position}."
+            )
+        self.d_position = d_position
+        d_pattern, top = d_position + d_concept, channels[3]
+        self.concept_encoder = nn.Sequential(*_linear(top, d_concept), *_linear(d_concept, d_concept))
+        # 1×1 convolutions, as linear layers over the cells.
+        self.top_projection = nn.Sequential(*_linear(top, d_pattern))
+        self.upsampler = nn.ModuleList(nn.Linear(d_pattern, d_pattern) for _ in range(3))
+        self.pattern_encoder = nn.ModuleList(
+            nn.Sequential(*_linear(c, d_pattern), *_linear(d_pattern, d_pattern)) for c in channels
+        )
+        self.concept_codebook = VectorQuantizer(n_concepts, d_concept, revive_threshold=revive_threshold)
+        self.pattern_codebook = nn.ModuleList(
+            VectorQuantizer(n_patterns, d_pattern, revive_threshold=revive_threshold) for _ in channels
+        )
+
+    def forward(self, stages: Sequence[Tensor]) -> Codes:
+        """Encode and quantise the four (pooled) stages, (N, C_k, h_k, w_k)."""
+        encoded = self._encode_concept(stages[3])
+        concept, index, loss = _quantise(self.concept_codebook, encoded[:, None])
+        concept, commitment = concept[:, 0], loss.mean()
+        distance = (concept - encoded).detach().square().mean(1)
+        conditions = []
+        for quantizer, g in zip(self._pattern_codebooks(), self._encode_patterns(stages)):
+            n, d, h, w = g.shape
+            position = positional_encoding(self.d_position, h, w).to(concept)
+            # In training the look-up moves the codes: keep those that it read.
+            codes = quantizer.embed[0].clone() if self.training else quantizer.embed[0]
+            tokens = _residual(g.permute(0, 2, 3, 1), position.permute(1, 2, 0), concept[:, None, None])
+            code, of_cell, loss = _quantise(quantizer, tokens.flatten(1, 2))
+            commitment = commitment + loss.mean()
+            conditions.append(
+                Condition(
+                    pattern=code.view(n, h, w, d).permute(0, 3, 1, 2),
+                    index=of_cell.view(n, h, w),
+                    encoded=tokens.detach().permute(0, 3, 1, 2),
+                    codes=codes,
+                    position=position,
+                    concept=concept,
+                )
+            )
+        return Codes(concept, index[:, 0], distance, conditions, commitment)
+
+    def _pattern_codebooks(self) -> list[VectorQuantizer]:
+        return [quantizer for quantizer in self.pattern_codebook if isinstance(quantizer, VectorQuantizer)]
+
+    def _encode_concept(self, top: Tensor) -> Tensor:
+        average = top.mean((2, 3))
+        for layer in self.concept_encoder:
+            if isinstance(layer, nn.BatchNorm1d) and len(average) == 1:
+                average = _with_running_statistics(layer, average)
+            else:
+                average = layer(average)
+        return average
+
+    def _encode_patterns(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        cells = [x.permute(0, 2, 3, 1) for x in stages]
+        top = self.top_projection(cells[3].flatten(0, 2)).unflatten(0, cells[3].shape[:3])
+        encoded = []
+        for k, (encoder, x) in enumerate(zip(self.pattern_encoder, cells)):
+            g = encoder(x.flatten(0, 2)).unflatten(0, x.shape[:3]).permute(0, 3, 1, 2)
+            if k < 3:
+                # Upsampling, then a 1×1 convolution, in the cheaper order: bilinear weights add up to one.
+                part = self.upsampler[k](top).permute(0, 3, 1, 2)
+                if part.shape[2:] != g.shape[2:]:
+                    part = F.interpolate(part, size=g.shape[2:], mode="bilinear", align_corners=False)
+                g = g + part
+            encoded.append(g)
+        return encoded
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        batches: Iterable[Sequence[Tensor]],
+        *,
+        generator: torch.Generator | None = None,
+        cells_per_image: int = 64,
+    ) -> None:
+        """Start all codebooks from what the encoders make of data.
+
+        The encoders normalise by the statistics of each batch, as in the first step of training; their
+        running statistics stay as they were.
+
+        Parameters
+        ----------
+        batches : iterable of sequences of 4 Tensor (N, C_k, h_k, w_k)
+            Read once.
+        generator : torch.Generator, optional
+            CPU generator of all draws; torch's default generator when left out.
+        cells_per_image : int, default=64
+            Cells that are drawn from each image and stage.
+        """
+        concepts: list[Tensor] = []
+        tokens: list[list[Tensor]] = [[] for _ in self.pattern_codebook]
+        positions: list[list[Tensor]] = [[] for _ in self.pattern_codebook]
+        cells: list[int] = [0 for _ in self.pattern_codebook]
+        n_batches = 0
+        with _batch_statistics(self):
+            for stages in batches:
+                n_batches += 1
+                concepts.append(self._encode_concept(stages[3]))
+                for k, g in enumerate(self._encode_patterns(stages)):
+                    n, _, h, w = g.shape
+                    drawn = [torch.randperm(h * w, generator=generator)[:cells_per_image] for _ in range(n)]
+                    cell = torch.stack(drawn).to(g.device)
+                    grid = positional_encoding(self.d_position, h, w).to(g).flatten(1).mT
+                    tokens[k].append(g.permute(0, 2, 3, 1).flatten(1, 2).take_along_dim(cell[..., None], 1))
+                    positions[k].append(grid[cell])
+                    cells[k] += n * h * w
+        if not n_batches:
+            raise ValueError("the codes are started from features: expected at least one batch, got none.")
+        encoded = torch.cat(concepts)[:, None]
+        self.concept_codebook.initialise(encoded, generator=generator, update_size=len(encoded) / n_batches)
+        index = self.concept_codebook.nearest(encoded, torch.zeros(len(encoded)).long().to(encoded.device))
+        concept = F.embedding(index, self.concept_codebook.embed[0])
+        for k, quantizer in enumerate(self._pattern_codebooks()):
+            residual = _residual(torch.cat(tokens[k]), torch.cat(positions[k]), concept)
+            quantizer.initialise(residual, generator=generator, update_size=cells[k] / n_batches)
+
+
+def _linear(width_in: int, width: int) -> list[nn.Module]:
+    return [nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+
+
+def _with_running_statistics(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """What to do with a single image, which has no statistics of a batch."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _residual(tokens: Tensor, position: Tensor, concept: Tensor) -> Tensor:
+    """Tokens minus base = [position ; ŷ], along the last axis."""
+    d_position = position.shape[-1]
+    return torch.cat([tokens[..., :d_position] - position, tokens[..., d_position:] - concept], -1)
+
+
+def _quantise(quantizer: VectorQuantizer, x: Tensor) -> Quantized:
+    """Quantise in full precision: rounding would change which code is nearest."""
+    with torch.autocast(x.device.type, enabled=False):
+        quantized: Quantized = quantizer(x.to(quantizer.embed.dtype))
+    return quantized
+
+
+@contextmanager
+def _batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norms use the statistics of the batch, and leave the running ones as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    before = [(m.training, m.track_running_stats) for m in norms]
+    try:
+        for m in norms:
+            m.training, m.track_running_stats = True, False
+        yield
+    finally:
+        for m, (training, track) in zip(norms, before):
+            m.training, m.track_running_stats = training, track

@@ -1,0 +1,361 @@
+"""HVQ-Trans: a transformer that rebuilds features from hierarchically quantised ones.
+
+Lu et al., Hierarchical Vector Quantized Transformer for Multi-class Unsupervised Anomaly Detection,
+NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an anomaly through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantize import VectorQuantizer
+from .transformer import Decoder, Encoder, LearnedPosition
+from .transport import KINDS, TransportKind, transport_cost
+
+_SAMPLE_NUMBERS = 2**28
+"""What initialise_codes keeps of the encoder's outputs, in numbers (1 GiB), if that is two cells a code."""
+
+
+class Level(NamedTuple):
+    """One level of the hierarchy, J = 0 (the tokens) to n_layers (the encoder's last state).
+
+    Attributes
+    ----------
+    input : Tensor of shape (N, L, width)
+        What was quantised: E_n on the top level, [E_J ; q_top] below.
+    quantized : Tensor of shape (N, L, width)
+    indices : Tensor of shape (N, L), int64
+    """
+
+    input: Tensor
+    quantized: Tensor
+    indices: Tensor
+
+
+class HVQTransOutput(NamedTuple):
+    """What a pass through :class:`HVQTrans` returns.
+
+    Attributes
+    ----------
+    reconstruction : Tensor of shape (N, C, h, w)
+    commitment : Tensor of shape (N,)
+        Summed over the levels.
+    levels : tuple of Level
+        Levels 0, 1, ..., n_layers.
+    """
+
+    reconstruction: Tensor
+    commitment: Tensor
+    levels: tuple[Level, ...]
+
+
+class HVQTrans(nn.Module):
+    r"""Encoder, one codebook per level and category, decoder, one head per category.
+
+    With tokens :math:`E_0` (1x1 convolution of the features), encoder states :math:`E_1 \dots E_n`, and
+    :math:`VQ_{cj}` the quantiser of category c on level j:
+
+    .. math:: q_n = VQ_{cn}(E_n), \quad q_j = VQ_{cj}([E_j ; q_n]) \; (j < n), \quad
+              \hat f = W_c \, \mathrm{Decoder}(q_{n-1}; [q_{n-1}, \dots, q_0]) + b_c
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the features (C).
+    grid : (int, int)
+        Rows and columns of the features (h, w).
+    n_categories : int
+    d_model : int, default=256
+        Width of the encoder (d); the decoder has twice that.
+    n_layers : int, default=4
+        Layers of the encoder and of the decoder (n).
+    n_heads : int, default=8
+    dim_feedforward : int, default=1024
+    dropout : float, default=0.1
+    n_codes : int, default=512
+        Codes of one codebook (K).
+    decay : float, default=0.99
+        Of the codebooks' moving averages.
+    commitment_weight : float, default=0.25
+    transport : {"conditional", "nearest", "sinkhorn", "exact"}, default="conditional"
+        Cost of the transport terms, see :mod:`vqad.nn.transport`. The release uses "conditional".
+    transport_weight : float, default=0.0
+        Weight in the loss of the mean transport cost over cells and levels. The release has no such term.
+    revive_threshold : float, default=0.03
+        See :class:`VectorQuantizer`; the release does not revive codes: 0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        grid: tuple[int, int],
+        n_categories: int,
+        *,
+        d_model: int = 256,
+        n_layers: int = 4,
+        n_heads: int = 8,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.1,
+        n_codes: int = 512,
+        decay: float = 0.99,
+        commitment_weight: float = 0.25,
+        transport: TransportKind = "conditional",
+        transport_weight: float = 0.0,
+        revive_threshold: float = 0.03,
+    ) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
+        if transport not in KINDS:
+            raise ValueError(f"transport must be one of {', '.join(map(repr, KINDS))}; got {transport!r}.")
+        if transport_weight and transport == "exact":
+            raise ValueError("transport='exact' has no gradient; use 'sinkhorn' with a transport_weight.")
+        self.in_channels = in_channels
+        self.grid = grid
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.commitment_weight = commitment_weight
+        self.transport: TransportKind = transport
+        self.transport_weight = transport_weight
+        width = 2 * d_model
+        self.input_projection = nn.Linear(in_channels, d_model)
+        self.position = LearnedPosition(grid, d_model)
+        self.encoder = Encoder(n_layers, d_model, n_heads, dim_feedforward, dropout)
+        self.codebook = nn.ModuleList(
+            VectorQuantizer(
+                n_codes,
+                width if level < n_layers else d_model,
+                n_groups=n_categories,
+                decay=decay,
+                revive_threshold=revive_threshold,
+            )
+            for level in range(n_layers + 1)
+        )
+        self.decoder = Decoder(n_layers, width, n_heads, dim_feedforward, dropout)
+        self.output_projection = nn.ModuleList(nn.Linear(width, in_channels) for _ in range(n_categories))
+
+    @property
+    def n_categories(self) -> int:
+        """Number of categories."""
+        return len(self.output_projection)
+
+    @property
+    def quantizers(self) -> list[VectorQuantizer]:
+        """The quantisers of levels 0, 1, ..., n_layers."""
+        return cast("list[VectorQuantizer]", list(self.codebook))
+
+    def forward(self, features: Tensor, category: Tensor) -> HVQTransOutput:
+        """Rebuild the features; in training mode the codebooks take a step too.
+
+        Parameters
+        ----------
+        features : Tensor of shape (N, C, h, w)
+        category : Tensor of shape (N,), int64
+        """
+        cells = features.flatten(2).mT
+        rebuilt, commitment, levels = self._forward(cells, category)
+        return HVQTransOutput(
+            rebuilt.mT.reshape(len(features), self.in_channels, *self.grid), commitment, levels
+        )
+
+    def loss(self, features: Tensor, category: Tensor) -> Tensor:
+        """Training loss, a scalar: squared error, commitment, and transport if it has a weight.
+
+        Parameters
+        ----------
+        features : Tensor of shape (N, C, h, w)
+        category : Tensor of shape (N,), int64
+        """
+        cells = features.flatten(2).mT
+        every = range(self.n_layers + 1) if self.transport_weight else range(0)
+        # A step changes the codes: the transport is to those that were looked up.
+        codes = self._codes(category, every)
+        rebuilt, commitment, levels = self._forward(cells, category)
+        loss = F.mse_loss(rebuilt.to(cells.dtype), cells) + self.commitment_weight * commitment.mean()
+        if self.transport_weight:
+            costs = [self._transport(levels[j], codes[j]).mean() for j in every]
+            loss = loss + self.transport_weight * torch.stack(costs).mean()
+        return loss
+
+    @torch.no_grad()
+    def anomaly_map(
+        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        r"""Terms of the anomaly map, each (N, h, w), higher = more anomalous.
+
+        ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` the cost of carrying
+        the cell's input of level J to the codes of its category. The release scores
+        ``reconstruction + 80 * transport_0``.
+
+        Parameters
+        ----------
+        features : Tensor of shape (N, C, h, w)
+        category : Tensor of shape (N,), int64
+        levels : sequence of int, optional
+            Levels whose transport term is wanted; all when left out.
+        """
+        cells = features.flatten(2).mT
+        wanted = range(self.n_layers + 1) if levels is None else levels
+        codes = self._codes(category, wanted)
+        rebuilt, _, passed = self._forward(cells, category)
+        terms = {"reconstruction": torch.linalg.vector_norm(rebuilt.to(cells.dtype) - cells, dim=-1)}
+        for j in wanted:
+            terms[f"transport_{j}"] = self._transport(passed[j], codes[j])
+        return {name: term.view(-1, *self.grid) for name, term in terms.items()}
+
+    @torch.no_grad()
+    def initialise_codes(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        generator: torch.Generator | None = None,
+        max_vectors: int | None = None,
+    ) -> None:
+        """Start the codebooks of the categories in ``batches`` from what the encoder makes of them.
+
+        The top level comes first, because the levels below quantise its codes along with their own state.
+        The codebooks of other categories stay as they are.
+
+        Parameters
+        ----------
+        batches : iterable of (features (N, C, h, w), category (N,))
+            Gone through twice: a list or a data loader, not a generator.
+        generator : torch.Generator, optional
+            CPU generator of all draws; torch's default generator when left out.
+        max_vectors : int, optional
+            Cells of a category that are looked at, a random subset; 16 for every code when left out.
+        """
+        if iter(batches) is batches:
+            raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
+        d, n, cells = self.d_model, self.n_layers, self.grid[0] * self.grid[1]
+        n_codes = self.quantizers[0].n_codes
+        room = _SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
+        limit = max_vectors or max(2 * n_codes, min(16 * n_codes, room))
+        training = self.training
+        self.eval()
+        try:
+            for c, vectors in self._sample(batches, True, limit, generator):
+                self.quantizers[n].initialise(
+                    vectors, c, generator=generator, max_vectors=limit, update_size=cells
+                )
+            for c, vectors in self._sample(batches, False, limit, generator):
+                *states, top = torch.split(vectors, d, -1)
+                for quantizer, state in zip(self.quantizers, states):
+                    joined = torch.cat([state, top], -1)
+                    quantizer.initialise(joined, c, generator=generator, max_vectors=limit, update_size=cells)
+        finally:
+            self.train(training)
+
+    def _sample(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        top: bool,
+        limit: int,
+        generator: torch.Generator | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each category (1,) the vectors of random cells (1, V, ·): E_n, or [E_0; ...; E_{n-1}; q_n]."""
+        n, sample = self.n_layers, _CellSample(limit, generator)
+        for features, category in batches:
+            *states, last = self.encoder(self.input_projection(features.flatten(2).mT), self.position())
+            if top:
+                sample.add(last, category)
+            else:
+                sample.add(torch.cat([*states, self.quantizers[n](last, category).quantized], -1), category)
+        return sample.drawn()
+
+    def add_category(self) -> int:
+        """Append a head and codebooks for one more category, whose number is returned.
+
+        Everything that was there keeps every bit. The new codebooks want :meth:`initialise_codes`.
+        """
+        old = self.output_projection[0].weight
+        self.output_projection.append(nn.Linear(2 * self.d_model, self.in_channels).to(cast(Tensor, old)))
+        for quantizer in self.quantizers:
+            quantizer.add_groups(1)
+        return self.n_categories - 1
+
+    def _forward(self, cells: Tensor, category: Tensor) -> tuple[Tensor, Tensor, tuple[Level, ...]]:
+        """(N, L, C) to the rebuilt (N, L, C), the commitment (N,) and the levels."""
+        position = self.position()
+        levels, commitment = self._quantise(self.encoder(self.input_projection(cells), position), category)
+        memories = [level.quantized for level in reversed(levels[:-1])]
+        decoded = self.decoder(memories, torch.cat([position, position], 1))
+        return self._head(decoded, category), commitment, levels
+
+    def _quantise(self, states: list[Tensor], category: Tensor) -> tuple[tuple[Level, ...], Tensor]:
+        *below, last = self.quantizers
+        top, indices, commitment = last(states[-1], category)
+        levels = []
+        for quantizer, state in zip(below, states):
+            joined = torch.cat([state, top], -1)
+            quantized, index, loss = quantizer(joined, category)
+            levels.append(Level(joined, quantized, index))
+            commitment = commitment + loss
+        return (*levels, Level(states[-1], top, indices)), commitment
+
+    def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
+        """Apply to each image the head of its category; the other heads take no part in the graph."""
+        numbers, counts = torch.unique(category, return_counts=True)
+        heads = [self.output_projection[c] for c in numbers.tolist()]
+        if len(heads) == 1:
+            only: Tensor = heads[0](decoded)
+            return only
+        order = category.argsort(stable=True)
+        parts = torch.split(decoded[order], counts.tolist())
+        return torch.cat([head(part) for head, part in zip(heads, parts)])[order.argsort()]
+
+    def _codes(self, category: Tensor, levels: Iterable[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
+        """Codes and shares of each image on the given levels; None where the look-up itself is the plan."""
+        if self.transport == "nearest":
+            return dict.fromkeys(levels)
+        quantizers = self.quantizers
+        return {j: (quantizers[j].codes(category), quantizers[j].weights(category)) for j in levels}
+
+    def _transport(self, level: Level, codes: tuple[Tensor, Tensor] | None) -> Tensor:
+        # A cost is a small difference of large numbers: never in half precision.
+        z = level.input.to(torch.promote_types(level.input.dtype, torch.float32))
+        if codes is None:
+            return (z - level.quantized.detach()).square().sum(-1)
+        with torch.autocast(z.device.type, enabled=False):
+            return transport_cost(self.transport, z, codes[0].to(z.dtype), codes[1])
+
+
+class _CellSample:
+    """A uniform sample of the cells of each category, out of a stream of batches.
+
+    Every cell draws a key; the cells with the smallest keys stay.
+    """
+
+    def __init__(self, limit: int, generator: torch.Generator | None) -> None:
+        self.limit = limit
+        self.generator = generator
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.bound: dict[int, float] = {}
+
+    def add(self, vectors: Tensor, category: Tensor) -> None:
+        """Offer the cells (N, L, D) of a batch."""
+        for c in torch.unique(category).tolist():
+            offered = vectors[category == c].flatten(0, 1)
+            key = torch.rand(len(offered), generator=self.generator)
+            chosen = (key < self.bound.get(c, 1.0)).nonzero().squeeze(1)
+            self.kept.setdefault(c, []).append((key[chosen], offered[chosen.to(offered.device)]))
+            if sum(len(key) for key, _ in self.kept[c]) > 2 * self.limit:
+                self._thin(c)
+
+    def _thin(self, c: int) -> None:
+        keys, vectors = (torch.cat(parts) for parts in zip(*self.kept[c]))
+        smallest, chosen = keys.topk(min(self.limit, len(keys)), largest=False)
+        self.kept[c] = [(smallest, vectors[chosen.to(vectors.device)])]
+        self.bound[c] = float(smallest[-1])
+
+    def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The category (1,) and the cells (1, V, D) of each category that came."""
+        for c in sorted(self.kept):
+            self._thin(c)
+            ((_, vectors),) = self.kept.pop(c)
+            yield torch.tensor([c], device=vectors.device), vectors.unsqueeze(0)

@@ -1,0 +1,363 @@
+r"""VQ-Flow: normalizing flows on feature maps, conditioned on a hierarchy of vector-quantised codes.
+
+A concept code says what kind of object an image shows, pattern codes say what each cell of it should look
+like, and a flow for each stage, then one over all stages, gives the likelihood of the features given both.
+No labels.
+
+References
+----------
+Zhou, Xu, Song, Shen, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
+Hierarchical Vector Quantization, arXiv 2409.00942.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
+from vqad.nn.hierarchy import CodeHierarchy, Codes
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Where the flows take three stages, and at what change of volume. All lists run over the stages.
+
+    Attributes
+    ----------
+    flow_z : list of Tensor (N, C_k, h_k, w_k)
+        Latents after each stage's own flow.
+    flow_log_det_cells : list of Tensor (N, h_k, w_k)
+        Log-determinant of each cell up to there.
+    z : list of Tensor (N, C_k, h_k, w_k)
+        Latents after mixture and fusion: standard normal under the model.
+    log_det_cells : list of Tensor (N, h_k, w_k)
+        Log-determinant of each cell of the whole transform.
+    """
+
+    flow_z: list[Tensor]
+    flow_log_det_cells: list[Tensor]
+    z: list[Tensor]
+    log_det_cells: list[Tensor]
+
+    @property
+    def flow_log_det(self) -> list[Tensor]:
+        """Log-determinant of each stage's own flow, (N,) each."""
+        return [cells.flatten(1).sum(1) for cells in self.flow_log_det_cells]
+
+    @property
+    def log_det(self) -> Tensor:
+        """Log-determinant of the whole transform, (N,)."""
+        return torch.stack([cells.flatten(1).sum(1) for cells in self.log_det_cells]).sum(0)
+
+    @property
+    def n_dimensions(self) -> int:
+        """Numbers that describe one image."""
+        return sum(z[0].numel() for z in self.z)
+
+    @property
+    def log_prob(self) -> Tensor:
+        r"""Log-density of the features in nats, (N,); without the mixture's volume it is none ("release")."""
+        square = torch.stack([z.square().flatten(1).sum(1) for z in self.z]).sum(0)
+        return self.log_det - 0.5 * square - 0.5 * self.n_dimensions * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class VQFlowOutput:
+    """Everything that one pass computes.
+
+    Attributes
+    ----------
+    codes : Codes
+    latents : Latents
+    loss : Tensor, scalar
+    """
+
+    codes: Codes
+    latents: Latents
+    loss: Tensor
+
+
+class VQFlow(nn.Module):
+    r"""The density of a frozen backbone's features, given codes that are read off the same features.
+
+    .. math::
+
+        \log p(h_1, h_2, h_3 \mid \text{codes}) = \sum_k -\tfrac12 \|z_k\|^2 - \tfrac{D_k}{2} \log 2\pi
+        + \log|\det \partial z / \partial h|
+
+    The loss is minus that plus the commitment of the encoders to their codes. The defaults are the published
+    sizes.
+
+    Parameters
+    ----------
+    channels : sequence of 4 int
+        Channels of the stages :math:`h_1, \dots, h_4`, from the finest. Flows run on the first three.
+    n_concepts, n_patterns : int
+        Codes in the concept codebook, and in each of the four stages' pattern codebooks.
+    d_concept, d_position : int
+        Width of a concept, and of the positional encoding (a multiple of 4). A pattern has both.
+    n_blocks : sequence of 3 int
+        Coupling blocks of each stage's flow.
+    hidden : int, optional
+        Width of the coupling subnets; the published width, that of their input, when left out.
+    clamp : float
+        Largest log-scale of a coupling.
+    likelihood : {"exact", "release"}
+        Whether :math:`-\sum \log\sigma(\hat y)` is in the log-determinant. The public release leaves it out,
+        and its loss adds over the dimensions of an image where ours is their mean, in nats per dimension.
+    commitment_weight : float
+    revive_threshold : float
+        See :class:`vqad.nn.quantize.VectorQuantizer`; the release does not revive codes: 0.
+    condition_path : {"table", "convolution"}
+        How the condition reaches the subnets: looked up by code, or written out and convolved. The same
+        numbers; the second is for comparison and for export.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        n_concepts: int = 32,
+        n_patterns: int = 512,
+        d_concept: int = 512,
+        d_position: int = 64,
+        n_blocks: Sequence[int] = (2, 5, 8),
+        hidden: int | None = None,
+        clamp: float = 1.9,
+        likelihood: Literal["exact", "release"] = "exact",
+        commitment_weight: float = 1.0,
+        revive_threshold: float = 0.03,
+        condition_path: Literal["table", "convolution"] = "table",
+    ) -> None:
+        super().__init__()
+        if len(channels) != 4 or len(n_blocks) != 3:
+            raise ValueError(
+                "VQ-Flow reads four stages and has flows on the first three: expected 4 channels and "
+                f"3 n_blocks, got channels={tuple(channels)} and n_blocks={tuple(n_blocks)}."
+            )
+        self.channels = tuple(channels)
+        self.likelihood = likelihood
+        self.commitment_weight = commitment_weight
+        self.condition_path = condition_path
+        self.hierarchy = CodeHierarchy(
+            channels,
+            n_concepts=n_concepts,
+            n_patterns=n_patterns,
+            d_concept=d_concept,
+            d_position=d_position,
+            revive_threshold=revive_threshold,
+        )
+        width, exact = d_position + 2 * d_concept, likelihood == "exact"
+        self.scale_flow = nn.ModuleList(
+            ConditionalFlow(c, width, n, hidden=hidden, clamp=clamp) for c, n in zip(channels, n_blocks)
+        )
+        self.mixture = nn.ModuleList(MixtureComponent(c, d_concept, exact=exact) for c in channels[:3])
+        self.fusion = FusionFlow(channels[:3], width, clamp=clamp)
+        self._tables: dict[tuple[int, ...], Tensor] | None = None
+        self._tables_state: list[tuple[int, int]] = []
+
+    # ---- what the floors above call
+
+    def loss(self, features: Sequence[Tensor], category: Tensor | None = None) -> Tensor:
+        """Minus the log-likelihood plus the commitment, a scalar; ``category`` is not used.
+
+        Parameters
+        ----------
+        features : sequence of 4 Tensor (N, C_k, H_k, W_k)
+            The backbone's stages, from the finest, before any pooling.
+        """
+        output: VQFlowOutput = self(features)
+        return output.loss
+
+    def anomaly_map(self, features: Sequence[Tensor], category: Tensor | None = None) -> dict[str, Tensor]:
+        r"""Terms of the likelihood of every cell, higher = more anomalous; ``category`` is not used.
+
+        Returns
+        -------
+        dict of str to Tensor (N, h_k, w_k), for k = 1, 2, 3, each on its own stage's grid
+            ``"log_likelihood_k"``: :math:`\frac{1}{2 C_k} \sum_c z_k^2`, the term of the published maps.
+            ``"volume_k"``: :math:`-\frac{1}{C_k} \log|\det|` of the cell. The sum of the two and
+            :math:`\frac12 \log 2\pi` is minus the exact log-density in nats per channel: summed over
+            channels, cells and stages, minus :attr:`Latents.log_prob`.
+        """
+        output: VQFlowOutput = self(features)
+        latents = output.latents
+        terms = {f"log_likelihood_{k}": 0.5 * z.square().mean(1) for k, z in enumerate(latents.z, 1)}
+        for k, (log_det, c) in enumerate(zip(latents.log_det_cells, self.channels), 1):
+            terms[f"volume_{k}"] = -log_det / c
+        return terms
+
+    def initialise_codes(
+        self,
+        batches: Iterable[tuple[Sequence[Tensor], Tensor | None]],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Start all codebooks from what the encoders make of data, by k-means++.
+
+        Parameters
+        ----------
+        batches : iterable of (features, category)
+            As for :meth:`loss`, of normal images, two or more in a batch. Read once; ``category`` is not
+            used.
+        generator : torch.Generator, optional
+            CPU generator of all draws; torch's default generator when left out.
+        """
+        self.hierarchy.initialise((self.pool(features) for features, _ in batches), generator=generator)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Keep the tables of all codes for the scoring calls made inside, under ``torch.no_grad``.
+
+        They are built when first needed, built again if a parameter or a codebook has changed since, and
+        dropped at the end. Without this, every call makes the tables of just the codes that it meets.
+        """
+        self._tables = {}
+        try:
+            yield
+        finally:
+            self._tables = None
+
+    # ---- the computation
+
+    def forward(self, features: Sequence[Tensor]) -> VQFlowOutput:
+        """Encode, quantise, transform.
+
+        Parameters
+        ----------
+        features : sequence of 4 Tensor (N, C_k, H_k, W_k)
+            The backbone's stages, from the finest, before any pooling.
+        """
+        stages = self.pool(features)
+        codes: Codes = self.hierarchy(stages)
+        latents = self.transform(stages[:3], codes)
+        objective, dimensions = -latents.log_prob.mean(), latents.n_dimensions
+        if self.likelihood == "release":
+            objective = objective - 0.5 * dimensions * math.log(2 * math.pi)
+        else:
+            objective = objective / dimensions
+        return VQFlowOutput(codes, latents, objective + self.commitment_weight * codes.commitment)
+
+    def pool(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The stages as codes and flows see them: the first three averaged 3×3 with stride 2."""
+        got = [tuple(f.shape) for f in features]
+        if len(got) != 4 or any(len(shape) != 4 for shape in got) or [s[1] for s in got] != [*self.channels]:
+            raise ValueError(
+                f"expected the backbone's four stages with {self.channels} channels, each (N, C, h, w); "
+                f"got shapes {got}. Build the module with the channels of its features."
+            )
+        dtype = self.hierarchy.concept_codebook.embed.dtype
+        maps = [f.to(dtype).contiguous(memory_format=torch.channels_last) for f in features]
+        return [F.avg_pool2d(f, 3, 2, 1) for f in maps[:3]] + maps[3:]
+
+    def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
+        """Pooled stages 1 to 3 to latents, given the codes."""
+        flow_z, flow_cells, mixed, cells = [], [], [], []
+        for k, (x, flow, mixture) in enumerate(zip(stages, self._flows(), self._mixtures())):
+            z, of_flow = flow.transform(x, self._project(k, codes))
+            standard, of_mixture = mixture(z, codes.concept)
+            flow_z.append(z)
+            flow_cells.append(of_flow)
+            mixed.append(standard)
+            cells.append(of_flow + of_mixture[:, None, None])
+        z_all, of_fusion = self.fusion.transform(mixed, self._project(3, codes))
+        return Latents(flow_z, flow_cells, z_all, [a + b for a, b in zip(cells, of_fusion)])
+
+    def restore(self, z: Sequence[Tensor], codes: Codes) -> list[Tensor]:
+        """The pooled stages 1 to 3 that :meth:`transform` maps to ``z``, given the same codes."""
+        stages = []
+        mixed = self.fusion.restore(z, self._project(3, codes))
+        for k, (x, flow, mixture) in enumerate(zip(mixed, self._flows(), self._mixtures())):
+            stages.append(flow.restore(mixture.inverse(x, codes.concept), self._project(k, codes)))
+        return stages
+
+    def _flows(self) -> list[ConditionalFlow]:
+        return [cast(ConditionalFlow, flow) for flow in self.scale_flow]
+
+    def _mixtures(self) -> list[MixtureComponent]:
+        return [cast(MixtureComponent, mixture) for mixture in self.mixture]
+
+    def _project(self, k: int, codes: Codes) -> list[Tensor]:
+        """What the condition of stage k + 1 adds to the first convolution of each subnet that sees it."""
+        condition = codes.conditions[k]
+        projection = (self.fusion if k == 3 else self._flows()[k]).project
+        if self.condition_path == "convolution":
+            return projection(condition.dense())  # type: ignore[no-any-return]
+        if self._tables is None or torch.is_grad_enabled():
+            return projection.from_codes(condition)
+        state = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
+        if state != self._tables_state:
+            self._tables.clear()
+            self._tables_state = state
+        key = (k, *condition.index.shape[1:])
+        if key not in self._tables:
+            concepts = self.hierarchy.concept_codebook.embed[0]
+            self._tables[key] = projection.table(condition.codes, condition.position, concepts)
+        return projection.from_table(self._tables[key], condition, codes.concept_index)
+
+
+# ------------------------------------------------------------------ the published maps and scores
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
+
+
+def multiplicative_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    r"""The published map for image scores: :math:`1 - P / \max P` with :math:`P = \prod_k p_k`.
+
+    Parameters
+    ----------
+    terms : sequence of Tensor (N, h_k, w_k)
+        :math:`-\log p_k`: the ``log_likelihood_k`` of :meth:`VQFlow.anomaly_map`.
+    size : (int, int)
+        Height and width of the map.
+
+    Returns
+    -------
+    Tensor of shape (N, height, width), in 0..1
+    """
+    log_p = -torch.stack([_resize(term, size) for term in terms]).sum(0)
+    return 1 - (log_p - log_p.amax((1, 2), keepdim=True)).exp()
+
+
+def additive_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    r"""The published map for localisation: :math:`\sum_k p_k / \max p_k`, taken from its maximum.
+
+    Parameters and result as in :func:`multiplicative_map`; the range is 0 to the number of stages.
+    """
+    p = torch.stack([_resize((term.amin((1, 2), keepdim=True) - term).exp(), size) for term in terms]).sum(0)
+    return p.amax((1, 2), keepdim=True) - p
+
+
+def density_map(terms: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    r"""Minus the log-density of every cell in nats per channel, summed over stages: one scale for all images.
+
+    Parameters
+    ----------
+    terms : dict
+        What :meth:`VQFlow.anomaly_map` returns.
+    size : (int, int)
+        Height and width of the map.
+
+    Returns
+    -------
+    Tensor of shape (N, height, width)
+    """
+    stages = [terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"] for k in (1, 2, 3)]
+    constant = 0.5 * math.log(2 * math.pi) * len(stages)
+    return torch.stack([_resize(stage, size) for stage in stages]).sum(0) + constant
+
+
+def image_score(anomaly_map: Tensor, fraction: float = 0.03) -> Tensor:
+    """Mean of the largest ``fraction`` of a map's values, (N, height, width) to (N,)."""
+    values = anomaly_map.flatten(1)
+    return values.topk(max(1, int(values.shape[1] * fraction)), 1).values.mean(1)

@@ -1,0 +1,328 @@
+"""The one training loop: device, precision, seed, schedule, progress, early stopping. Only this module steps an optimiser."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vqad.nn.quantize import VectorQuantizer
+
+logger = logging.getLogger("vqad")
+
+Features = Tensor | Sequence[Tensor]
+
+
+class Trainable(Protocol):
+    """What the loop asks of a model beyond being an ``nn.Module``."""
+
+    def loss(self, features: Features, category: Tensor) -> Tensor:
+        """Scalar training loss of a batch."""
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """Features by index, wherever they are kept."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Features:
+        """Features of some images, float, on the CPU."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How to train. Names follow scikit-learn's ``MLPClassifier`` where it has one.
+
+    Attributes
+    ----------
+    max_iter : int
+        Passes over the training images.
+    schedule : {"cosine", "step"}
+        "cosine": linear warm-up over the first twentieth of the steps, then half a cosine down to zero.
+        "step": constant, times 0.1 at 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
+    clip_norm : float
+        Gradients are scaled down to this norm; infinity leaves them alone.
+    """
+
+    max_iter: int = 50
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    schedule: str = "cosine"
+    early_stopping: bool = False
+    n_iter_no_change: int = 10
+    tol: float = 1e-4
+    verbose: int = 0
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Factor on the learning rate at ``step`` of ``n_steps``."""
+        if self.schedule == "step":
+            return 1.0 if step < 0.8 * n_steps else 0.1
+        warm_up = max(1, n_steps // 20)
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
+
+
+@dataclass
+class TrainingLog:
+    """What happened.
+
+    Attributes
+    ----------
+    loss_curve : list of float
+        Mean training loss of every pass.
+    validation_curve : list of float
+        Loss of the validation images after every pass; empty without early stopping.
+    perplexity : list of float
+        Mean number of codes in effective use after every pass.
+    interrupted : bool
+        Whether Ctrl-C ended the training; the model is as it was after the last finished step.
+    """
+
+    loss_curve: list[float] = field(default_factory=list)
+    validation_curve: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+
+    @property
+    def n_iter(self) -> int:
+        return len(self.loss_curve)
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to work on; "auto" takes CUDA where there is one.
+
+    Raises
+    ------
+    ValueError
+        When the asked device is unknown or not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'.") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device here; use device='auto'.")
+    return picked
+
+
+def native_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """bfloat16 where the hardware multiplies in it natively, or where asked for; float32 elsewhere.
+
+    Emulated bfloat16 is a hundred times slower than float32 on a CPU without AMX or AVX512-BF16.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        amx = torch.cpu.get_capabilities()
+        return bool(amx.get("amx_bf16") or amx.get("amx_tile") or amx.get("avx512_bf16"))
+    except AttributeError:  # torch < 2.10
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's random state set from ``seed``; leave the global state as it was found."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def to_device(features: Features, device: torch.device) -> Features:
+    """Move one map or a list of maps."""
+    if isinstance(features, Tensor):
+        return features.to(device, non_blocking=True)
+    return [f.to(device, non_blocking=True) for f in features]
+
+
+class Trainer:
+    """Trains one model on cached features.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the methods of `Trainable`.
+    source : FeatureSource
+    category : Tensor of shape (n,), int64
+        Category number of every image of ``source``.
+    plan : TrainingPlan
+    device, dtype : torch.device, torch.dtype
+        Where to work; a ``dtype`` other than float32 turns autocast on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: FeatureSource,
+        category: Tensor,
+        plan: TrainingPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.category = category
+        self.plan = plan
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = plan.batch_size
+
+    def fit(self, train: Tensor, validation: Tensor | None = None) -> TrainingLog:
+        """Train on the images ``train``, watch the loss on the images ``validation``.
+
+        Returns
+        -------
+        log : TrainingLog
+        """
+        plan, log, started = self.plan, TrainingLog(), time.monotonic()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step, n_steps))
+        best = _Best(plan.tol, plan.n_iter_no_change)
+        self.model.to(self.device).train()
+        try:
+            bar = tqdm(range(plan.max_iter), desc="training", unit="pass", disable=not plan.verbose)
+            for iteration in bar:
+                log.loss_curve.append(self._one_pass(train, optimizer, schedule))
+                log.perplexity.append(codebook_perplexity(self.model))
+                shown = {"loss": f"{log.loss_curve[-1]:.4f}", "codes": f"{log.perplexity[-1]:.0f}"}
+                if validation is not None:
+                    log.validation_curve.append(self.evaluate(validation))
+                    shown["validation"] = f"{log.validation_curve[-1]:.4f}"
+                bar.set_postfix(shown)
+                logger.info("pass %d/%d: %s", iteration + 1, plan.max_iter, shown)
+                if not math.isfinite(log.loss_curve[-1]):
+                    raise ValueError(
+                        f"The training loss became {log.loss_curve[-1]} in pass {iteration + 1}. Lower learning_rate "
+                        f"(now {plan.learning_rate}), or use precision='float32'."
+                    )
+                if validation is not None and best.should_stop(log.validation_curve[-1], self.model):
+                    break
+            best.restore(self.model)
+        except KeyboardInterrupt:
+            log.interrupted = True
+            warnings.warn(
+                f"Training was interrupted after {log.n_iter} of {plan.max_iter} passes; "
+                "the model keeps what it has learned so far.",
+                stacklevel=2,
+            )
+        finally:
+            self.model.to("cpu").eval()
+        log.seconds = time.monotonic() - started
+        return log
+
+    def _one_pass(
+        self,
+        train: Tensor,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> float:
+        self.model.train()
+        order = train[torch.randperm(len(train))]
+        total = torch.zeros((), device=self.device)
+        for indices in order.split(self.plan.batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            total += self._backward(indices) * len(indices)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
+            optimizer.step()
+            schedule.step()
+        return float(total) / len(train)
+
+    def _backward(self, indices: Tensor) -> Tensor:
+        """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
+        parts = indices.split(self.batch_size)
+        try:
+            total = torch.zeros((), device=self.device)
+            for part in parts:
+                loss = self._loss(part) * (len(part) / len(indices))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            return total
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+            self.batch_size = max(1, self.batch_size // 2)
+            warnings.warn(
+                f"Out of device memory: going on with batches of {self.batch_size} images.", stacklevel=2
+            )
+        self.model.zero_grad(set_to_none=True)
+        return self._backward(indices)
+
+    def _loss(self, indices: Tensor) -> Tensor:
+        features = to_device(self.source.batch(indices), self.device)
+        category = self.category[indices].to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss: Tensor = self.model.loss(features, category)
+        return loss
+
+    @torch.inference_mode()
+    def evaluate(self, indices: Tensor) -> float:
+        """Mean loss of some images in evaluation mode."""
+        self.model.eval()
+        total = 0.0
+        for part in indices.split(self.batch_size):
+            total += float(self._loss(part)) * len(part)
+        self.model.train()
+        return total / len(indices)
+
+
+def codebook_perplexity(model: nn.Module) -> float:
+    """Effective number of codes in use, the mean over all codebooks of a model."""
+    books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
+    return float(torch.cat(books).mean()) if books else float("nan")
+
+
+class _Best:
+    """The best state seen, and how long ago that was."""
+
+    def __init__(self, tol: float, patience: int) -> None:
+        self.tol = tol
+        self.patience = patience
+        self.loss = math.inf
+        self.waited = 0
+        self.state: dict[str, Tensor] | None = None
+
+    def should_stop(self, loss: float, model: nn.Module) -> bool:
+        self.waited = 0 if loss < self.loss - self.tol else self.waited + 1
+        if loss < self.loss:
+            self.loss = loss
+            self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        return self.waited >= self.patience
+
+    def restore(self, model: nn.Module) -> None:
+        if self.state is not None:
+            model.load_state_dict(self.state)
+
+
+def free_memory_limit() -> int:
+    """Bytes that features may take in memory before they go to disk: a quarter of what the machine has."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * page // 4
