@@ -43,9 +43,7 @@ CANDIDATES: dict[str, dict[str, Metric]] = {
     },
     "scikit-learn": {
         "pixel_auroc": lambda masks, maps: float(roc_auc_score(masks.ravel(), maps.ravel())),
-        "pixel_average_precision": lambda masks, maps: float(
-            average_precision_score(masks.ravel(), maps.ravel())
-        ),
+        "pixel_average_precision": lambda masks, maps: float(average_precision_score(masks.ravel(), maps.ravel())),
         "pixel_f1_max": sklearn_f1_max,
     },
 }
@@ -97,13 +95,9 @@ def measure(library: str, name: str, pixels: int, repeats: int) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=float, default=1e8)
-    parser.add_argument(
-        "--sklearn-pixels", type=float, default=1e7, help="most given to scikit-learn, 0: none"
-    )
+    parser.add_argument("--sklearn-pixels", type=float, default=1e7, help="most given to scikit-learn, 0: none")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs=2, metavar=("LIBRARY", "METRIC"), help="measure here, print JSON")
     options = parser.parse_args()

@@ -59,9 +59,7 @@ def test_mvtec_train_split_is_the_normal_images(mvtec_root):
 
 def test_mvtec_test_split_has_labels_and_masks_in_natural_order(mvtec_root):
     data = load_mvtec(mvtec_root, categories="nut", split="test")
-    assert ends(data.paths) == [f"test/good/{k}.png" for k in range(2)] + [
-        f"test/scratch/{k}.png" for k in range(11)
-    ]
+    assert ends(data.paths) == [f"test/good/{k}.png" for k in range(2)] + [f"test/scratch/{k}.png" for k in range(11)]
     assert data.target.tolist() == [1] * 2 + [-1] * 11
     assert data.defect.tolist() == ["good"] * 2 + ["scratch"] * 11
     assert data.mask_paths[:2] == [None, None]
@@ -175,9 +173,7 @@ def test_subfolders_are_categories(tmp_path):
 def test_folder_category_and_target_can_be_given(tmp_path):
     for name in ("good/a.png", "bad/b.png"):
         save_png(tmp_path / name, np.zeros((4, 4), np.uint8))
-    data = load_folder(tmp_path / "good", category="nut") + load_folder(
-        tmp_path / "bad", category="nut", target=-1
-    )
+    data = load_folder(tmp_path / "good", category="nut") + load_folder(tmp_path / "bad", category="nut", target=-1)
     assert data.category.tolist() == ["nut", "nut"]
     assert data.target.tolist() == [1, -1]
     assert data.defect.tolist() == ["good", "defect"]
@@ -323,9 +319,7 @@ def test_repr_counts_images_and_masks(mvtec_root):
 def test_mask_of_another_size_is_refused(mvtec_root):
     save_png(mvtec_root / "nut" / "ground_truth" / "scratch" / "4_mask.png", np.zeros((6, 5), np.uint8))
     data = load_mvtec(mvtec_root, categories="nut", split="test")
-    with pytest.raises(
-        ValueError, match=r"4_mask\.png' has shape \(6, 5\), but image 6 of X.*4\.png', has \(12, 10\)"
-    ):
+    with pytest.raises(ValueError, match=r"4_mask\.png' has shape \(6, 5\), but image 6 of X.*4\.png', has \(12, 10\)"):
         data.mask(6)
 
 
@@ -444,9 +438,7 @@ def test_defects_change_the_part_inside_their_mask_only(category, kind, n):
 
 def test_parts_of_one_kind_vary_and_kinds_differ():
     parts = make_textured_parts(40, 0, image_size=32, random_state=0)
-    means = {
-        name: parts.images[parts.category == name].mean(axis=(1, 2)) for name in np.unique(parts.category)
-    }
+    means = {name: parts.images[parts.category == name].mean(axis=(1, 2)) for name in np.unique(parts.category)}
     for name, of_kind in means.items():
         assert of_kind.std(axis=0).max() > 2, f"every {name} is equally bright"
         others = np.concatenate([values for other, values in means.items() if other != name])

@@ -216,13 +216,11 @@ def test_dropout_keeps_the_asked_share_and_the_expectation(dtype, p):
 
 @pytest.mark.parametrize("n", [64, 2**15])
 def test_dropped_elements_are_pairwise_independent(n):
-    p, draws = 0.3, 4000
+    p, draws = 0.3, 2000
     dropped = torch.stack([dropout(torch.ones(n), p)[:: n // 64] == 0 for _ in range(draws)]).double()
     covariance = torch.cov(dropped.T)
     deviation = p * (1 - p) / draws**0.5
-    torch.testing.assert_close(
-        covariance.diagonal(), torch.full((64,), p * (1 - p)).double(), atol=0.02, rtol=0
-    )
+    torch.testing.assert_close(covariance.diagonal(), torch.full((64,), p * (1 - p)).double(), atol=0.03, rtol=0)
     off_diagonal = covariance[~torch.eye(64, dtype=torch.bool)]
     assert off_diagonal.abs().max() < 5.5 * deviation
 
@@ -309,9 +307,7 @@ def test_loss_is_squared_error_plus_weighted_commitment():
 @pytest.mark.parametrize("transport", ["conditional", "nearest", "sinkhorn"])
 def test_transport_weight_adds_the_mean_transport_and_its_gradient(transport):
     plain = small(transport=transport, dropout=0.0).double()
-    plain.initialise_codes(
-        [tuple(t.double() if t.is_floating_point() else t for t in batch(0, 1, 2, 0, 1, 2))]
-    )
+    plain.initialise_codes([tuple(t.double() if t.is_floating_point() else t for t in batch(0, 1, 2, 0, 1, 2))])
     weighted = copy.deepcopy(plain)
     weighted.transport_weight = 0.5
     features, category = batch(2, 0, 1)
@@ -370,9 +366,7 @@ def test_images_of_the_three_memory_layouts_give_the_same():
     model = small().eval()
     features, category = batch(2, 0)
     channels_last = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    torch.testing.assert_close(
-        model(features, category).reconstruction, model(channels_last, category).reconstruction
-    )
+    torch.testing.assert_close(model(features, category).reconstruction, model(channels_last, category).reconstruction)
 
 
 def trained(seed: int) -> HVQTrans:
@@ -381,7 +375,7 @@ def trained(seed: int) -> HVQTrans:
     data = [batch(0, 1, 2, 1), batch(2, 2, 0, 1)]
     model.initialise_codes(data)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(20):
+    for _ in range(6):
         for features, category in data:
             optimizer.zero_grad()
             model.loss(features, category).backward()
@@ -428,7 +422,6 @@ def test_initialised_codes_are_used_and_near_the_encoder_s_outputs():
 def test_initialising_codes_touches_only_the_categories_that_came_and_no_global_state():
     model = small()
     before = copy.deepcopy(model.state_dict())
-    state = torch.get_rng_state()
     data = [batch(0, 2), batch(2, 2)]
     state = torch.get_rng_state()
     model.initialise_codes(data, generator=torch.Generator().manual_seed(1), max_vectors=20)
@@ -511,3 +504,52 @@ def test_maps_under_bfloat16_autocast_are_close_to_the_full_precision(transport)
 def test_parameters_that_cannot_work_are_named(parameters, message):
     with pytest.raises(ValueError, match=message):
         small(**parameters)
+
+
+# ------------------------------------------------------------------ patches and the projection's start
+
+
+def test_patches_fold_and_unfold_without_loss():
+    model = HVQTrans(5, (6, 8), 1, d_model=8, n_layers=1, n_heads=2, dim_feedforward=8, n_codes=4, patch_size=2)
+    features = torch.randn(3, 5, 6, 8)
+    tokens = model._tokens(features)
+    assert tokens.shape == (3, 12, 20)
+    # Token (row 1, column 2) is the patch of rows 2..3 and columns 4..5.
+    assert torch.equal(tokens[:, 6].sort(-1).values, features[:, :, 2:4, 4:6].flatten(1).sort(-1).values)
+    assert torch.equal(model._untokenise(tokens), features)
+
+
+def test_map_of_patches_is_on_the_grid_of_the_features():
+    model = HVQTrans(
+        5, (6, 8), 1, d_model=8, n_layers=1, n_heads=2, dim_feedforward=8, n_codes=4, patch_size=2, transport="nearest"
+    ).eval()
+    features, category = torch.randn(3, 5, 6, 8), torch.zeros(3, dtype=torch.long)
+    terms = model.anomaly_map(features, category)
+    assert {tuple(term.shape) for term in terms.values()} == {(3, 6, 8)}
+    with torch.no_grad():
+        error = model(features, category).reconstruction - features
+    torch.testing.assert_close(terms["reconstruction"], error.square().sum(1).sqrt())
+
+
+def test_patch_size_that_does_not_divide_the_grid_is_refused():
+    with pytest.raises(ValueError, match="patch_size=2 does not divide the grid of 6 x 7"):
+        HVQTrans(5, (6, 7), 1, d_model=8, patch_size=2)
+
+
+def test_projection_starts_as_principal_components():
+    torch.manual_seed(0)
+    mixing = torch.randn(12, 12)
+    features = [torch.einsum("nchw,cd->ndhw", torch.randn(8, 12, 4, 4), mixing) + 3 for _ in range(4)]
+    category = torch.zeros(8, dtype=torch.long)
+    model = HVQTrans(12, (4, 4), 1, d_model=8, n_layers=1, n_heads=2, dim_feedforward=8, n_codes=4)
+    model.initialise_projection([(f, category) for f in features])
+    tokens = torch.cat([model._tokens(f).flatten(0, 1) for f in features])
+    projected = model.input_projection(tokens).detach()
+    covariance = projected.T.cov()
+    assert projected.mean(0).abs().max() < 1e-4  # centred
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-3  # uncorrelated
+    assert covariance.diagonal().mean() == pytest.approx(1, abs=1e-2)  # of variance 1 in the mean
+    # No linear map to as many dimensions keeps more: compare with the singular values.
+    singular = torch.linalg.svdvals(tokens - tokens.mean(0))
+    share = covariance.diagonal() / covariance.diagonal().sum()
+    torch.testing.assert_close(share, singular[:8].square() / singular[:8].square().sum(), rtol=1e-3, atol=1e-4)

@@ -303,9 +303,7 @@ def test_exif_orientation_is_applied_and_size_agrees(orientation, suffix, tmp_pa
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {".jpg": {"quality": 100}, ".webp": {"lossless": True}}.get(suffix, {})
-    path = saved(
-        tmp_path, Image.fromarray(np.ascontiguousarray(stored)), f"turned{suffix}", exif=exif, **options
-    )
+    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(stored)), f"turned{suffix}", exif=exif, **options)
     images = check_images([path])
     assert images.size(0) == (24, 40)
     np.testing.assert_allclose(images.pixels(0)[..., 0], scene / 255, atol=0.02)
@@ -329,9 +327,7 @@ def test_truncated_file_is_named(keep, suffix, tmp_path, colour_images):
     paths = save_all(tmp_path, colour_images, suffix)
     paths[3].write_bytes(paths[3].read_bytes()[:keep])
     images = check_images(paths)
-    with pytest.raises(
-        ValueError, match=rf"image 3 of X, path .*3{suffix}', is truncated or not an image \("
-    ):
+    with pytest.raises(ValueError, match=rf"image 3 of X, path .*3{suffix}', is truncated or not an image \("):
         images.load(range(5), (8, 8))
     with pytest.raises(ValueError, match=r"^image 3 of X, path"):
         images.subset([4, 3]).pixels(1)
@@ -424,10 +420,7 @@ def test_halving_by_load_averages_the_area():
     image = np.random.default_rng(4).random((12, 16))
     weights = np.array([1, 3, 3, 1]) / 8
     expected = np.array(
-        [
-            [weights @ image[2 * i - 1 : 2 * i + 3, 2 * j - 1 : 2 * j + 3] @ weights for j in (1, 2, 3)]
-            for i in (1, 2)
-        ]
+        [[weights @ image[2 * i - 1 : 2 * i + 3, 2 * j - 1 : 2 * j + 3] @ weights for j in (1, 2, 3)] for i in (1, 2)]
     )
     loaded = check_images([image]).load([0], (6, 8))[0, 0, 1:3, 1:4]
     np.testing.assert_allclose(loaded.numpy(), expected, atol=1e-6)
@@ -581,9 +574,7 @@ def test_non_finite_pixels_are_named(bad, form):
 def test_float_pixels_of_0_to_255_are_explained():
     X = np.full((2, 8, 8), 0.5)
     X[1, 0, 0] = 250.0
-    with pytest.raises(
-        ValueError, match=r"image 1 of X has float pixels from 0\.5 to 250.*divide them by 255"
-    ):
+    with pytest.raises(ValueError, match=r"image 1 of X has float pixels from 0\.5 to 250.*divide them by 255"):
         check_images(X).load([0, 1], (8, 8))
     with pytest.raises(ValueError, match=r"from -1 to 0"):
         check_images([np.array([[-1.0, 0.0]])]).pixels(0)

@@ -168,9 +168,7 @@ def test_image_metrics_take_lists_and_integer_scores():
     assert metrics.image_auroc((1.0, -1.0), np.array([3, 1], np.uint8)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "metric", [metrics.image_auroc, metrics.image_average_precision, metrics.image_f1_max]
-)
+@pytest.mark.parametrize("metric", [metrics.image_auroc, metrics.image_average_precision, metrics.image_f1_max])
 @pytest.mark.parametrize(
     ("y", "score", "message"),
     [
@@ -272,9 +270,7 @@ def test_aupro_is_a_roc_curve_in_which_every_region_weighs_the_same(limit):
     for mask, weight in zip(masks, weights):
         for region in flood_regions(mask):
             weight[tuple(zip(*region))] = 1 / len(region)
-    fpr, pro, _ = roc_curve(
-        masks.ravel(), maps.ravel(), sample_weight=weights.ravel(), drop_intermediate=False
-    )
+    fpr, pro, _ = roc_curve(masks.ravel(), maps.ravel(), sample_weight=weights.ravel(), drop_intermediate=False)
     inside = fpr <= limit
     x, y = np.append(fpr[inside], limit), np.append(pro[inside], np.interp(limit, fpr, pro))
     expected = np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / limit
@@ -539,9 +535,7 @@ def test_the_table_has_a_line_for_everything_and_says_what_is_missing(benchmark_
     assert firsts == ["category", "bolt", "clean", "nut", "unmasked", "mean", "pooled"]
     nut = next(line for line in lines if line.startswith("nut"))
     assert nut.split()[3] == f"{evaluation.per_category['nut']['image_auroc']:.4f}"
-    ends = [
-        len(line) for line in lines if line.startswith(("category", "bolt", "clean", "nut", "mean", "---"))
-    ]
+    ends = [len(line) for line in lines if line.startswith(("category", "bolt", "clean", "nut", "mean", "---"))]
     assert len(set(ends)) == 1
     assert "no anomalies, so no image metrics: clean; left out of the mean." in lines[-2]
     assert "so no pixel metrics: clean, unmasked; left out of the mean." in lines[-1]

@@ -198,9 +198,7 @@ def test_initialise_with_no_more_vectors_than_codes_places_a_code_on_each(n_vect
     x = torch.randn(1, n_vectors, 4)
     quantizer = VectorQuantizer(8, 4)
     quantizer.initialise(x)
-    torch.testing.assert_close(
-        distance_to_codes(quantizer, x).amin(1), torch.zeros(n_vectors), atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(distance_to_codes(quantizer, x).amin(1), torch.zeros(n_vectors), atol=2e-3, rtol=0)
     assert quantizer.embed.isfinite().all()
 
 

@@ -90,12 +90,12 @@ def test_sinkhorn_tends_to_exact_as_the_regularisation_vanishes():
     z, codes, weights = problem()
     optimum = transport.exact(z, codes, weights).mean(1)
     gaps = []
-    for reg in (1.0, 0.1, 0.01):
-        value = transport.sinkhorn(z, codes, weights, reg=reg, n_iter=5000).mean(1)
+    for reg in (1.0, 0.1, 0.02):
+        value = transport.sinkhorn(z, codes, weights, reg=reg, n_iter=2000).mean(1)
         gaps.append(float((value - optimum).max()))
         assert (value >= optimum - 1e-6).all()
     assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[2] < 0.01 * float(optimum.mean())
+    assert gaps[2] < 0.02 * float(optimum.mean())
 
 
 @settings(max_examples=15, deadline=None)
@@ -128,9 +128,7 @@ def test_cost_of_an_image_does_not_depend_on_its_company(kind):
     z, codes, weights = problem(n=5, length=9, k=7)
     z[3] *= 100
     together = transport_cost(kind, z, codes, weights)
-    alone = torch.cat(
-        [transport_cost(kind, z[i : i + 1], codes[i : i + 1], weights[i : i + 1]) for i in range(5)]
-    )
+    alone = torch.cat([transport_cost(kind, z[i : i + 1], codes[i : i + 1], weights[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(together, alone)
 
 

@@ -159,9 +159,7 @@ def test_gradients_codebooks_and_batch_statistics_of_a_training_step_are_the_rel
         same(gradients[name], value)
     state = module.state_dict()
     after = golden.under("after.")
-    moved = {
-        n for n in state if n.endswith(("running_mean", "running_var", "embed", "embed_avg", "cluster_size"))
-    }
+    moved = {n for n in state if n.endswith(("running_mean", "running_var", "embed", "embed_avg", "cluster_size"))}
     assert after.keys() == moved
     for name, value in after.items():
         same(state[name], value)
@@ -199,9 +197,7 @@ def awake(module: VQFlow) -> VQFlow:
 def test_the_density_given_the_codes_integrates_to_one_and_the_releases_does_not(likelihood):
     """Six dimensions, by quasi-random points of a wide normal density."""
     channels, n = (2, 2, 2, 4), 2**15
-    module = VQFlow(
-        channels, **{**SIZES, "d_concept": 4, "d_position": 4, "hidden": 6}, likelihood=likelihood
-    ).double()
+    module = VQFlow(channels, **{**SIZES, "d_concept": 4, "d_position": 4, "hidden": 6}, likelihood=likelihood).double()
     awake(module).eval()
     with torch.no_grad():
         codes = module(features_like(1, ((1, 1),) * 4, channels)).codes
@@ -296,10 +292,11 @@ def test_looked_up_and_convolved_conditions_give_the_same_training_step():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
 
-def test_prepared_tables_give_the_same_maps_and_are_never_stale():
+@pytest.mark.parametrize("inference", [False, True])
+def test_prepared_tables_give_the_same_maps_and_are_never_stale(inference):
     module, features = awake(small(hidden=6)).eval(), features_like(3)
     plain = small(hidden=6, condition_path="convolution").eval()
-    with torch.no_grad(), module.prepared():
+    with torch.inference_mode(inference), torch.no_grad(), module.prepared():
         for _ in range(3):
             plain.load_state_dict(module.state_dict())
             expected = plain.anomaly_map(features)
@@ -376,6 +373,10 @@ def test_codes_start_from_the_data_and_leave_everything_else_as_it_was():
     codes = module.train()(batches[0][0]).codes
     assert codes.commitment < 0.5 * commitment_before
     assert all(len(condition.index.unique()) > 8 for condition in codes.conditions)
+    usage = module.perplexity()
+    assert usage.keys() == {"concept", "pattern_1", "pattern_2", "pattern_3", "pattern_4"}
+    assert 1 < usage["concept"] <= 4
+    assert all(4 < usage[f"pattern_{k}"] <= 16 for k in (1, 2, 3, 4))
 
 
 def test_no_data_is_no_start_for_codes():

@@ -13,16 +13,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, OutlierMixin, clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile, pool_map
+from vqad._warn import warn
+from vqad.calibration import (
+    ConformalCalibration,
+    MapCalibration,
+    ScoreCalibration,
+    conformal_quantile,
+    pool_map,
+)
 from vqad.features import BackboneFeatures, FeatureStore, chunk_size, pad_chunk
-from vqad.images import ImageSequence, check_images
+from vqad.images import check_images
 from vqad.routing import CategoryRouter
-from vqad.training import Trainer, TrainingPlan, native_precision, pick_device, seeded, to_device
+from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
 
 # Normal images of a category that say where its maps are high.
 MAX_REFERENCE_IMAGES = 200
@@ -53,12 +61,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
     A detector adds its parameters and two hooks: ``_make_model(channels, shapes, n_categories)`` returns the
-    module, with the methods ``loss``, ``anomaly_map``, ``initialise_codes`` and ``perplexity``; ``_plan()`` the
-    `TrainingPlan`. The class attributes say what it wants of the features.
+    module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
+    ``_feature_options()`` says what it wants of the features, ``_map_weights()`` how the terms of the map add up.
     """
-
-    _merge_stages = True
-    _map_terms: dict[str, float] | None = None
 
     _parameter_constraints: dict = {
         "backbone": [str, HasMethods(["fit", "transform"]), None],
@@ -114,6 +119,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         rows, category = _normal_rows(y, len(data)), _check_category(category, len(data))
         if len(rows) == 0:
             raise ValueError("No normal image to learn from: every y is -1.")
+        if len(rows) == 1:
+            raise ValueError(
+                "At least 2 normal images are needed, one to learn from and one to set the threshold; got n_samples=1."
+            )
+        vars(self).pop("map_threshold_", None)  # a fit that fails leaves nothing that looks fitted
         device = pick_device(self.device)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         with seeded(seed, device):
@@ -138,6 +148,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         n_categories = len(self.categories_)
         train, held_out = _split(index, self.calibration_fraction, seed)
         validation = None
+        alone = np.setdiff1d(np.arange(n_categories), index[held_out])
+        if self.threshold == "category" and len(alone):
+            raise ValueError(
+                f"threshold='category' needs at least 2 images of every category; {self.categories_[alone[0]]} has 1."
+            )
         if self.early_stopping:
             keep, chosen = _split(index[train], self.validation_fraction, seed + 1)
             train, validation = train[keep], train[chosen]
@@ -148,7 +163,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self.model_ = self._make_model(
             [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps], n_categories
         )
-        self._initialise(scaled, train, category_tensor)
+        self._initialise(_Batches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
         trainer = Trainer(
             self.model_, scaled, category_tensor, self._plan(),
             device=device, dtype=native_precision(device, self.precision),
@@ -159,10 +174,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self.validation_curve_ = log.validation_curve
         self._calibrate(store, descriptor, index, train, held_out, device)
 
-    def _initialise(self, scaled, train, category) -> None:
-        batches = [
-            (scaled.batch(part), category[part]) for part in torch.from_numpy(train).split(self.batch_size)
-        ] if len(train) <= 64 else _Batches(scaled, category, torch.from_numpy(train), self.batch_size)
+    def _initialise(self, batches) -> None:
+        """Start the model's codes from data."""
         self.model_.initialise_codes(batches)
 
     def _far_limits(self, descriptor, index) -> np.ndarray:
@@ -195,24 +208,20 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if self.contamination == "auto":
             self.offset_ = -self.conformal_.thresholds(self.false_alarm_rate, self.categories_)
         else:
-            everyone = np.sort(np.append(train, held_out))
-            self.offset_ = self._contamination_offset(store, descriptor, everyone, device)
-        if len(self.offset_) == 1:
+            self.offset_ = self._contamination_offset(store, descriptor, np.arange(len(store)), device)
+        if self.threshold == "global":
             self.offset_ = float(self.offset_[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
-            self.map_threshold_ = conformal_quantile(
-                np.sort(maps.reshape(len(maps), -1).max(1)), self.false_alarm_rate
-            )
+            self.map_threshold_ = conformal_quantile(np.sort(maps.reshape(len(maps), -1).max(1)), self.false_alarm_rate)
 
     def _contamination_offset(self, store, descriptor, rows, device) -> np.ndarray:
         category, excess = self._route(descriptor[rows])
         maps = self.map_calibration_.combine(self._store_terms(store, rows, category, device), category)
         score = -self._image_score(maps, category, excess)
         groups = range(len(self.categories_)) if self.threshold == "category" else [None]
-        return np.array(
-            [np.quantile(score if c is None else score[category == c], self.contamination) for c in groups]
-        )
+        own = [score if c is None or not (category == c).any() else score[category == c] for c in groups]
+        return np.array([np.quantile(s, self.contamination) for s in own])
 
     # ---------------------------------------------------------------- scoring
 
@@ -325,16 +334,30 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return category, np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
 
     def _model_terms(self, model: nn.Module, maps: list[Tensor], category, device) -> dict[str, np.ndarray]:
-        """The model's map terms of one chunk, which is filled up to a fixed size first."""
-        n = len(category)
-        size = max(n, chunk_size(device, math.prod(maps[-1].shape[-2:])))
-        mean, scale = self.feature_mean_, self.feature_scale_
-        scaled = [pad_chunk((m.float() - a.to(m.device)) / b.to(m.device), size) for m, a, b in zip(maps, mean, scale)]
-        number = pad_chunk(torch.from_numpy(category), size).to(device)
+        """The model's map terms of one chunk.
+
+        One category at a time, filled up to a fixed number of images, in one layout: the last bits of a matrix
+        product depend on its size and strides, and which products are formed on the categories.
+        """
+        size = chunk_size(device, math.prod(maps[-1].shape[-2:]))
+        maps = [(m.to(device).float() - a.to(device)) / b.to(device)
+                for m, a, b in zip(maps, self.feature_mean_, self.feature_scale_)]  # fmt: skip
         dtype = native_precision(device, self.precision)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms = model.anomaly_map(scaled[0] if len(scaled) == 1 else scaled, number)
-        return {name: term[:n].float().cpu().numpy() for name, term in terms.items()}
+        out: dict[str, np.ndarray] = {}
+        for c in np.unique(category):
+            for part in torch.from_numpy(np.flatnonzero(category == c)).split(size):
+                chunk = [pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps]
+                number = torch.full((size,), int(c), device=device)
+                with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    terms = self._map_terms(model, chunk[0] if len(chunk) == 1 else chunk, number)
+                for name, term in terms.items():
+                    rows = out.setdefault(name, np.empty((len(category), *term.shape[1:]), np.float32))
+                    rows[part.numpy()] = term[: len(part)].float().cpu().numpy()
+        return out
+
+    def _map_terms(self, model: nn.Module, features, category: Tensor) -> dict[str, Tensor]:
+        """Terms of the anomaly map, all (n, h, w) on one grid; a detector says which."""
+        return model.anomaly_map(features, category)
 
     def _store_terms(self, store, rows, category, device) -> dict[str, np.ndarray]:
         """Map terms of stored images."""
@@ -364,8 +387,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:
         """Features and descriptors of the images ``rows``: each image passes the backbone once."""
         if self.backbone is not None:
-            self.features_ = self._make_features()
-        store = FeatureStore(len(rows), native_precision(device, self.precision))
+            self.features_ = self._make_features(data, rows)
+        # What came as features stays as precise as it came.
+        dtype = torch.float32 if isinstance(data, FeatureArray) else native_precision(device, self.precision)
+        store = FeatureStore(len(rows), dtype)
         descriptor, done = [], 0
         for _, maps in self._iter_features(data, device, rows):
             n = len(maps[0])
@@ -374,13 +399,24 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             done += n
         return store, np.concatenate(descriptor)
 
-    def _make_features(self):
+    def _feature_options(self) -> dict:
+        """What the detector wants of `BackboneFeatures`: stages, and whether and how they are merged."""
+        raise NotImplementedError
+
+    def _make_features(self, data, rows):
         if isinstance(self.backbone, str):
             return BackboneFeatures(
-                self.backbone, weights=self.weights, stages=self._stages, image_size=self.image_size,
-                merge=self._merge_stages, device=self.device, precision=self.precision,
+                self.backbone, weights=self.weights, image_size=self.image_size,
+                device=self.device, precision=self.precision, **self._feature_options(),
             ).fit()  # fmt: skip
-        return clone(self.backbone).fit(None)
+        if isinstance(self.backbone, BackboneFeatures) and self.backbone.merge != self._merge_stages:
+            raise ValueError(f"{type(self).__name__} takes a BackboneFeatures with merge={self._merge_stages}.")
+        self._map_shape = None
+        try:
+            check_is_fitted(self.backbone)
+        except NotFittedError:
+            return clone(self.backbone).fit(_Pixels(data, rows))
+        return self.backbone
 
     def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         rows = np.arange(len(data)) if rows is None else rows
@@ -391,7 +427,23 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         else:
             for row in rows:
                 maps = np.asarray(self.features_.transform([data.pixels(row)]), dtype=np.float32)
+                self._check_map(maps, data.name(row))
                 yield np.array([row]), [torch.from_numpy(maps).permute(0, 3, 1, 2).to(device)]
+
+    def _check_map(self, maps: np.ndarray, name: str) -> None:
+        """Check what a caller's own backbone made of one image: the same shape as of the first image."""
+        what = f"backbone {type(self.features_).__name__} gave features of shape {maps.shape} for {name}"
+        if maps.ndim != 4 or len(maps) != 1:
+            raise ValueError(f"{what}, where maps of shape (n, h, w, C) are expected, here with n = 1.")
+        if not np.isfinite(maps).all():
+            raise ValueError(f"{what} with NaN or infinite values.")
+        if self._map_shape is None:
+            self._map_shape = maps.shape
+        elif maps.shape != self._map_shape:
+            raise ValueError(f"{what}, but {self._map_shape} for others: it must bring images to one size.")
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "map_threshold_")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -400,6 +452,19 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.three_d_array = not is_table
         tags.non_deterministic = False
         return tags
+
+
+class _Pixels:
+    """Images as a caller's own backbone is fitted on them: read when they are asked for."""
+
+    def __init__(self, data, rows):
+        self.data, self.rows = data, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.data.pixels(self.rows[i])
 
 
 class FeatureArray:
@@ -434,6 +499,8 @@ def _check_features(estimator, X, reset: bool) -> FeatureArray:
     table = validate_data(estimator, X, reset=reset, dtype=np.float32)
     if reset:
         estimator.map_shape_ = (1, 1, table.shape[1])
+    elif estimator.map_shape_ != (1, 1, table.shape[1]):
+        raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
     return FeatureArray(table[:, None, None, :])
 
 
@@ -475,6 +542,7 @@ def _channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[l
     for part in torch.from_numpy(rows).split(64):
         maps = store.batch(part)
         for total, m in zip(totals, [maps] if isinstance(maps, Tensor) else maps):
+            m = m.double()  # the difference of squares below leaves few digits
             total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
     mean, scale = [], []
     for total, m in zip(totals, store.maps):
@@ -507,10 +575,7 @@ def _normal_rows(y, n: int) -> np.ndarray:
     if y.shape != (n,):
         raise ValueError(f"y has shape {y.shape}, but X has {n} images: one label of +1 or -1 each is expected.")
     if not np.isin(y, (-1, 1)).all():
-        warnings.warn(
-            "y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.",
-            UserWarning, stacklevel=3,
-        )  # fmt: skip
+        warn("y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.")
         return np.arange(n)
     return np.flatnonzero(y == 1)
 
@@ -521,7 +586,11 @@ def _check_category(category, n: int) -> np.ndarray | None:
     category = np.asarray(category)
     if category.shape != (n,):
         raise ValueError(f"category has shape {category.shape}, but X has {n} images: one label each is expected.")
-    return category
+    for kind in (str, Integral):
+        if all(isinstance(label, kind) for label in category.tolist()):
+            return category.astype(str if kind is str else int)
+    names = ", ".join(sorted({type(label).__name__ for label in category.tolist()}))
+    raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
 
 
 def _split(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -535,6 +604,6 @@ def _split(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     held_out = np.sort(np.concatenate(held))
     keep = np.setdiff1d(np.arange(len(index)), held_out)
     if len(held_out) == 0:
-        warnings.warn("Too few images to hold any out: thresholds come from the training images.", stacklevel=3)
+        warn("Too few images to hold any out: thresholds come from the training images.")
         held_out = keep
     return keep, held_out

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from scipy import ndimage
+
+from vqad._warn import warn
 
 # A category's statistics count as much as its pooled or location-free ones when it has this many images.
 SHRINKAGE_IMAGES = 20
@@ -22,9 +23,9 @@ class MapCalibration:
 
     .. math:: z_t(x) = \frac{1}{b_{ct}} \left( \frac{t(x) - \mu_{ct}(x)}{\sigma_{ct}(x)} - a_{ct} \right)
 
-    where :math:`\mu, \sigma` are the mean and standard deviation over normal images at that place, blurred, and shrunk to
-    the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation over the cells of
-    held-out normal images. Without the location, what always looks odd about a product (its border, an edge in
+    where :math:`\mu, \sigma` are the mean and standard deviation over normal images at that place, blurred, and
+    shrunk to the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation
+    over the cells of held-out normal images. Without the location, what always looks odd about a product (its border, an edge in
     the background) would hide what is odd about one piece of it. The map is the mean of the terms.
 
     Attributes
@@ -98,7 +99,7 @@ def _location_statistics(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat_mean = rows.mean((0, 2, 3), dtype=np.float64)[:, None, None]
     flat_variance = rows.var((0, 2, 3), dtype=np.float64)[:, None, None]
     mean = keep * mean + (1 - keep) * flat_mean
-    # A tenth of the overall variance always stays: a place where normal images happen to agree is no reason to divide by nothing.
+    # A tenth of the overall variance always stays: where normal images happen to agree, nothing would divide.
     variance = keep * (0.9 * variance + 0.1 * flat_variance) + (1 - keep) * flat_variance
     tiny = np.maximum(1e-6 * np.abs(flat_mean), 1e-12)
     return mean, np.maximum(np.sqrt(variance), tiny)
@@ -141,8 +142,8 @@ class ScoreCalibration:
 class ConformalCalibration:
     r"""Split-conformal p-values and thresholds from the scores of held-out normal images.
 
-    With n calibration scores, :math:`p(s) = (1 + \#\{s_i \ge s\}) / (n + 1)`. For an image that is exchangeable with them,
-    :math:`P(p \le \alpha) \le \alpha` (Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005).
+    With n calibration scores, :math:`p(s) = (1 + \#\{s_i \ge s\}) / (n + 1)`. For an image that is exchangeable with
+    them, :math:`P(p \le \alpha) \le \alpha` (Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005).
 
     Parameters
     ----------
@@ -183,7 +184,7 @@ class ConformalCalibration:
         """
         return np.array(
             [
-                conformal_quantile(scores, rate, "" if not self.per_category else f" of category {names[c]!r}")
+                conformal_quantile(scores, rate, "" if not self.per_category else f" of category {names[c]}")
                 for c, scores in enumerate(self.scores_)
             ]
         )
@@ -196,11 +197,9 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
     if rank > n:
         if n == 0:
             raise ValueError(f"No calibration images{of}: raise calibration_fraction or give more images.")
-        warnings.warn(
-            f"{n} held-out calibration images{of} are too few for false_alarm_rate={rate:g}; the smallest rate that they "
-            f"support is {1 / (n + 1):.3g}, which is used. Give more images or raise calibration_fraction.",
-            UserWarning,
-            stacklevel=4,
+        warn(
+            f"{n} held-out calibration images{of} are too few for false_alarm_rate={rate:g}; the smallest rate that "
+            f"they support is {1 / (n + 1):.3g}, which is used. Give more images or raise calibration_fraction."
         )
         return float(scores[-1])
     return float(scores[max(rank, 1) - 1])

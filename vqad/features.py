@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -67,8 +68,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     merge : bool, default=True
         Whether the stages' maps are resized bilinearly to the grid ``grid_`` and concatenated, or
         returned as they are.
-    grid_stage : int, default=-1
-        Position in ``stages`` of the stage whose grid the merged map has.
+    grid_scale : int, default=1
+        The merged map has the grid of the last stage times this.
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -99,7 +100,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         "stages": [tuple, list, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "merge": ["boolean"],
-        "grid_stage": [Interval(Integral, None, None, closed="neither")],
+        "grid_scale": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float32", "bfloat16"})],
     }
@@ -112,7 +113,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         stages=None,
         image_size=224,
         merge=True,
-        grid_stage=-1,
+        grid_scale=1,
         device="auto",
         precision="auto",
     ):
@@ -121,7 +122,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         self.stages = stages
         self.image_size = image_size
         self.merge = merge
-        self.grid_stage = grid_stage
+        self.grid_scale = grid_scale
         self.device = device
         self.precision = precision
 
@@ -134,15 +135,22 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         """
         self._validate_params()
         self.size_ = check_image_size(self.image_size)
-        self.network_ = load_backbone(self.backbone, self.weights, self.stages)
-        with torch.inference_mode():
-            maps = self.network_(torch.zeros(1, 3, *self.size_))
+        network = load_backbone(self.backbone, self.weights, self.stages)
+        try:
+            with torch.inference_mode():
+                maps = network(torch.zeros(1, 3, *self.size_))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"backbone={self.backbone!r} does not take images of {self.size_[0]} x {self.size_[1]} pixels: {error} "
+                "Choose another image_size."
+            ) from error
+        self.network_ = network
         for parameter in self.network_.parameters():
             parameter.requires_grad_(False)
         self.channels_ = tuple(m.shape[1] for m in maps)
         self.shapes_ = tuple((m.shape[2], m.shape[3]) for m in maps)
         self.strides_ = tuple(self.network_.feature_info.reduction())
-        self.grid_ = self.shapes_[self.grid_stage]
+        self.grid_ = tuple(self.grid_scale * cells for cells in self.shapes_[-1])
         self.digest_ = state_digest(self.network_)
         return self
 
@@ -191,9 +199,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             network.to("cpu")
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        mean, std = (
-            torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in network.normalization
-        )
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in network.normalization)
         pixels = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, dtype != torch.float32):
             maps = network(pixels)
@@ -215,10 +221,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
 def merge_maps(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
     """Resize every stage's map to ``grid`` (bilinear, align_corners=True) and concatenate the channels."""
     return torch.cat(
-        [
-            m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear", align_corners=True)
-            for m in maps
-        ],
+        [m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear", align_corners=True) for m in maps],
         dim=1,
     )
 
@@ -254,21 +257,40 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f" Did you mean one of {near}?" if near else ""
         raise ValueError(f"backbone={name!r} is not the name of a timm model.{hint} timm.list_models() lists them.")
-    source = _weight_source(name, weights)
-    try:
-        if stages is None:
-            n_stages = len(timm.create_model(name, features_only=True).feature_info)
-            stages = range(n_stages - 1) if n_stages >= 5 else range(n_stages)
-        with _quiet_timm():
-            network = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
-    except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        raise ValueError(
-            f"timm could not make feature maps of stages {stages} from backbone={name!r} with weights={weights!r}: "
-            f"{error}"
-        ) from error
+    if stages is not None and (
+        not stages or not all(isinstance(s, Integral) and s >= 0 for s in stages) or any(np.diff(stages) <= 0)
+    ):
+        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
+    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
+        source = _weight_source(name, weights)
+        try:
+            if stages is None:
+                n_stages = len(timm.create_model(name, features_only=True).feature_info)
+                stages = range(n_stages - 1) if n_stages >= 5 else range(n_stages)
+            with _quiet_timm():
+                network = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
+                if weights is not None and "pretrained_cfg_overlay" in source:
+                    again = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
+                    _check_loaded(network, again, name, weights)
+        except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
+            raise ValueError(
+                f"timm could not make feature maps of stages {stages} from backbone={name!r} with weights={weights!r}: "
+                f"{error}"
+            ) from error
     config = getattr(network, "pretrained_cfg", None) or network.default_cfg
     network.normalization = (tuple(config["mean"]), tuple(config["std"]))
     return network.eval()
+
+
+def _check_loaded(network: nn.Module, again: nn.Module, name: str, weights) -> None:
+    """Raise where timm left weights random that the file lacks: they differ between two loads."""
+    twin = again.state_dict()
+    lacking = [key for key, value in network.state_dict().items() if not torch.equal(value, twin[key])]
+    if lacking:
+        raise ValueError(
+            f"weights={str(weights)!r} lacks {len(lacking)} tensors of timm's {name!r}, such as {lacking[0]!r}: "
+            "it is the file of another model, or its tensors have other names."
+        )
 
 
 @contextmanager
@@ -302,15 +324,22 @@ def _weight_source(name: str, weights) -> dict:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"weights={str(path)!r} is no .safetensors or .pth file of tensors: {reason}") from error
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    return state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights={str(path)!r} holds no state dict, that is, tensors by their names.")
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _packaged_state_dict(name: str) -> dict[str, Tensor]:

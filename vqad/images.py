@@ -10,8 +10,6 @@ from __future__ import annotations
 import numbers
 import os
 import struct
-import sys
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +20,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from vqad._warn import warn
+
 __all__ = ["ImageSequence", "check_images", "read_mask"]
 
 CHANNELS = (1, 3, 4)
 FLOAT_TOLERANCE = 1e-3
-_PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -216,9 +215,7 @@ class ImageSequence:
         image = torch.from_numpy(self.pixels(i)).permute(2, 0, 1)
         if tuple(image.shape[1:]) == tuple(size):
             return image
-        image = F.interpolate(
-            image[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True
-        )
+        image = F.interpolate(image[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
         return image[0].clamp_(0.0, 1.0)
 
     def _item(self, i: int) -> Any:
@@ -230,11 +227,7 @@ class ImageSequence:
     def _warn_alpha(self, name: str) -> None:
         if not self._said["alpha"]:
             self._said["alpha"] = True
-            warnings.warn(
-                f"{_is(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.",
-                UserWarning,
-                stacklevel=_caller_stacklevel(),
-            )
+            warn(f"{_is(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.")
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -280,9 +273,7 @@ def _reject_single_image(X: Any) -> None:
 def _as_known_form(X: Any) -> Any:
     """Make an array of an unknown container, or leave it as a lazy object with len(X) and X[i]."""
     if hasattr(X, "toarray"):
-        raise TypeError(
-            "X is a sparse matrix: dense images are needed; use X.toarray() and image_shape=(H, W)."
-        )
+        raise TypeError("X is a sparse matrix: dense images are needed; use X.toarray() and image_shape=(H, W).")
     if hasattr(X, "__array__"):
         return np.asarray(X)
     is_sized = hasattr(X, "__len__") and hasattr(X, "__getitem__")
@@ -381,9 +372,7 @@ def _check_item(item: Any, i: int) -> Any:
         if not os.path.isfile(path):
             if os.path.isdir(path):
                 raise _folder_error(name, path)
-            raise FileNotFoundError(
-                f"{_is(name, 'does')} not exist (the working directory is {os.getcwd()!r})."
-            )
+            raise FileNotFoundError(f"{_is(name, 'does')} not exist (the working directory is {os.getcwd()!r}).")
         return str(path)
     name = f"image {i} of X"
     if isinstance(item, Image.Image):
@@ -427,9 +416,7 @@ def _check_dtype(dtype: Any, name: str) -> None:
             f"{_is(name, 'has')} dtype {dtype}, and the range of signed integers is not known. If the values "
             "are 0..255 cast them with .astype(np.uint8): unsigned integers are scaled by their maximum."
         )
-    raise ValueError(
-        f"{_is(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats."
-    )
+    raise ValueError(f"{_is(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats.")
 
 
 def _dtype_kind(dtype: Any) -> str:
@@ -455,8 +442,7 @@ def _is(name: str, verb: str) -> str:
 
 def _folder_error(name: str, path: str) -> IsADirectoryError:
     return IsADirectoryError(
-        f"{_is(name, 'is')} a folder, not an image file: for the images in it pass "
-        f"vqad.datasets.load_folder({path!r})."
+        f"{_is(name, 'is')} a folder, not an image file: for the images in it pass vqad.datasets.load_folder({path!r})."
     )
 
 
@@ -558,12 +544,3 @@ def _pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
         image = image.convert("RGB")
     pixels = np.asarray(image)
     return (pixels.astype(np.uint16) if image.mode == "I" and is_16_bit else pixels), has_alpha
-
-
-def _caller_stacklevel() -> int:
-    """Stack level, for `warnings.warn`, of the first frame outside this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_PACKAGE_DIR):
-        frame = frame.f_back
-        level += 1
-    return level

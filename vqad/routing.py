@@ -20,7 +20,7 @@ class CategoryRouter:
     """Assigns images to categories by a descriptor of the whole image.
 
     A category is a Gaussian in descriptor space; all share one covariance, shrunk after Ledoit and Wolf, so
-    that the nearest mean in Mahalanobis distance is the linear discriminant's decision. Categories with few images are fine.
+    that the nearest mean in Mahalanobis distance is the linear discriminant's decision. Few images are enough.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class CategoryRouter:
         index : ndarray of shape (n,), int64
         distance : ndarray of shape (n,), float64
         """
-        white = self._project(descriptor) @ self.whitening_
+        white = np.stack([row @ self.whitening_ for row in self._project(descriptor)])
         distance = np.sqrt(np.square(white[:, None] - self.means_[None]).sum(-1))
         index = distance.argmin(1)
         return index, distance[np.arange(len(index)), index]
@@ -80,7 +80,8 @@ class CategoryRouter:
         scaled = (descriptor - self.center_) / self.scale_
         n_components = min(32, len(descriptor), descriptor.shape[1])
         rows = _subsample(len(scaled), random_state)
-        pca = PCA(min(n_components, len(rows)), svd_solver="full").fit(scaled[rows])
+        with np.errstate(invalid="ignore"):  # images that are all the same
+            pca = PCA(min(n_components, len(rows)), svd_solver="full").fit(scaled[rows])
         self.components_ = pca.components_.T
 
     def _project(self, descriptor: np.ndarray) -> np.ndarray:
@@ -114,7 +115,8 @@ def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, 
     rows = _subsample(n, random_state)
     sample = projected[rows]
     best, best_score, waited = None, MIN_SILHOUETTE, 0
-    for k in range(2, min(MAX_CATEGORIES, len(sample) // MIN_CATEGORY_SIZE) + 1):
+    n_distinct = len(np.unique(sample, axis=0))
+    for k in range(2, min(MAX_CATEGORIES, len(sample) // MIN_CATEGORY_SIZE, n_distinct - 1) + 1):
         kmeans = KMeans(k, n_init=4, random_state=random_state).fit(sample)
         if np.bincount(kmeans.labels_, minlength=k).min() < MIN_CATEGORY_SIZE:
             score = -1.0

@@ -1,4 +1,4 @@
-"""The one training loop: device, precision, seed, schedule, progress, early stopping. Only this module steps an optimiser."""
+"""The one training loop: device, precision, seed, schedule, progress, early stopping; nothing else steps an optimiser."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vqad._warn import warn
 from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
@@ -229,10 +229,9 @@ class Trainer:
             best.restore(self.model)
         except KeyboardInterrupt:
             log.interrupted = True
-            warnings.warn(
+            warn(
                 f"Training was interrupted after {log.n_iter} of {plan.max_iter} passes; "
-                "the model keeps what it has learned so far.",
-                stacklevel=2,
+                "the model keeps what it has learned so far."
             )
         finally:
             self.model.to("cpu").eval()
@@ -270,9 +269,7 @@ class Trainer:
             if self.batch_size == 1:
                 raise
             self.batch_size = max(1, self.batch_size // 2)
-            warnings.warn(
-                f"Out of device memory: going on with batches of {self.batch_size} images.", stacklevel=2
-            )
+            warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
         self.model.zero_grad(set_to_none=True)
         return self._backward(indices)
 
@@ -324,5 +321,7 @@ class _Best:
 
 def free_memory_limit() -> int:
     """Bytes that features may take in memory before they go to disk: a quarter of what the machine has."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2**31
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return pages * page // 4

@@ -55,9 +55,7 @@ class ImageDataset:
         mask_paths: Sequence[str | os.PathLike[str] | None] | None = None,
     ) -> None:
         if isinstance(paths, (str, os.PathLike)):
-            raise TypeError(
-                f"paths must be a sequence of file paths; got the single path {os.fspath(paths)!r}."
-            )
+            raise TypeError(f"paths must be a sequence of file paths; got the single path {os.fspath(paths)!r}.")
         n = len(paths)
         self.paths = np.empty(n, dtype=object)
         self.paths[:] = [os.fspath(path) for path in paths]

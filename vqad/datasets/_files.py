@@ -54,9 +54,7 @@ def existing_folder(root: str | os.PathLike[str]) -> Path:
     """Give `root` as a Path, or say what is wrong with it."""
     path = Path(root)
     if not path.exists():
-        raise FileNotFoundError(
-            f"root {str(root)!r} does not exist (the working directory is {os.getcwd()!r})."
-        )
+        raise FileNotFoundError(f"root {str(root)!r} does not exist (the working directory is {os.getcwd()!r}).")
     if not path.is_dir():
         raise NotADirectoryError(f"root {str(root)!r} is a file; a folder of images is expected.")
     return path

@@ -54,7 +54,6 @@ def load_folder(
         categories += [subfolder.name] * len(inside)
     if not paths:
         raise ValueError(
-            f"root {str(root)!r} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); it contains "
-            f"{describe(folder)}."
+            f"root {str(root)!r} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); it contains {describe(folder)}."
         )
     return ImageDataset(paths, target=[target] * len(paths), category=category or categories)

@@ -57,13 +57,7 @@ def load_mvtec(
             f"root {str(root)!r} has not the layout of MVTec AD, CATEGORY/train/good and CATEGORY/test/KIND: "
             f"it contains {describe(folder)}. For images in plain folders use vqad.datasets.load_folder."
         )
-    names = (
-        list(found)
-        if categories is None
-        else [categories]
-        if isinstance(categories, str)
-        else list(categories)
-    )
+    names = list(found) if categories is None else [categories] if isinstance(categories, str) else list(categories)
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {list(found)}.")
@@ -94,9 +88,7 @@ def _is_category(folder: Path) -> bool:
 
 def _train_rows(folder: Path, category: str) -> list[tuple[Path, int, str, str, Path | None]]:
     kinds = [folder / "train" / kind for kind in NORMAL_KINDS]
-    return [
-        (path, 1, category, "good", None) for kind in kinds if kind.is_dir() for path in image_files(kind)
-    ]
+    return [(path, 1, category, "good", None) for kind in kinds if kind.is_dir() for path in image_files(kind)]
 
 
 def _test_rows(folder: Path, category: str) -> list[tuple[Path, int, str, str, Path | None]]:

@@ -167,9 +167,7 @@ _PARTS: dict[str, Callable[[int, np.random.Generator], Part]] = {
 }
 
 
-def _grid(
-    n: int, rng: np.random.Generator, *, turn: float, shift: float
-) -> tuple[np.ndarray, np.ndarray, float]:
+def _grid(n: int, rng: np.random.Generator, *, turn: float, shift: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Coordinates (-1..1) of a part, turned by up to `turn` radians, shifted by up to `shift`; its angle."""
     centres = (np.arange(n) + 0.5) / n * 2 - 1
     y, x = np.meshgrid(centres, centres, indexing="ij")
@@ -218,9 +216,7 @@ def _stain(part: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A blot with a wavy rim."""
     along, across = _local(part, rng)
     wavy = 1 + 0.25 * _noise(len(part), rng, 0.05)
-    return part & (
-        np.hypot(along, across * rng.uniform(1.0, 1.4)) <= rng.uniform(0.15, 0.26) * wavy.clip(0.5)
-    )
+    return part & (np.hypot(along, across * rng.uniform(1.0, 1.4)) <= rng.uniform(0.15, 0.26) * wavy.clip(0.5))
 
 
 def _missing(part: np.ndarray, rng: np.random.Generator) -> np.ndarray:

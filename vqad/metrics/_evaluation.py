@@ -173,9 +173,7 @@ def _categories(category: ArrayLike | None, n_images: int) -> tuple[list[Any], N
         return ["all"], np.zeros(n_images, np.intp)
     labels = np.asarray(category)
     if labels.shape != (n_images,):
-        raise ValueError(
-            f"category must have one label for each of the {n_images} images, got shape {labels.shape}"
-        )
+        raise ValueError(f"category must have one label for each of the {n_images} images, got shape {labels.shape}")
     found = list(dict.fromkeys(labels.tolist()))
     try:
         found.sort()

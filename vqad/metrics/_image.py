@@ -67,9 +67,7 @@ def image_average_precision(y_true: ArrayLike, anomaly_score: ArrayLike) -> floa
 
 
 @overload
-def image_f1_max(
-    y_true: ArrayLike, anomaly_score: ArrayLike, *, return_threshold: Literal[False] = False
-) -> float: ...
+def image_f1_max(y_true: ArrayLike, anomaly_score: ArrayLike, *, return_threshold: Literal[False] = False) -> float: ...
 @overload
 def image_f1_max(
     y_true: ArrayLike, anomaly_score: ArrayLike, *, return_threshold: Literal[True]
@@ -187,9 +185,7 @@ def check_image_scores(
     y, score = np.asarray(y_true), np.asarray(anomaly_score)
     for name, values in (("y_true", y), ("anomaly_score", score)):
         if values.ndim != 1:
-            raise ValueError(
-                f"{name} must have one value per image, shape (n_images,); got shape {values.shape}"
-            )
+            raise ValueError(f"{name} must have one value per image, shape (n_images,); got shape {values.shape}")
     if y.shape != score.shape:
         raise ValueError(f"y_true has {y.size} images but anomaly_score has {score.size}")
     if y.size == 0:
@@ -208,8 +204,7 @@ def check_image_scores(
     bad = np.flatnonzero(~np.isfinite(score))
     if bad.size:
         raise ValueError(
-            f"anomaly_score must be finite, but is {score[bad[0]]} for image {bad[0]} "
-            f"({bad.size} such images in all)"
+            f"anomaly_score must be finite, but is {score[bad[0]]} for image {bad[0]} ({bad.size} such images in all)"
         )
     if both_labels:
         for label, name in ((-1, "anomaly"), (1, "normal image")):

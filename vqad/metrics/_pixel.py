@@ -70,9 +70,7 @@ def pixel_average_precision(masks: Iterable[Any], maps: Iterable[Any]) -> float:
 
 
 @overload
-def pixel_f1_max(
-    masks: Iterable[Any], maps: Iterable[Any], *, return_threshold: Literal[False] = False
-) -> float: ...
+def pixel_f1_max(masks: Iterable[Any], maps: Iterable[Any], *, return_threshold: Literal[False] = False) -> float: ...
 @overload
 def pixel_f1_max(
     masks: Iterable[Any], maps: Iterable[Any], *, return_threshold: Literal[True]

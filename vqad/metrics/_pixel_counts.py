@@ -190,9 +190,7 @@ def _pairs(
     for i, (mask, scores) in enumerate(zip_longest(_each(masks), _each(maps), fillvalue=_END)):
         if mask is _END or scores is _END:
             short, long = ("masks", "maps") if mask is _END else ("maps", "masks")
-            raise ValueError(
-                f"masks and maps must go together, but {short} end after {i} images and {long} go on"
-            )
+            raise ValueError(f"masks and maps must go together, but {short} end after {i} images and {long} go on")
         if normal is not None and i >= normal.size:
             raise ValueError(f"y_true has {normal.size} images, but masks and maps have more")
         read = i + 1
@@ -206,8 +204,7 @@ def _pairs(
                 mask = None
             elif is_normal:
                 raise ValueError(
-                    f"image {i} is labelled normal (+1), but its mask marks "
-                    f"{np.count_nonzero(mask)} defect pixels"
+                    f"image {i} is labelled normal (+1), but its mask marks {np.count_nonzero(mask)} defect pixels"
                 )
         yield i, mask, scores
     if normal is not None and read != normal.size:
@@ -225,9 +222,7 @@ def _each(images: Any) -> Iterator[Any]:
 def _check_map(i: int, image: Any) -> NDArray[Any]:
     scores: NDArray[Any] = np.asarray(image)
     if scores.ndim != 2:
-        raise ValueError(
-            f"map {i} must have shape (H, W), got {scores.shape}; for one image pass a list of one map"
-        )
+        raise ValueError(f"map {i} must have shape (H, W), got {scores.shape}; for one image pass a list of one map")
     if scores.dtype.kind not in "fiu" or scores.dtype.itemsize > 8:
         raise ValueError(f"map {i} must hold real numbers of at most 64 bits, got dtype {scores.dtype}")
     if scores.dtype.kind != "f":

@@ -164,9 +164,7 @@ class ConditionProjection(nn.Module):
         Input channels that the other part of each convolution has, and output channels of each.
     """
 
-    def __init__(
-        self, condition_channels: int, passive_channels: Sequence[int], widths: Sequence[int]
-    ) -> None:
+    def __init__(self, condition_channels: int, passive_channels: Sequence[int], widths: Sequence[int]) -> None:
         super().__init__()
         self.widths = list(widths)
         self.weight = nn.Parameter(torch.empty(sum(widths), condition_channels, 3, 3))

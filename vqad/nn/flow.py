@@ -332,9 +332,7 @@ class FusionFlow(nn.Module):
     ) -> None:
         super().__init__()
         if min(channels) < 2:
-            raise ValueError(
-                f"the fusion splits every stage's channels: expected at least 2, got {channels}."
-            )
+            raise ValueError(f"the fusion splits every stage's channels: expected at least 2, got {channels}.")
         self.clamp = clamp
         self.first = [c // 2 for c in channels]
         self.second = [c - c // 2 for c in channels]
@@ -369,9 +367,7 @@ class FusionFlow(nn.Module):
         """The ``xs`` that ``forward`` maps to ``z``."""
         return self.restore(z, self.project(condition))
 
-    def transform(
-        self, xs: Sequence[Tensor], projected: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def transform(self, xs: Sequence[Tensor], projected: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """``forward`` from the projected condition, with the log-determinant of each cell, (N, h_k, w_k)."""
         xs = [x[:, self.get_buffer(f"permutation_{k}")] for k, x in enumerate(xs)]
         first = [x[:, :n] for x, n in zip(xs, self.first)]

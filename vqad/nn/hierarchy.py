@@ -132,6 +132,11 @@ class CodeHierarchy(nn.Module):
             )
         return Codes(concept, index[:, 0], distance, conditions, commitment)
 
+    def perplexity(self) -> dict[str, Tensor]:
+        """Effective number of codes in use, of the concept codebook and of each stage's patterns."""
+        of_patterns = {f"pattern_{k}": q.perplexity()[0] for k, q in enumerate(self._pattern_codebooks(), 1)}
+        return {"concept": self.concept_codebook.perplexity()[0], **of_patterns}
+
     def _pattern_codebooks(self) -> list[VectorQuantizer]:
         return [quantizer for quantizer in self.pattern_codebook if isinstance(quantizer, VectorQuantizer)]
 

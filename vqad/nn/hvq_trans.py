@@ -88,6 +88,9 @@ class HVQTrans(nn.Module):
         Weight in the loss of the mean transport cost over cells and levels. The release has no such term.
     revive_threshold : float, default=0.03
         See :class:`VectorQuantizer`; the release does not revive codes: 0.
+    patch_size : int, default=1
+        Cells along each side of the patch that is one token. More than 1 takes finer features, and tells where
+        more finely, at the attention's same cost. The release has 1.
     """
 
     def __init__(
@@ -107,8 +110,11 @@ class HVQTrans(nn.Module):
         transport: TransportKind = "conditional",
         transport_weight: float = 0.0,
         revive_threshold: float = 0.03,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        if patch_size < 1 or grid[0] % patch_size or grid[1] % patch_size:
+            raise ValueError(f"patch_size={patch_size} does not divide the grid of {grid[0]} x {grid[1]} cells.")
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
         if transport not in KINDS:
@@ -117,14 +123,17 @@ class HVQTrans(nn.Module):
             raise ValueError("transport='exact' has no gradient; use 'sinkhorn' with a transport_weight.")
         self.in_channels = in_channels
         self.grid = grid
+        self.patch_size = patch_size
+        self.token_grid = (grid[0] // patch_size, grid[1] // patch_size)
+        token_width = in_channels * patch_size**2
         self.d_model = d_model
         self.n_layers = n_layers
         self.commitment_weight = commitment_weight
         self.transport: TransportKind = transport
         self.transport_weight = transport_weight
         width = 2 * d_model
-        self.input_projection = nn.Linear(in_channels, d_model)
-        self.position = LearnedPosition(grid, d_model)
+        self.input_projection = nn.Linear(token_width, d_model)
+        self.position = LearnedPosition(self.token_grid, d_model)
         self.encoder = Encoder(n_layers, d_model, n_heads, dim_feedforward, dropout)
         self.codebook = nn.ModuleList(
             VectorQuantizer(
@@ -137,7 +146,7 @@ class HVQTrans(nn.Module):
             for level in range(n_layers + 1)
         )
         self.decoder = Decoder(n_layers, width, n_heads, dim_feedforward, dropout)
-        self.output_projection = nn.ModuleList(nn.Linear(width, in_channels) for _ in range(n_categories))
+        self.output_projection = nn.ModuleList(nn.Linear(width, token_width) for _ in range(n_categories))
 
     @property
     def n_categories(self) -> int:
@@ -157,11 +166,9 @@ class HVQTrans(nn.Module):
         features : Tensor of shape (N, C, h, w)
         category : Tensor of shape (N,), int64
         """
-        cells = features.flatten(2).mT
+        cells = self._tokens(features)
         rebuilt, commitment, levels = self._forward(cells, category)
-        return HVQTransOutput(
-            rebuilt.mT.reshape(len(features), self.in_channels, *self.grid), commitment, levels
-        )
+        return HVQTransOutput(self._untokenise(rebuilt), commitment, levels)
 
     def loss(self, features: Tensor, category: Tensor) -> Tensor:
         """Training loss, a scalar: squared error, commitment, and transport if it has a weight.
@@ -171,7 +178,7 @@ class HVQTrans(nn.Module):
         features : Tensor of shape (N, C, h, w)
         category : Tensor of shape (N,), int64
         """
-        cells = features.flatten(2).mT
+        cells = self._tokens(features)
         every = range(self.n_layers + 1) if self.transport_weight else range(0)
         # A step changes the codes: the transport is to those that were looked up.
         codes = self._codes(category, every)
@@ -183,9 +190,7 @@ class HVQTrans(nn.Module):
         return loss
 
     @torch.no_grad()
-    def anomaly_map(
-        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
+    def anomaly_map(self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None) -> dict[str, Tensor]:
         r"""Terms of the anomaly map, each (N, h, w), higher = more anomalous.
 
         ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` the cost of carrying
@@ -199,14 +204,42 @@ class HVQTrans(nn.Module):
         levels : sequence of int, optional
             Levels whose transport term is wanted; all when left out.
         """
-        cells = features.flatten(2).mT
+        cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
         rebuilt, _, passed = self._forward(cells, category)
-        terms = {"reconstruction": torch.linalg.vector_norm(rebuilt.to(cells.dtype) - cells, dim=-1)}
+        error = self._untokenise(rebuilt.to(cells.dtype) - cells)
+        terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
         for j in wanted:
-            terms[f"transport_{j}"] = self._transport(passed[j], codes[j])
-        return {name: term.view(-1, *self.grid) for name, term in terms.items()}
+            cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
+            terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
+        return terms
+
+    @torch.no_grad()
+    def initialise_projection(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start the input projection as the principal components of the tokens, of variance 1 in the mean.
+
+        Distances between tokens, which decide on their codes, then mean something from the first step on. Where the
+        tokens have fewer channels than the model is wide, the other rows keep their random start.
+
+        Parameters
+        ----------
+        batches : iterable of (features (N, C, h, w), category (N,))
+        """
+        width = self.input_projection.in_features
+        count, first = 0, torch.zeros(width, dtype=torch.float64)
+        second = torch.zeros(width, width, dtype=torch.float64)
+        for features, _ in batches:
+            tokens = self._tokens(features).flatten(0, 1).cpu().double()
+            count += len(tokens)
+            first += tokens.sum(0)
+            second += tokens.mT @ tokens
+        mean = first / count
+        values, vectors = torch.linalg.eigh(second / count - mean[:, None] * mean)
+        k = min(self.d_model, width)
+        components = vectors[:, -k:].mT.flip(0) / values[-k:].mean().clamp_min(1e-12).sqrt()
+        self.input_projection.weight[:k] = components.to(self.input_projection.weight)
+        self.input_projection.bias[:k] = -(components @ mean).to(self.input_projection.bias)
 
     @torch.no_grad()
     def initialise_codes(
@@ -232,7 +265,7 @@ class HVQTrans(nn.Module):
         """
         if iter(batches) is batches:
             raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
-        d, n, cells = self.d_model, self.n_layers, self.grid[0] * self.grid[1]
+        d, n, cells = self.d_model, self.n_layers, self.token_grid[0] * self.token_grid[1]
         n_codes = self.quantizers[0].n_codes
         room = _SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
         limit = max_vectors or max(2 * n_codes, min(16 * n_codes, room))
@@ -240,9 +273,7 @@ class HVQTrans(nn.Module):
         self.eval()
         try:
             for c, vectors in self._sample(batches, True, limit, generator):
-                self.quantizers[n].initialise(
-                    vectors, c, generator=generator, max_vectors=limit, update_size=cells
-                )
+                self.quantizers[n].initialise(vectors, c, generator=generator, max_vectors=limit, update_size=cells)
             for c, vectors in self._sample(batches, False, limit, generator):
                 *states, top = torch.split(vectors, d, -1)
                 for quantizer, state in zip(self.quantizers, states):
@@ -261,7 +292,7 @@ class HVQTrans(nn.Module):
         """For each category (1,) the vectors of random cells (1, V, ·): E_n, or [E_0; ...; E_{n-1}; q_n]."""
         n, sample = self.n_layers, _CellSample(limit, generator)
         for features, category in batches:
-            *states, last = self.encoder(self.input_projection(features.flatten(2).mT), self.position())
+            *states, last = self.encoder(self.input_projection(self._tokens(features)), self.position())
             if top:
                 sample.add(last, category)
             else:
@@ -278,6 +309,16 @@ class HVQTrans(nn.Module):
         for quantizer in self.quantizers:
             quantizer.add_groups(1)
         return self.n_categories - 1
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) to one vector a token, (N, L, C * patch_size²), row by row."""
+        folded = features if self.patch_size == 1 else F.pixel_unshuffle(features, self.patch_size)
+        return folded.flatten(2).mT
+
+    def _untokenise(self, cells: Tensor) -> Tensor:
+        """The inverse of `_tokens`."""
+        maps = cells.mT.reshape(len(cells), -1, *self.token_grid)
+        return maps if self.patch_size == 1 else F.pixel_shuffle(maps, self.patch_size)
 
     def _forward(self, cells: Tensor, category: Tensor) -> tuple[Tensor, Tensor, tuple[Level, ...]]:
         """(N, L, C) to the rebuilt (N, L, C), the commitment (N,) and the levels."""
@@ -323,6 +364,10 @@ class HVQTrans(nn.Module):
             return (z - level.quantized.detach()).square().sum(-1)
         with torch.autocast(z.device.type, enabled=False):
             return transport_cost(self.transport, z, codes[0].to(z.dtype), codes[1])
+
+
+def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    return F.interpolate(x[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
 
 
 class _CellSample:

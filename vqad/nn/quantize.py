@@ -335,9 +335,7 @@ def _assign(vectors: Tensor, codes: Tensor) -> Tensor:
     return torch.addmm(codes.square().sum(-1), vectors, codes.T, alpha=-2).argmin(-1)
 
 
-def _k_means(
-    vectors: Tensor, n_codes: int, n_iter: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def _k_means(vectors: Tensor, n_codes: int, n_iter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Codes (K, D) of the vectors (V, D), and how many vectors each has (K,), at least one."""
     if len(vectors) <= n_codes:
         extra = _draw(vectors.new_ones(len(vectors)), n_codes - len(vectors), True, generator)

@@ -80,9 +80,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % n_heads:
-            raise ValueError(
-                f"The width {dim} of an attention layer is not a multiple of its {n_heads} heads."
-            )
+            raise ValueError(f"The width {dim} of an attention layer is not a multiple of its {n_heads} heads.")
         self.dim = dim
         self.n_heads = n_heads
         self.dropout = dropout
@@ -227,13 +225,9 @@ class Encoder(nn.Module):
     dropout : float, default=0.1
     """
 
-    def __init__(
-        self, n_layers: int, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, n_layers: int, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(dim, n_heads, dim_feedforward, dropout) for _ in range(n_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(dim, n_heads, dim_feedforward, dropout) for _ in range(n_layers))
 
     def forward(self, tokens: Tensor, position: Tensor) -> list[Tensor]:
         """Return [E_0 = tokens, E_1, ..., E_n], each (N, L, D)."""
@@ -252,13 +246,9 @@ class Decoder(nn.Module):
     dropout : float, default=0.1
     """
 
-    def __init__(
-        self, n_layers: int, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, n_layers: int, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim, n_heads, dim_feedforward, dropout) for _ in range(n_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(dim, n_heads, dim_feedforward, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, memories: Sequence[Tensor], position: Tensor) -> Tensor:

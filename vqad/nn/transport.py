@@ -108,9 +108,7 @@ def nearest(z: Tensor, codes: Tensor) -> Tensor:
     return (z - closest).square().sum(-1)
 
 
-def sinkhorn(
-    z: Tensor, codes: Tensor, weights: Tensor | None = None, *, reg: float = 0.1, n_iter: int = 50
-) -> Tensor:
+def sinkhorn(z: Tensor, codes: Tensor, weights: Tensor | None = None, *, reg: float = 0.1, n_iter: int = 50) -> Tensor:
     r"""Cost of every cell under the entropic plan between the image's cells and the codes.
 
     The regularisation is relative: :math:`\epsilon` is ``reg`` times the expected squared distance of two

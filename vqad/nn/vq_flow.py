@@ -213,6 +213,10 @@ class VQFlow(nn.Module):
         """
         self.hierarchy.initialise((self.pool(features) for features, _ in batches), generator=generator)
 
+    def perplexity(self) -> dict[str, Tensor]:
+        """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
+        return self.hierarchy.perplexity()
+
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Keep the tables of all codes for the scoring calls made inside, under ``torch.no_grad``.

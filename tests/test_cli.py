@@ -1,0 +1,418 @@
+"""The vqad command, run as a user runs it but in this process; and the demonstration behind `vqad demo`."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+from conftest import save_png
+from scipy.spatial.distance import cdist
+
+import vqad.cli
+import vqad.demo
+from vqad import BackboneFeatures, HVQTransDetector
+from vqad.cli import MODEL_FORMAT, load_model, main, save_model
+from vqad.datasets import load_elpv, load_mvtec, make_textured_parts
+from vqad.demo import FULL, QUICK, DemoSize, PatchMemoryBank, split_cells
+from vqad.metrics import evaluate
+from vqad.training import Trainer
+
+TINY = ["--image-size", "64", "--max-iter", "1", "--false-alarm-rate", "0.2"]
+TINY += ["--set", "d_model=32", "--set", "n_codes=16"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """good/ and bad/ with sub-folders disc and weave, and mvtec/, the same images in the layout of MVTec AD."""
+    root = tmp_path_factory.mktemp("parts")
+    parts = make_textured_parts(24, 6, categories=("disc", "weave"), image_size=64, random_state=0)
+    for k, (pixels, kind) in enumerate(zip(parts.images, parts.category)):
+        is_good, file = parts.target[k] == 1, f"{k}.png"
+        save_png(root / ("good" if is_good else "bad") / kind / file, pixels)
+        place = "train/good" if k < 20 else "test/good" if is_good else f"test/{parts.defect[k]}"
+        save_png(root / "mvtec" / kind / place / file, pixels)
+        if not is_good:
+            truth = root / "mvtec" / kind / "ground_truth" / parts.defect[k] / f"{k}_mask.png"
+            save_png(truth, parts.masks[k].astype(np.uint8) * 255)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(folders, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "new" / "model.joblib"
+    assert main(["fit", str(folders / "good"), "-o", str(path), *TINY]) == 0
+    return path
+
+
+def complaint(capsys):
+    """What the command said on stderr, which must be one line."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def never(*args, **more):
+    raise AssertionError("must not be reached")
+
+
+# ---- fit -----------------------------------------------------------------------------------------
+
+
+def test_fit_takes_parameters_and_categories_from_the_command_line(model):
+    detector = load_model(model)
+    given = {"image_size": 64, "max_iter": 1, "false_alarm_rate": 0.2, "d_model": 32, "n_codes": 16, "random_state": 0}
+    assert given.items() <= detector.get_params().items()
+    assert list(detector.categories_) == ["disc", "weave"]
+    assert not detector.router_.discovered_
+
+
+def test_fit_finds_categories_where_folders_do_not_tell_them(folders, tmp_path):
+    path = str(tmp_path / "model.joblib")
+    for arguments in ([str(folders / "good"), "--no-categories"], [str(folders / "good" / "disc")]):
+        assert main(["fit", *arguments, "-o", path, *TINY]) == 0
+        assert load_model(path).router_.discovered_
+
+
+def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, category: seen.update(X=X, category=category))
+    with pytest.raises(AttributeError):  # nothing was fitted, so there is nothing to say about it
+        main(["fit", str(folders / "mvtec"), "-o", str(tmp_path / "x"), "--image-size", "64x96"])
+    expected = load_mvtec(folders / "mvtec", split="train")
+    assert list(seen["X"].paths) == list(expected.paths)
+    assert list(seen["category"]) == list(expected.category)
+
+
+def test_interrupted_training_keeps_what_was_learned(folders, tmp_path, monkeypatch, capsys):
+    one_pass = Trainer._one_pass
+
+    def interrupted_in_the_second(self, *args):
+        if interrupted_in_the_second.done:
+            raise KeyboardInterrupt
+        interrupted_in_the_second.done = True
+        return one_pass(self, *args)
+
+    interrupted_in_the_second.done = False
+    monkeypatch.setattr(Trainer, "_one_pass", interrupted_in_the_second)
+    path = tmp_path / "model.joblib"
+    arguments = ["fit", str(folders / "good"), "-o", str(path), *TINY, "--set", "max_iter=3"]
+    assert main(arguments) == 130
+    assert "interrupted after 1 of 3 passes" in complaint(capsys)
+    detector = load_model(path)
+    assert detector.n_iter_ == 1
+    assert detector.predict([str(folders / "good" / "disc" / "0.png")]).shape == (1,)
+
+
+def test_too_few_images_for_the_rate_are_warned_of_in_one_line(folders, tmp_path, capsys):
+    arguments = ["fit", str(folders / "good"), "-o", str(tmp_path / "x"), *TINY, "--false-alarm-rate", "0.001"]
+    assert main(arguments) == 0
+    assert re.match("vqad: warning: .*too few for false_alarm_rate=0.001", complaint(capsys))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(HVQTransDetector, "fit", never)
+    assert main(["fit", str(folders / "good"), "-o", str(tmp_path)]) == 2
+    assert "is a folder" in complaint(capsys)
+
+
+# ---- score ---------------------------------------------------------------------------------------
+
+
+def test_score_says_what_the_detector_says(folders, model, tmp_path, capsys):
+    table = tmp_path / "new" / "scores.csv"
+    assert main(["score", str(model), str(folders / "bad"), "--csv", str(table)]) == 0
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    paths = [row["path"] for row in rows]
+    assert sorted(paths) == sorted(map(str, (folders / "bad").rglob("*.png")))
+    detector = load_model(model)
+    labels = detector.predict(paths)
+    assert [row["label"] for row in rows] == ["anomaly" if label == -1 else "normal" for label in labels]
+    np.testing.assert_array_equal([float(row["anomaly_score"]) for row in rows], -detector.score_samples(paths))
+    np.testing.assert_array_equal([float(row["p_value"]) for row in rows], detector.p_values(paths))
+    assert [row["category"] for row in rows] == list(detector.predict_category(paths))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(paths) + 2
+    for path, line in zip(paths, printed[1:]):
+        assert line.startswith(path)
+    assert printed[-1].startswith(f"{(labels == -1).sum()} of {len(paths)} images are anomalous")
+
+
+def test_every_image_gets_its_own_map_at_its_own_size(model, tmp_path):
+    pixels = make_textured_parts(1, 0, image_size=64, random_state=1).images[0]
+    for name in ("part.png", "part.bmp", "deep/er/part.png"):
+        save_png(tmp_path / "new" / name, pixels[:48])
+    save_png(tmp_path / "part.png", pixels)
+    arguments = ["score", str(model), str(tmp_path / "new"), str(tmp_path / "part.png")]
+    assert main([*arguments, "--maps", str(tmp_path / "maps")]) == 0
+    maps = sorted((tmp_path / "maps").rglob("*.png"))
+    assert len(maps) == 4
+    assert (tmp_path / "maps" / "deep" / "er" / "part_map.png") in maps
+    sizes = [vqad.images.check_images([path]).size(0) for path in maps]
+    assert sorted(sizes) == [(48, 64), (48, 64), (48, 64), (64, 64)]
+
+
+def test_a_broken_image_is_named(model, tmp_path, capsys):
+    save_png(tmp_path / "a.png", np.zeros((64, 64), np.uint8))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:-30])
+    assert main(["score", str(model), str(tmp_path)]) == 2
+    assert re.search(r"image 1 of X, path '.*b\.png', is truncated", complaint(capsys))
+
+
+# ---- evaluate and report -------------------------------------------------------------------------
+
+
+def test_evaluate_gives_the_metrics_of_the_test_images(folders, model, tmp_path, capsys):
+    target = tmp_path / "metrics.json"
+    assert main(["evaluate", str(model), str(folders / "mvtec"), "--json", str(target)]) == 0
+    test, detector = load_mvtec(folders / "mvtec", split="test"), load_model(model)
+    expected = evaluate(
+        test.target,
+        -detector.score_samples(test),
+        test.category,
+        masks=test.masks(),
+        maps=detector.anomaly_map(test),
+    )
+    assert json.loads(target.read_text()) == expected.to_dict()
+    printed = capsys.readouterr().out
+    assert str(expected) in printed
+    false, found = ((detector.predict(test) == -1)[test.target == label].sum() for label in (1, -1))
+    assert f"false alarms: {false} of 4 normal images" in printed
+    assert f"found: {found} of 6 anomalies" in printed
+
+
+def test_evaluate_without_pixels_leaves_the_masks_alone(folders, model, capsys):
+    assert main(["evaluate", str(model), str(folders / "mvtec"), "--no-pixels"]) == 0
+    printed = capsys.readouterr().out
+    assert "AUROC" in printed
+    assert "pixel" not in printed
+
+
+def test_report_of_known_images_has_their_metrics(folders, model, tmp_path):
+    pages = [tmp_path / "known.html", tmp_path / "unknown.html"]
+    assert main(["report", str(model), str(folders / "mvtec"), "-o", str(pages[0]), "--title", "Parts"]) == 0
+    assert main(["report", str(model), str(folders / "bad"), "-o", str(pages[1]), "--n-images", "2"]) == 0
+    known, unknown = (page.read_text(encoding="utf-8") for page in pages)
+    assert "<h1>Parts</h1>" in known
+    assert known.count("data:image/jpeg") == 2 * 10
+    assert "AUROC" in known
+    assert unknown.count("data:image/jpeg") == 2 * 2
+    assert "AUROC" not in unknown
+
+
+# ---- errors and exit codes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("fit {tmp}/nowhere -o {tmp}/m", "does not exist"),
+        ("fit {tmp} -o {tmp}/m", "has no images"),
+        ("fit {good} -o {tmp}/m --max-iter 0", "'max_iter' parameter"),
+        ("fit {good} -o {tmp}/m --set colour=red", "Invalid parameter 'colour'"),
+        ("score {tmp}/nowhere {good}", "make one with vqad fit"),
+        ("score {tmp} {good}", "is a folder"),
+        ("score {model} {tmp}/nowhere", "does not exist"),
+        ("score {model} {tmp}", "has no images"),
+        ("evaluate {model} {good}", "has not the layout of MVTec AD"),
+        ("report {model} {tmp}/nowhere -o {tmp}/page.html", "does not exist"),
+        ("report {model} {good} -o {tmp}/page.html --n-images 0", "n_images must be at least 1"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_in_one_line(folders, model, tmp_path, capsys, arguments, expected):
+    places = {"tmp": tmp_path, "good": folders / "good", "model": model}
+    assert main([part.format(**places) for part in arguments.split()]) == 2
+    said = complaint(capsys)
+    assert said.startswith("vqad: error: ")
+    assert expected in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "paint",
+        "fit",
+        "fit x",
+        "fit x -o y --no-categories --category-from-folders",
+        "fit x -o y --max-iter many",
+        "fit x -o y --image-size 1x2x3",
+        "fit x -o y --set d_model",
+        "score model.joblib",
+        "evaluate m r --fpr-limit",
+    ],
+)
+def test_wrong_arguments_are_said_in_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    assert "error: " in complaint(capsys)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "fit", "score", "evaluate", "report"])
+def test_help_has_an_example_and_a_warning_wherever_a_model_is_opened(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"  vqad {command}" in text
+    assert ("only models that you trust" in text) == (command in ("score", "evaluate", "report"))
+
+
+def test_an_error_shows_its_place_in_the_code_if_asked_to(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="make one with vqad fit"):
+        main(["score", "--traceback", str(tmp_path / "nowhere"), str(folders / "bad")])
+
+
+def test_an_error_that_is_no_users_fault_is_not_dressed_as_one(folders, model, monkeypatch):
+    def broken(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(vqad.cli, "judge", broken)
+    with pytest.raises(RuntimeError):
+        main(["score", str(model), str(folders / "bad")])
+
+
+def test_ctrl_c_ends_with_130(folders, model, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vqad.cli, "judge", interrupted)
+    assert main(["score", str(model), str(folders / "bad")]) == 130
+    assert complaint(capsys) == "vqad: interrupted"
+
+
+# ---- model files ---------------------------------------------------------------------------------
+
+
+def test_a_model_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "model.joblib"
+    save_model(HVQTransDetector(d_model=7), path)
+
+    def half(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(joblib, "dump", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(HVQTransDetector(d_model=8), path)
+    assert load_model(path).d_model == 7
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", b"\x80\x04garbage"])
+def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="is no model that vqad fit wrote"):
+        load_model(tmp_path / "file")
+
+
+def test_a_truncated_model_is_refused(model, tmp_path):
+    (tmp_path / "file").write_bytes(model.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is truncated"):
+        load_model(tmp_path / "file")
+
+
+def test_other_pickles_and_later_formats_are_refused(tmp_path):
+    joblib.dump([1, 2], tmp_path / "list")
+    with pytest.raises(ValueError, match="is no model that vqad fit wrote"):
+        load_model(tmp_path / "list")
+    joblib.dump({"format": "vqad-9", "vqad": "9.0", "detector": None}, tmp_path / "later")
+    with pytest.raises(ValueError, match=f"format 'vqad-9', written by vqad 9.0; .*reads '{MODEL_FORMAT}'"):
+        load_model(tmp_path / "later")
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
+def test_demo_cells_are_disjoint_surely_labelled_and_in_proportion(size):
+    cells = load_elpv()
+    train, test = split_cells(cells, size, 0)
+    assert len(train) == size.n_train
+    assert (test.target == 1).sum() == size.n_test_normal
+    assert (test.target == -1).sum() == size.n_test_defective
+    assert len({*train.paths, *test.paths}) == len(train) + len(test)
+    assert (train.probability == 0).all()
+    assert np.isin(test.probability, (0, 1)).all()
+    for drawn, p in ((train, 0), (test[test.target == 1], 0), (test[test.target == -1], 1)):
+        share = (cells.category[cells.probability == p] == "mono").mean()
+        assert abs((drawn.category == "mono").sum() - share * len(drawn)) <= 1
+    again, other = split_cells(cells, size, 0)[0], split_cells(cells, size, 1)[0]
+    assert list(again.paths) == list(train.paths)
+    assert list(other.paths) != list(train.paths)
+
+
+def test_memory_bank_scores_are_distances_to_the_nearest_patch():
+    images = make_textured_parts(4, 1, categories=("disc",), random_state=0).images
+    bank = PatchMemoryBank(10**6).fit(images[:3], np.array(["a", "b", "a"]))
+    maps = BackboneFeatures(stages=(2, 3), grid_scale=2).fit().transform(images)
+    smooth = np.empty_like(maps, dtype=np.float64)
+    for i in range(28):
+        for j in range(28):
+            near = maps[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+            smooth[:, i, j] = near.mean((1, 2), dtype=np.float64)
+    kept = smooth[:3].reshape(-1, smooth.shape[-1])
+    scale = kept.std(0, ddof=1)
+    expected = [cdist(own.reshape(-1, own.shape[-1]) / scale, kept / scale).min(1).max() for own in smooth[3:]]
+    np.testing.assert_allclose(bank.anomaly_score(images[3:]), expected, rtol=1e-3)
+
+
+def test_memory_bank_keeps_as_many_patches_of_each_category():
+    images = make_textured_parts(6, 0, categories=("disc",), image_size=32, random_state=0).images
+    bank = PatchMemoryBank(50).fit(images, np.array(["a", "a", "a", "a", "b", "b"]))
+    assert bank.bank.shape == (100, 152)
+
+
+@pytest.mark.slow
+def test_demo_prints_its_result_and_writes_page_and_model(tmp_path, monkeypatch, capsys):
+    parameters = {"image_size": 64, "d_model": 32, "n_codes": 16, "max_iter": 1, "false_alarm_rate": 0.2}
+    monkeypatch.setattr(vqad.demo, "QUICK", DemoSize(20, 8, 8, 100, parameters))
+    assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "Learning from 20 sound solar cells (8 mono, 12 poly)" in printed
+    page = tmp_path / "out" / "solar-cells.html"
+    assert str(page) in printed
+    assert page.read_text(encoding="utf-8").count("data:image/jpeg") == 2 * 16
+    _, test = split_cells(load_elpv(), vqad.demo.QUICK, 0)
+    detector = load_model(tmp_path / "out" / "model.joblib")
+    found = evaluate(test.target, -detector.score_samples(test), test.category)
+    for name in ("mono", "poly"):
+        assert re.search(rf"{name} +{found.per_category[name]['image_auroc']:.3f} +[01]\.\d{{3}}", printed)
+    assert f"Threshold of the anomaly score: {-detector.offset_:.3f}" in printed
+    for target, what in ((1, "False alarms on held-out sound cells"), (-1, "Defective cells found at that threshold")):
+        alarms = (detector.predict(test[test.target == target]) == -1).sum()
+        assert f"{what}: {alarms} of 8" in printed
+
+
+def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_one_pass", interrupted)
+    monkeypatch.setattr(vqad.demo, "judge", never)
+    parameters = {"image_size": 64, "d_model": 32, "n_codes": 16, "false_alarm_rate": 0.2}
+    monkeypatch.setattr(vqad.demo, "QUICK", DemoSize(20, 8, 8, 100, parameters))
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 130
+    assert "vqad: interrupted" in capsys.readouterr().err
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def test_the_readmes_python_runs(folders, tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+    fast = "image_size=64, d_model=32, n_codes=16, max_iter=1, false_alarm_rate=0.2, random_state=0"
+    assert "random_state=0" in code
+    (tmp_path / "good-parts").symlink_to(folders / "good")
+    (tmp_path / "new-parts").symlink_to(folders / "bad")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("random_state=0", fast), names)
+    assert names["maps"].shape == (6, 64, 64)
+    assert len(capsys.readouterr().out.split("\n")) > 3

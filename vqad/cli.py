@@ -1,0 +1,579 @@
+"""The `vqad` command."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import joblib
+import numpy as np
+from PIL import Image
+
+import vqad
+from vqad.base import BaseImageDetector
+from vqad.datasets import ImageDataset, load_folder, load_mvtec
+from vqad.datasets.mvtec import find_categories
+from vqad.hvq_trans import HVQTransDetector
+from vqad.images import check_images
+from vqad.metrics import evaluate
+from vqad.report import Verdicts, judge, overlay, write_report
+
+OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+MODEL_FORMAT = "vqad-joblib-1"
+DEMO_FOLDER, DEMO_MODEL = "demo-output", "model.joblib"
+# Images between two lines of output.
+ROWS_AT_ONCE = 16
+TRUST = "A model file is a pickle: opening one runs code that it holds. Open only models that you trust."
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line on stderr for a wrong argument."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str, default=None
+        Arguments after the command's name; None: those of the process.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 2 for what the user can mend (one line on stderr says what), 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        By argparse: code 0 after --help and --version, 2 for wrong arguments.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        with _one_line_warnings():
+            code: int = arguments.run(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (vqad score ... | head). Nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        _complain(f"error: {_one_line(error)}")
+        return USER_ERROR
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    images = _training_images(arguments.directory)
+    names, counts = np.unique(images.category, return_counts=True)
+    by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
+    target = _writable(arguments.output)
+    detector = _detector(arguments)
+    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+    print(f"{len(images)} normal images ({listed}); categories " + ("from the folders" if by_folder else "to be found"))
+    started = time.monotonic()
+    detector.fit(images, category=images.category if by_folder else None)
+    save_model(detector, target)
+    found = [str(name) for name in detector.categories_]
+    print(f"{len(found)} categories: {', '.join(found)}")
+    print(f"{detector.n_iter_} passes in {time.monotonic() - started:.0f} s; threshold {_thresholds(detector)}")
+    print(f"model written to {target}")
+    return INTERRUPTED if detector.training_log_.interrupted else OK
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    paths, outputs = _images_to_score(arguments.images)
+    detector = load_model(arguments.model)
+    if arguments.maps is not None:
+        arguments.maps.mkdir(parents=True, exist_ok=True)
+    data = check_images(paths)
+    wide = max(len("path"), *map(len, paths))
+    kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
+    print(f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label")
+    n_anomalies = 0
+    with _csv_rows(arguments.csv) as write:
+        for start in range(0, len(paths), ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, len(paths)))
+            verdicts = judge(detector, data, rows)
+            for k, i in enumerate(rows):
+                label = "anomaly" if verdicts.label[k] == -1 else "normal"
+                name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
+                print(f"{paths[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
+                write([paths[i], name, score, float(verdicts.threshold[k]), p, label])
+                if arguments.maps is not None:
+                    drawn = _drawn(detector, data.pixels(i), verdicts, k)
+                    _write_image(arguments.maps / outputs[i], drawn)
+            n_anomalies += int((verdicts.label == -1).sum())
+    print(f"{n_anomalies} of {len(paths)} images are anomalous (scores over {_thresholds(detector)})")
+    return OK
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    images = load_mvtec(arguments.directory, split="test")
+    detector = load_model(arguments.model)
+    target = None if arguments.json is None else _writable(arguments.json)
+    verdicts = judge(detector, images)
+    data = check_images(images)
+    pixels: dict[str, Any] = {}
+    if any(path is not None for path in images.mask_paths) and not arguments.no_pixels:
+        # Made one at a time: at full size they would not fit into memory.
+        maps = _Lazy(len(images), lambda i: verdicts.anomaly_map(i, data.size(i)))
+        pixels = {"masks": _Lazy(len(images), images.mask), "maps": maps, "fpr_limit": arguments.fpr_limit}
+    found = evaluate(images.target, verdicts.score, images.category, **pixels)
+    print(found)
+    alarm = verdicts.label == -1
+    for label, what in ((1, "false alarms: {} of {} normal images"), (-1, "found: {} of {} anomalies")):
+        mine = images.target == label
+        print(what.format(int(alarm[mine].sum()), int(mine.sum())))
+    if not detector.router_.discovered_ and set(images.category) <= set(detector.categories_.astype(str)):
+        right = (verdicts.category.astype(str) == images.category).mean()
+        print(f"category inferred right: {right:.1%}")
+    if target is not None:
+        target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    images, truth = _known_images(arguments.directory)
+    detector = load_model(arguments.model)
+    target = _writable(arguments.output)
+    page = write_report(
+        target,
+        detector,
+        images,
+        y=images.target if truth else None,
+        category=images.category if truth else None,
+        title=arguments.title or f"Anomaly report: {Path(arguments.directory).resolve().name}",
+        n_images=arguments.n_images,
+    )
+    print(f"page written to {page}")
+    return OK
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vqad.demo import FULL, QUICK, run_demo
+
+    started = time.monotonic()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = run_demo(
+        QUICK if arguments.quick else FULL,
+        random_state=arguments.seed,
+        device=arguments.device,
+        verbose=int(sys.stderr.isatty()),
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"\n{result.summary()}\n")
+    page = result.write_page(arguments.out)
+    save_model(result.detector, arguments.out / DEMO_MODEL)
+    print(f"Heatmaps: {page.resolve()}")
+    print(f"Model:    {(arguments.out / DEMO_MODEL).resolve()}")
+    print(f"Total:    {time.monotonic() - started:.0f} s")
+    return OK
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def save_model(detector: BaseImageDetector, path: str | os.PathLike[str]) -> None:
+    """Write a fitted detector to a file, whole or not at all.
+
+    Parameters
+    ----------
+    detector : fitted detector
+    path : path-like
+        An older file is replaced once the new one is complete.
+    """
+    content = {"format": MODEL_FORMAT, "vqad": vqad.__version__, "detector": detector}
+    path = Path(path)
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            joblib.dump(content, file)
+        os.chmod(unfinished, 0o666 & ~_umask())
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def load_model(path: str | os.PathLike[str]) -> BaseImageDetector:
+    """Read a detector that `save_model` wrote. Runs code from the file: open only models that you trust.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        If there is no such file.
+    ValueError
+        If the file is no model, or of a format that this version does not know.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"model {str(path)!r} is a folder; a file that vqad fit wrote is expected.")
+    if not path.is_file():
+        raise FileNotFoundError(f"model {str(path)!r} does not exist: make one with vqad fit.")
+    try:
+        content = joblib.load(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever unpickling a file that is no pickle comes upon
+        reason = f" ({_one_line(error)})" if isinstance(error, (ImportError, AttributeError)) else ""
+        raise ValueError(f"{str(path)!r} is no model that vqad fit wrote, or is truncated{reason}.") from error
+    if not isinstance(content, dict) or "detector" not in content:
+        raise ValueError(f"{str(path)!r} is no model that vqad fit wrote.")
+    if content.get("format") != MODEL_FORMAT:
+        raise ValueError(
+            f"model {str(path)!r} has format {content.get('format')!r}, written by vqad {content.get('vqad')}; "
+            f"this is vqad {vqad.__version__}, which reads {MODEL_FORMAT!r}."
+        )
+    detector: BaseImageDetector = content["detector"]
+    return detector
+
+
+def _detector(arguments: argparse.Namespace) -> HVQTransDetector:
+    """A detector with the parameters that were given, the defaults for the rest."""
+    named = ("max_iter", "image_size", "batch_size", "false_alarm_rate", "device")
+    given = {name: value for name in named if (value := getattr(arguments, name)) is not None}
+    detector = HVQTransDetector(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
+    detector.set_params(**{**given, **dict(arguments.set or ())})
+    return detector
+
+
+def _thresholds(detector: BaseImageDetector) -> str:
+    return ", ".join(f"{-value:.3f}" for value in np.atleast_1d(detector.offset_))
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def _training_images(folder: str) -> ImageDataset:
+    if Path(folder).is_dir() and find_categories(Path(folder)):
+        return load_mvtec(folder, split="train")
+    return load_folder(folder)
+
+
+def _known_images(folder: str) -> tuple[ImageDataset, bool]:
+    """Images of a folder, and whether it says what they are: then they are its test images."""
+    if Path(folder).is_dir() and find_categories(Path(folder)):
+        return load_mvtec(folder, split="test"), True
+    return load_folder(folder), False
+
+
+def _images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Paths of all images in files and folders, and where under a folder of maps each one's map belongs."""
+    paths: list[str] = []
+    outputs: list[Path] = []
+    taken: set[Path] = set()
+    for argument in arguments:
+        root = Path(argument)
+        if not root.is_dir():
+            found, root = [argument], root.parent
+        elif find_categories(root):
+            found = list(load_mvtec(root, split="all").paths)
+        else:
+            found = list(load_folder(root).paths)
+        for path in found:
+            output = _free(Path(os.path.relpath(path, root)), taken)
+            taken.add(output)
+            paths.append(path)
+            outputs.append(output)
+    return paths, outputs
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    """A name of its own for the map of an image: a.jpg and a.png in one folder are two images."""
+    output, k = path.with_name(f"{path.stem}_map.png"), 2
+    while output in taken:
+        output, k = path.with_name(f"{path.stem}_map-{k}.png"), k + 1
+    return output
+
+
+class _Lazy:
+    """What a function makes of 0, 1, ..., made whenever it is asked for."""
+
+    def __init__(self, n: int, make: Callable[[int], Any]):
+        self._n, self._make = n, make
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> Any:
+        return self._make(i)
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+
+def _drawn(detector: BaseImageDetector, pixels: Any, verdicts: Verdicts, k: int) -> Any:
+    return overlay(pixels, verdicts.anomaly_map(k, pixels.shape[:2]), detector.map_threshold_)
+
+
+def _write_image(path: Path, pixels: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@contextmanager
+def _csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
+    """A function that writes a row, into nothing if there is no path."""
+    if path is None:
+        yield lambda row: None
+        return
+    with open(_writable(path), "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
+        yield writer.writerow
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """Make the folder of an output file: before the work, which must not be lost at its end."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {str(path)!r} is a folder; give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing may be written to the folder {str(path.parent)!r}.")
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings meant for users, one line each, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            _complain(f"warning: {_one_line(message)}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+def _complain(text: str) -> None:
+    print(f"vqad: {text}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.strerror:
+        return f"{message.strerror}: {message.filename!r}" if message.filename else message.strerror
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vqad",
+        description="Find images that are not like the normal ones, and where. One model for many kinds of object.",
+        epilog="examples:\n"
+        "  vqad demo                                    see it work on real solar cells\n"
+        "  vqad fit good-parts/ -o model.joblib         learn from a folder of normal images\n"
+        "  vqad score model.joblib new-parts/ --maps heatmaps/\n"
+        "exit codes: 0 done, 2 wrong arguments or unusable input, 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report):
+        command = add(commands)
+        command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], text: str, more: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_demo(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "demo",
+        _demo,
+        "learn real solar cells, measure beside a memory bank of patches, and write a page of heatmaps",
+        "The images come with the package elpv-dataset (CC BY-NC-SA 4.0); nothing is downloaded.\n"
+        "example:\n  vqad demo --out demo-output",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path(DEMO_FOLDER), metavar="DIR", help="for page and model (default: %(default)s)"
+    )
+    command.add_argument("--quick", action="store_true", help="fewer cells and passes: a minute, and poorer results")
+    _add_running(command)
+    return command
+
+
+def _add_fit(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "fit",
+        _fit,
+        "learn what normal looks like from a folder of normal images",
+        "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good).\n"
+        "All images are taken as normal. Ctrl-C ends the training early and keeps what was learned (exit code 130).\n"
+        "examples:\n"
+        "  vqad fit good-parts/ -o model.joblib\n"
+        "  vqad fit mvtec/ -o model.joblib --max-iter 40 --false-alarm-rate 0.005\n"
+        "  vqad fit good-parts/ -o small.joblib --image-size 160 --set d_model=64",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder of normal images")
+    command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--category-from-folders",
+        dest="by_folder",
+        action="store_true",
+        default=None,
+        help="each sub-folder is a category (the default where there is more than one)",
+    )
+    group.add_argument(
+        "--no-categories",
+        dest="by_folder",
+        action="store_false",
+        help="find the categories in the images, whatever the folders are",
+    )
+    command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
+    command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
+    command.add_argument("--batch-size", type=int, metavar="N", help="images per training step")
+    command.add_argument(
+        "--false-alarm-rate", type=float, metavar="RATE", help="share of normal images that may be called anomalous"
+    )
+    command.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other parameter of HVQTransDetector; may be repeated",
+    )
+    _add_running(command)
+    return command
+
+
+def _add_score(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "score",
+        _score,
+        "say of each image how anomalous it is and which category it was judged as",
+        f"{TRUST}\n"
+        "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
+        "p-value: share of normal images that score this high or higher.\n"
+        "examples:\n"
+        "  vqad score model.joblib new-parts/\n"
+        "  vqad score model.joblib a.png b.png --csv scores.csv --maps heatmaps/",
+    )
+    _add_model(command)
+    command.add_argument("images", nargs="+", metavar="DIR|FILE", help="images, or folders of images")
+    command.add_argument("--csv", metavar="FILE", help="also write the table to a CSV file")
+    command.add_argument("--maps", type=Path, metavar="DIR", help="also write a heatmap of each image, as PNG")
+    return command
+
+
+def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a model on test images whose labels are known",
+        f"{TRUST}\n"
+        "ROOT has the layout of MVTec AD: CATEGORY/test/good, CATEGORY/test/DEFECT, CATEGORY/ground_truth/DEFECT.\n"
+        "example:\n  vqad evaluate model.joblib mvtec/ --json metrics.json",
+    )
+    _add_model(command)
+    command.add_argument("directory", metavar="ROOT", help="folder of categories, or of one category")
+    command.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
+    command.add_argument("--no-pixels", action="store_true", help="leave out the pixel metrics")
+    command.add_argument(
+        "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
+    )
+    return command
+
+
+def _add_report(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "report",
+        _report,
+        "write an HTML page of scores and heatmaps",
+        f"{TRUST}\n"
+        "For a folder in the layout of MVTec AD the page is about its test images, and has their metrics.\n"
+        'Needs jinja2 and matplotlib: pip install "vqad[report]".\n'
+        "example:\n  vqad report model.joblib new-parts/ -o page.html",
+    )
+    _add_model(command)
+    command.add_argument("directory", metavar="DIR", help="folder of images")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="HTML file to write")
+    command.add_argument("--title", help="of the page")
+    command.add_argument(
+        "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
+    )
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="file that vqad fit wrote")
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="makes runs repeat (default: %(default)s)")
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW, such as 224x320")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

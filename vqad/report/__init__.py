@@ -1,0 +1,7 @@
+"""Reports for people: an HTML page of what a detector found, and the overlay that shows where."""
+
+from vqad.report._overlay import heat_colours, overlay
+from vqad.report._page import write_report
+from vqad.report._verdicts import Verdicts, judge
+
+__all__ = ["Verdicts", "heat_colours", "judge", "overlay", "write_report"]

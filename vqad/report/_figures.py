@@ -1,0 +1,85 @@
+"""The report's diagrams, as SVG; matplotlib is imported when they are drawn."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NORMAL_COLOUR, ANOMALY_COLOUR, THRESHOLD_COLOUR = "#3b6ea5", "#c2410c", "#111827"
+WIDTH = 5.0  # inches: text of 9 points is readable on a phone
+BINS = 40
+# Scores beyond this many times the threshold share the last bin: one far image must not squeeze all others.
+LONGEST = 4.0
+
+
+def histograms(score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None) -> bytes:
+    """Score histogram of every group, one under the other on one axis, with its threshold."""
+    names = np.unique(group)
+    figure, axes = _figure(len(names), 1.35)
+    edges = _edges(score, threshold)
+    shown = np.clip(score, edges[0], edges[-1])
+    for axis, name in zip(axes, names):
+        mine = group == name
+        parts = [shown[mine]] if y is None else [shown[mine & (y == 1)], shown[mine & (y == -1)]]
+        labels = ["images"] if y is None else ["labelled normal", "labelled anomalous"]
+        colours = [NORMAL_COLOUR, ANOMALY_COLOUR][: len(parts)]
+        axis.hist(parts, edges, stacked=True, color=colours, label=labels)
+        for k, value in enumerate(np.unique(threshold[mine])):
+            label = "threshold" if k == 0 else None
+            axis.axvline(value, color=THRESHOLD_COLOUR, linestyle="--", linewidth=1.2, label=label)
+        axis.set_title(f"{name} ({mine.sum()} images)", loc="left", fontsize=9)
+        axis.set_ylabel("images")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    beyond = " (last bar: and beyond)" if score.max() > edges[-1] else ""
+    axes[-1].set_xlabel(f"anomaly score{beyond}")
+    return _svg(figure)
+
+
+def curves(loss: list[float], validation: list[float]) -> bytes:
+    """Training loss after every pass, and the validation loss where there is one."""
+    figure, (axis,) = _figure(1, 2.2)
+    passes = np.arange(1, len(loss) + 1)
+    axis.plot(passes, loss, color=NORMAL_COLOUR, marker=".", label="training")
+    if validation:
+        axis.plot(passes[: len(validation)], validation, color=ANOMALY_COLOUR, marker=".", label="validation")
+        axis.legend(fontsize=8, frameon=False)
+    axis.set_xlabel("pass over the training images")
+    axis.set_ylabel("loss")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(figure)
+
+
+def _edges(score: NDArray[Any], threshold: NDArray[Any]) -> NDArray[np.float64]:
+    low, high = float(score.min()), float(score.max())
+    top = float(threshold.max())
+    high = max(min(high, top + LONGEST * max(abs(top), 1.0)), top)
+    low = min(low, float(threshold.min()))
+    return np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+
+
+def _figure(rows: int, height: float) -> tuple[Figure, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 0.45 + height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> bytes:
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    # Without these two the same diagram would be another file every time.
+    with rc_context({"svg.hashsalt": "vqad"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

@@ -1,0 +1,89 @@
+"""An anomaly map drawn over its image: numpy and scipy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+# The colours run from 0 to this many map thresholds, whatever the image: two overlays compare.
+SCALE_TOP = 2.0
+# Share of the colour in the overlay, at 0 and from the threshold on.
+OPACITY = (0.0, 0.6)
+# Lightness falls from 0 to the top, so that the colour blind and a grey print can read it too.
+_HEAT = np.array([[255, 255, 204], [254, 217, 118], [253, 141, 60], [227, 26, 28], [128, 0, 38]], dtype=float)
+_CONTOUR = np.array([0, 229, 255], dtype=float)
+_GREY = np.array([0.299, 0.587, 0.114])
+
+
+def heat_colours(level: ArrayLike) -> NDArray[np.float64]:
+    """Colour of a level: 0 is pale yellow, 0.5 orange (the threshold), 1 dark red.
+
+    Parameters
+    ----------
+    level : array-like of float
+        Values outside 0..1 are clipped.
+
+    Returns
+    -------
+    ndarray of shape (*level.shape, 3), float
+        Red, green, blue in 0..255.
+    """
+    position = np.clip(np.asarray(level, dtype=float), 0, 1) * (len(_HEAT) - 1)
+    anchors = np.arange(len(_HEAT))
+    return np.stack([np.interp(position, anchors, _HEAT[:, k]) for k in range(3)], axis=-1)
+
+
+def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArray[np.uint8]:
+    """Draw an anomaly map over a grey version of its image, and a line around what is over the threshold.
+
+    Parameters
+    ----------
+    image : array-like of shape (H, W) or (H, W, C) with C = 1, 3 or 4, uint8, or float in 0..1
+        Alpha is dropped.
+    anomaly_map : array-like of shape (H, W)
+        Higher is more anomalous.
+    threshold : float
+        The detector's ``map_threshold_``. Colours run from 0 (transparent) over it (orange) to twice of it (dark
+        red): a fixed scale, so that overlays of different images compare.
+
+    Returns
+    -------
+    ndarray of shape (H, W, 3), uint8
+
+    Raises
+    ------
+    ValueError
+        If image and map differ in height or width, or either has another number of axes.
+    """
+    heat = np.asarray(anomaly_map, dtype=float)
+    grey = _grey(np.asarray(image))
+    if heat.ndim != 2 or heat.shape != grey.shape:
+        raise ValueError(
+            f"anomaly_map must have the height and width of the image, {grey.shape}; got shape {heat.shape}."
+        )
+    level = np.clip(heat / (SCALE_TOP * max(float(threshold), 1e-6)), 0, 1)
+    share = np.interp(level, [0, 1 / SCALE_TOP], OPACITY)[..., None]
+    mixed = (1 - share) * grey[..., None] + share * heat_colours(level)
+    mixed[_outline(heat > threshold)] = _CONTOUR
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _grey(image: NDArray[Any]) -> NDArray[np.float64]:
+    """Lightness (H, W) in 0..255."""
+    if image.ndim == 3 and image.shape[2] in (1, 3, 4):
+        pixels = image[..., 0].astype(float) if image.shape[2] == 1 else image[..., :3].astype(float) @ _GREY
+    elif image.ndim == 2:
+        pixels = image.astype(float)
+    else:
+        raise ValueError(f"image must have shape (H, W) or (H, W, C) with C = 1, 3 or 4; got {image.shape}.")
+    return pixels if image.dtype == np.uint8 else np.clip(pixels, 0, 1) * 255
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of a mask at its border with the rest; the image's edge is no border."""
+    thickness = max(1, round(min(mask.shape) / 150))
+    inside: NDArray[np.bool_] = ndimage.binary_erosion(mask, iterations=thickness, border_value=1)
+    return mask & ~inside
