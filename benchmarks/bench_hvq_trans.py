@@ -1,10 +1,10 @@
 """Speed of HVQ-Trans against a plain implementation of the published training step, side by side in one process.
 
 The plain step is what the paper describes, written with torch's own layers: the frozen backbone runs again for
-every batch, attention is ``torch.nn.MultiheadAttention``, and every image of the batch is quantised and updates its category's
-codebooks on its own. Ours trains on features that were extracted once. Both have the published size: EfficientNet-B4 at
-224², 272 channels on 14 x 14, d = 256, 4 layers, 512 codes, dropout 0.1, batch 16. Weights are random: they do not
-change the time. Scoring is from pixels for both.
+every batch, attention is ``torch.nn.MultiheadAttention``, and every image of the batch is quantised and updates its
+category's codebooks on its own. Ours trains on features that were extracted once. Both have the published size:
+EfficientNet-B4 at 224², 272 channels on 14 x 14, d = 256, 4 layers, 512 codes, dropout 0.1, batch 16. Weights are
+random: they do not change the time. Scoring is from pixels for both.
 
     python benchmarks/bench_hvq_trans.py --repeats 5
 """

@@ -327,6 +327,12 @@ def test_other_pickles_and_later_formats_are_refused(tmp_path):
         load_model(tmp_path / "later")
 
 
+def test_a_model_of_another_version_is_opened_with_a_warning(tmp_path):
+    joblib.dump({"format": MODEL_FORMAT, "vqad": "0.0.1", "detector": "kept"}, tmp_path / "older")
+    with pytest.warns(UserWarning, match=r"written by vqad 0\.0\.1"):
+        assert load_model(tmp_path / "older") == "kept"
+
+
 # ---- demo ----------------------------------------------------------------------------------------
 
 

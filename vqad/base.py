@@ -35,7 +35,7 @@ from vqad.training import Trainer, native_precision, pick_device, seeded, to_dev
 # Normal images of a category that say where its maps are high.
 MAX_REFERENCE_IMAGES = 200
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
-FAR = 2.0
+FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
 
@@ -145,6 +145,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         index = self.router_.fit(descriptor, category, random_state=seed)
         self.categories_ = self.router_.categories_
         self._distance_limit = self._far_limits(descriptor, index)
+        self.n_images_ = len(index)
         n_categories = len(self.categories_)
         train, held_out = _split(index, self.calibration_fraction, seed)
         validation = None
@@ -203,7 +204,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         maps = self.map_calibration_.combine(held_terms, index[held])
         raw = pool_map(maps, self._pool_fraction)
         self.score_calibration_ = ScoreCalibration().fit(raw, index[held], n_categories)
-        score = self.score_calibration_.transform(raw, index[held])
+        maps = self.map_calibration_.leave_one_out(held_terms, index[held])
+        score = self.score_calibration_.leave_one_out(raw, pool_map(maps, self._pool_fraction), index[held])
         self.conformal_ = ConformalCalibration(self.threshold == "category").fit(score, index[held], n_categories)
         if self.contamination == "auto":
             self.offset_ = -self.conformal_.thresholds(self.false_alarm_rate, self.categories_)
@@ -346,7 +348,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         out: dict[str, np.ndarray] = {}
         for c in np.unique(category):
             for part in torch.from_numpy(np.flatnonzero(category == c)).split(size):
-                chunk = [pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps]
+                chunk = [
+                    pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps
+                ]
                 number = torch.full((size,), int(c), device=device)
                 with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     terms = self._map_terms(model, chunk[0] if len(chunk) == 1 else chunk, number)
@@ -409,8 +413,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 self.backbone, weights=self.weights, image_size=self.image_size,
                 device=self.device, precision=self.precision, **self._feature_options(),
             ).fit()  # fmt: skip
-        if isinstance(self.backbone, BackboneFeatures) and self.backbone.merge != self._merge_stages:
-            raise ValueError(f"{type(self).__name__} takes a BackboneFeatures with merge={self._merge_stages}.")
+        merge = self._feature_options().get("merge", True)
+        if isinstance(self.backbone, BackboneFeatures) and self.backbone.merge != merge:
+            raise ValueError(f"{type(self).__name__} takes a BackboneFeatures with merge={merge}.")
         self._map_shape = None
         try:
             check_is_fitted(self.backbone)

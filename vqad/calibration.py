@@ -25,8 +25,8 @@ class MapCalibration:
 
     where :math:`\mu, \sigma` are the mean and standard deviation over normal images at that place, blurred, and
     shrunk to the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation
-    over the cells of held-out normal images. Without the location, what always looks odd about a product (its border, an edge in
-    the background) would hide what is odd about one piece of it. The map is the mean of the terms.
+    over the cells of held-out normal images. Without the location, what always looks odd about a product (its border,
+    an edge in the background) would hide what is odd about one piece of it. The map is the mean of the terms.
 
     Attributes
     ----------
@@ -85,6 +85,23 @@ class MapCalibration:
         z /= self.scale_[category][:, :, None, None]
         return np.einsum("t,nthw->nhw", self.weight_, z, dtype=np.float32)
 
+    def leave_one_out(self, held_out: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
+        """The maps of the held-out images of `fit`, each as if it had taken no part in its category's center and scale.
+
+        Where a category has many held-out images one of them makes no difference, and the map is that of `combine`.
+        """
+        maps = self.combine(held_out, category)
+        located = self._locate(np.stack([held_out[name] for name in self.terms_], axis=1), category)
+        count = np.bincount(category)[category]
+        for i in np.flatnonzero(count <= SHRINKAGE_IMAGES):
+            others = (category == category[i]) | (count[i] == 1)
+            others[i] = False
+            if others.any():
+                cells = located[others].transpose(1, 0, 2, 3).reshape(len(self.terms_), -1)
+                center, scale = _robust(cells)
+                maps[i] = np.tensordot(self.weight_, (located[i] - center[:, None, None]) / scale[:, None, None], 1)
+        return maps
+
     def _locate(self, terms: np.ndarray, category: np.ndarray) -> np.ndarray:
         return ((terms - self.mean_[category]) / self.spread_[category]).astype(np.float32)
 
@@ -127,16 +144,43 @@ class ScoreCalibration:
         for c in present:
             self.center_[c] = np.median(score[category == c])
         residual = score - self.center_[category]
-        pooled = float(_robust(residual[None])[1][0])
-        self.scale_[:] = pooled
+        self.pooled_scale_ = float(_robust(residual[None])[1][0])
+        self.scale_[:] = self.pooled_scale_
         for c in present:
-            own = residual[category == c]
-            keep = len(own) / (len(own) + SHRINKAGE_IMAGES)
-            self.scale_[c] = keep * float(_robust(own[None])[1][0]) + (1 - keep) * pooled
+            self.scale_[c] = self._shrunk_scale(residual[category == c])
         return self
 
+    def _shrunk_scale(self, residual: np.ndarray) -> float:
+        keep = len(residual) / (len(residual) + SHRINKAGE_IMAGES)
+        return keep * float(_robust(residual[None])[1][0]) + (1 - keep) * self.pooled_scale_
+
     def transform(self, score: np.ndarray, category: np.ndarray) -> np.ndarray:
+        """Standardised scores, (n,) float64, of raw scores (n,) and category numbers (n,)."""
         return (score - self.center_[category]) / self.scale_[category]
+
+    def leave_one_out(self, score: np.ndarray, unseen: np.ndarray, category: np.ndarray) -> np.ndarray:
+        """Standardised scores of the images of `fit`, each as if it had taken no part in its category's scale.
+
+        Thresholds come from these: with few images a category, its median lies too close to each of them. In the
+        place of a category's only image stand the images of the others.
+
+        Parameters
+        ----------
+        score : ndarray of shape (n,)
+            As given to `fit`.
+        unseen : ndarray of shape (n,)
+            The raw score of each image from a map that it took no part in calibrating.
+        """
+        out = np.zeros(len(score))
+        for i, c in enumerate(category):
+            others = np.arange(len(score)) != i
+            own = score[others & (category == c)]
+            if len(own):
+                center = np.median(own)
+                out[i] = (unseen[i] - center) / self._shrunk_scale(own - center)
+            elif others.any():
+                out[i] = (unseen[i] - np.median(score[others])) / self.pooled_scale_
+        return out
 
 
 class ConformalCalibration:

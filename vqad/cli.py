@@ -227,6 +227,11 @@ def load_model(path: str | os.PathLike[str]) -> BaseImageDetector:
         If there is no such file.
     ValueError
         If the file is no model, or of a format that this version does not know.
+
+    Warns
+    -----
+    UserWarning
+        If another version of vqad wrote it.
     """
     path = Path(path)
     if path.is_dir():
@@ -246,6 +251,13 @@ def load_model(path: str | os.PathLike[str]) -> BaseImageDetector:
         raise ValueError(
             f"model {str(path)!r} has format {content.get('format')!r}, written by vqad {content.get('vqad')}; "
             f"this is vqad {vqad.__version__}, which reads {MODEL_FORMAT!r}."
+        )
+    if content["vqad"] != vqad.__version__:
+        warnings.warn(
+            f"model {str(path)!r} was written by vqad {content['vqad']}, and this is vqad {vqad.__version__}: if it "
+            "fails or scores strangely, fit it again.",
+            UserWarning,
+            stacklevel=2,
         )
     detector: BaseImageDetector = content["detector"]
     return detector

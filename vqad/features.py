@@ -279,6 +279,8 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
             ) from error
     config = getattr(network, "pretrained_cfg", None) or network.default_cfg
     network.normalization = (tuple(config["mean"]), tuple(config["std"]))
+    for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
+        kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
     return network.eval()
 
 

@@ -61,7 +61,7 @@ class HVQTransDetector(BaseImageDetector):
         "nearest" is the plan when only the cells' marginal is fixed.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
-    max_iter : int, default=24
+    max_iter : int, default=20
         Passes over the training images.
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
@@ -115,7 +115,7 @@ class HVQTransDetector(BaseImageDetector):
 
     References
     ----------
-    .. [1] Lu, Wu, Tian, Wang, Xiong, Gao, Wang: Hierarchical Vector Quantized Transformer for Multi-class
+    .. [1] Lu, Wu, Tian, Wang, Chen, Liu, Hu: Hierarchical Vector Quantized Transformer for Multi-class
        Unsupervised Anomaly Detection, NeurIPS 2023. arXiv:2310.14228.
 
     Examples
@@ -162,7 +162,7 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=24,
+        max_iter=20,
         batch_size=16,
         learning_rate=1e-3,
         weight_decay=1e-4,

@@ -1,4 +1,4 @@
-"""The one training loop: device, precision, seed, schedule, progress, early stopping; nothing else steps an optimiser."""
+"""The one training loop: device, precision, seed, schedule, progress, early stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +247,7 @@ class Trainer:
         self.model.train()
         order = train[torch.randperm(len(train))]
         total = torch.zeros((), device=self.device)
-        for indices in order.split(self.plan.batch_size):
+        for indices in torch.split(order, self.plan.batch_size):
             optimizer.zero_grad(set_to_none=True)
             total += self._backward(indices) * len(indices)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
@@ -257,7 +257,7 @@ class Trainer:
 
     def _backward(self, indices: Tensor) -> Tensor:
         """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
-        parts = indices.split(self.batch_size)
+        parts = torch.split(indices, self.batch_size)
         try:
             total = torch.zeros((), device=self.device)
             for part in parts:
@@ -277,7 +277,7 @@ class Trainer:
         features = to_device(self.source.batch(indices), self.device)
         category = self.category[indices].to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss: Tensor = self.model.loss(features, category)
+            loss = cast(Trainable, self.model).loss(features, category)
         return loss
 
     @torch.inference_mode()
@@ -285,7 +285,7 @@ class Trainer:
         """Mean loss of some images in evaluation mode."""
         self.model.eval()
         total = 0.0
-        for part in indices.split(self.batch_size):
+        for part in torch.split(indices, self.batch_size):
             total += float(self._loss(part)) * len(part)
         self.model.train()
         return total / len(indices)

@@ -84,6 +84,6 @@ def _grey(image: NDArray[Any]) -> NDArray[np.float64]:
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels of a mask at its border with the rest; the image's edge is no border."""
-    thickness = max(1, round(min(mask.shape) / 150))
+    thickness = max(1, round(min(mask.shape) / 110))
     inside: NDArray[np.bool_] = ndimage.binary_erosion(mask, iterations=thickness, border_value=1)
     return mask & ~inside

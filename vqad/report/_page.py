@@ -254,7 +254,8 @@ def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
+    # Colour at full resolution, or the thin outline would fade.
+    Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return _uri(out.getvalue(), "jpeg")
 
 
