@@ -18,6 +18,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from vqad._warn import warn
 from vqad.calibration import (
@@ -396,11 +397,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         dtype = torch.float32 if isinstance(data, FeatureArray) else native_precision(device, self.precision)
         store = FeatureStore(len(rows), dtype)
         descriptor, done = [], 0
+        bar = tqdm(total=len(rows), desc="features", unit="image", disable=not self.verbose)
         for _, maps in self._iter_features(data, device, rows):
             n = len(maps[0])
+            bar.update(n)
             store.write(np.arange(done, done + n), maps)
             descriptor.append(_describe(maps))
             done += n
+        bar.close()
         return store, np.concatenate(descriptor)
 
     def _feature_options(self) -> dict:

@@ -6,12 +6,13 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import pairwise_distances_argmin, silhouette_score
 
 # A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
 # products reach 0.36 at the most when they are cut in parts, different products 0.55 and more (docs/categories.md).
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
+MAX_ODD_IMAGES = 0.02
 MAX_DISCOVERY_IMAGES = 2000
 MAX_CATEGORIES = 128
 
@@ -104,7 +105,8 @@ def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, 
     """Find the kinds of object in a set of descriptors, and how many there are.
 
     k-means for k = 2, 3, ...; the k with the largest mean silhouette wins if that is at least 0.4 and no
-    part has fewer than 5 images, otherwise everything is one category. At most 2,000 images are looked at.
+    part has fewer than 5 images, otherwise everything is one category. One image in fifty, or a single one, may lie
+    in smaller parts: these are broken or foreign images, not categories. At most 2,000 images are looked at.
 
     Returns
     -------
@@ -116,20 +118,22 @@ def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, 
     sample = projected[rows]
     best, best_score, waited = None, MIN_SILHOUETTE, 0
     n_distinct = len(np.unique(sample, axis=0))
-    for k in range(2, min(MAX_CATEGORIES, len(sample) // MIN_CATEGORY_SIZE, n_distinct - 1) + 1):
+    for k in range(2, min(MAX_CATEGORIES, len(sample) // MIN_CATEGORY_SIZE, n_distinct) + 1):
         kmeans = KMeans(k, n_init=4, random_state=random_state).fit(sample)
-        if np.bincount(kmeans.labels_, minlength=k).min() < MIN_CATEGORY_SIZE:
+        is_category = np.bincount(kmeans.labels_, minlength=k) >= MIN_CATEGORY_SIZE
+        placed = is_category[kmeans.labels_]
+        if is_category.sum() < 2 or (~placed).sum() > max(1, MAX_ODD_IMAGES * len(sample)):
             score = -1.0
         else:
-            score = float(silhouette_score(sample, kmeans.labels_))
+            score = float(silhouette_score(sample[placed], kmeans.labels_[placed]))
         waited = 0 if score > best_score else waited + 1
         if score > best_score:
-            best, best_score = kmeans, score
+            best, best_score = kmeans.cluster_centers_[is_category], score
         if waited >= 12:
             break
     if best is None:
         return np.zeros(n, dtype=np.int64), 0.0
-    return best.predict(projected).astype(np.int64), best_score
+    return pairwise_distances_argmin(projected, best).astype(np.int64), best_score
 
 
 def _subsample(n: int, random_state: int) -> np.ndarray:

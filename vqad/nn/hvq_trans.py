@@ -190,7 +190,9 @@ class HVQTrans(nn.Module):
         return loss
 
     @torch.no_grad()
-    def anomaly_map(self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def anomaly_map(
+        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None, *, window: int = 1
+    ) -> dict[str, Tensor]:
         r"""Terms of the anomaly map, each (N, h, w), higher = more anomalous.
 
         ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` the cost of carrying
@@ -203,12 +205,17 @@ class HVQTrans(nn.Module):
         category : Tensor of shape (N,), int64
         levels : sequence of int, optional
             Levels whose transport term is wanted; all when left out.
+        window : int, default=1
+            Odd side of the square of cells over which :math:`\hat f - f` is averaged before its norm is taken: what the
+            decoder misses at random cancels, what it misses throughout a place stays. The release has 1.
         """
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
         rebuilt, _, passed = self._forward(cells, category)
         error = self._untokenise(rebuilt.to(cells.dtype) - cells)
+        if window > 1:
+            error = F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
         terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
         for j in wanted:
             cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)

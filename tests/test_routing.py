@@ -1,0 +1,180 @@
+"""Categories from labels, categories found without labels, and distances to them."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+
+from vqad.routing import CategoryRouter, discover
+
+
+def blobs(k, n=12, dim=16, distance=8.0, seed=0):
+    """k x n points about k centres that are about ``distance * sqrt(2 * dim)`` apart, and which is whose."""
+    rng = np.random.default_rng(seed)
+    category = rng.permutation(np.repeat(np.arange(k), n))
+    return distance * rng.standard_normal((k, dim))[category] + rng.standard_normal((k * n, dim)), category
+
+
+@pytest.mark.parametrize("names", [["nut", "screw", "bolt"], [7, -1, 3]])
+def test_labels_are_learned_exactly(names):
+    X, category = blobs(3)
+    label = np.array(names)[category]
+    router = CategoryRouter()
+    index = router.fit(X, label)
+    assert list(router.categories_) == sorted(names)
+    assert not router.discovered_
+    assert np.isnan(router.silhouette_)
+    np.testing.assert_array_equal(router.categories_[index], label)
+    new, category = blobs(3)
+    np.testing.assert_array_equal(router.categories_[router.predict(new)[0]], np.array(names)[category])
+
+
+def test_labels_are_obeyed_where_they_cut_through_a_blob():
+    X, _ = blobs(1, n=40)
+    label = np.array(["front", "back"])[np.arange(40) % 2]
+    router = CategoryRouter()
+    index = router.fit(X, label)
+    np.testing.assert_array_equal(router.categories_[index], label)
+
+
+def test_a_label_of_a_single_image_is_kept():
+    X, category = blobs(2)
+    label = np.where(np.arange(24) == 5, 9, category)
+    router = CategoryRouter()
+    router.fit(X, label)
+    assert list(router.categories_) == [0, 1, 9]
+    assert np.isfinite(router.predict(X)[1]).all()
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 6), st.integers(6, 20), st.sampled_from([8, 16, 60]), st.integers(0, 10**6))
+def test_separate_blobs_are_found(k, n, dim, seed):
+    X, category = blobs(k, n, dim, seed=seed)
+    router = CategoryRouter()
+    index = router.fit(X)
+    assert router.discovered_
+    np.testing.assert_array_equal(router.categories_, np.arange(k))
+    assert adjusted_rand_score(category, index) == 1
+    assert k == 1 or router.silhouette_ > 0.4
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_units_do_not_matter(scale):
+    X, category = blobs(3)
+    unit = scale * np.geomspace(1, 1000, X.shape[1])
+    index = CategoryRouter().fit(X * unit + 5 * unit)
+    assert adjusted_rand_score(category, index) == 1
+
+
+def test_blobs_of_unequal_size_are_found():
+    X, category = blobs(2, n=100)
+    keep = (category == 0) | (np.cumsum(category == 1) <= 6)
+    index = CategoryRouter().fit(X[keep])
+    assert adjusted_rand_score(category[keep], index) == 1
+
+
+@pytest.mark.parametrize("distance", [30, 300, 3000])
+def test_a_foreign_image_does_not_hide_the_categories(distance):
+    X, category = blobs(3, n=20)
+    X = np.vstack([X, distance * np.ones(16)])
+    index = CategoryRouter().fit(X)
+    assert index.max() == 2
+    assert adjusted_rand_score(category, index[:60]) == 1
+
+
+def test_fewer_than_five_images_are_no_category():
+    X, category = blobs(2, n=50)
+    keep = (category == 0) | (np.cumsum(category == 1) <= 4)
+    assert CategoryRouter().fit(X[keep]).max() == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9])
+def test_few_images_are_one_category(n):
+    X = np.random.default_rng(0).standard_normal((n, 30))
+    router = CategoryRouter()
+    np.testing.assert_array_equal(router.fit(X), 0)
+    assert np.isfinite(router.predict(X)[1]).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_identical_images_are_one_category_at_distance_0():
+    router = CategoryRouter()
+    np.testing.assert_array_equal(router.fit(np.ones((20, 6))), 0)
+    np.testing.assert_allclose(router.predict(np.ones((2, 6)))[1], 0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_pictures_repeated_are_two_categories():
+    X = np.repeat(np.random.default_rng(0).standard_normal((2, 6)), 10, axis=0)
+    np.testing.assert_array_equal(np.abs(np.diff(CategoryRouter().fit(X))), np.arange(19) == 9)
+
+
+def test_distances_are_mahalanobis_distances():
+    """Of the pooled covariance within the categories, hardly shrunk where images are many."""
+    rng = np.random.default_rng(0)
+    mixing, category = rng.standard_normal((4, 4)) + 2 * np.eye(4), np.repeat([0, 1], 2000)
+    center = 30 * rng.standard_normal((2, 4))
+    X = center[category] + rng.standard_normal((4000, 4)) @ mixing
+    router = CategoryRouter()
+    router.fit(X, category)
+    means = np.stack([X[category == c].mean(0) for c in (0, 1)])
+    residual = X - means[category]
+    inverse = np.linalg.inv(residual.T @ residual / 4000)
+    new = center[0] + 3 * rng.standard_normal((50, 4)) @ mixing
+    off = new[:, None] - means
+    expected = np.sqrt(np.einsum("nkd,de,nke->nk", off, inverse, off))
+    index, distance = router.predict(new)
+    np.testing.assert_array_equal(index, expected.argmin(1))
+    np.testing.assert_allclose(distance, expected.min(1), rtol=0.05)
+
+
+def test_an_image_far_from_everything_is_at_a_large_distance():
+    X, _ = blobs(3, n=30)
+    router = CategoryRouter()
+    router.fit(X)
+    near = router.predict(blobs(3, n=30)[0])[1]
+    assert router.predict(np.full((1, 16), 100.0))[1] > 5 * near.max()
+
+
+@pytest.mark.parametrize("dim", [5, 33, 200])
+def test_rows_do_not_depend_on_company(dim):
+    X, _ = blobs(3, dim=dim)
+    router = CategoryRouter()
+    router.fit(X)
+    new = np.random.default_rng(1).standard_normal((50, dim)) * 20
+    index, distance = router.predict(new)
+    for i in range(50):
+        own_index, own_distance = router.predict(new[[i]])
+        assert (own_index[0], own_distance[0]) == (index[i], distance[i])
+    order = np.random.default_rng(2).permutation(50)
+    np.testing.assert_array_equal(router.predict(new[order])[1], distance[order])
+
+
+def test_one_seed_finds_the_same_and_global_state_is_left_alone():
+    X, _ = blobs(4)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what is tested
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = CategoryRouter(), CategoryRouter()
+    np.testing.assert_array_equal(first.fit(X, random_state=7), second.fit(X, random_state=7))
+    np.testing.assert_array_equal(first.predict(X)[1], second.predict(X)[1])
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_many_images_are_discovered_from_a_part_of_them():
+    X, category = blobs(3, n=1000, dim=6)
+    index, silhouette = discover(X)
+    assert len(index) == 3000
+    assert adjusted_rand_score(category, index) == 1
+    assert silhouette > 0.8
+
+
+def test_constant_columns_do_no_harm():
+    X, category = blobs(2)
+    padded = np.hstack([X, np.ones((24, 5)), np.zeros((24, 5))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index = CategoryRouter().fit(padded)
+    assert adjusted_rand_score(category, index) == 1
