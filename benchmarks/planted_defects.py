@@ -17,11 +17,12 @@ import numpy as np
 from scipy import ndimage
 from sklearn.utils import check_random_state
 
-from vqad.base import _describe, _split
+from vqad.base import _split
 from vqad.calibration import MapCalibration, pool_map
 from vqad.datasets import load_mvtec
 from vqad.images import check_images
 from vqad.metrics import image_auroc
+from vqad.store import describe
 from vqad.training import pick_device
 
 FRACTIONS = (0.005, 0.01, 0.03, 0.05)
@@ -103,7 +104,7 @@ def terms_of(detector, data, transport):
     detector.model_.transport = transport
     parts, categories, device = [], [], pick_device(detector.device)
     for _, maps in detector._iter_features(data, device):
-        category, _ = detector._route(_describe(maps))
+        category, _ = detector._route(describe(maps))
         parts.append(detector._model_terms(detector.model_, maps, category, device))
         categories.append(category)
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, np.concatenate(categories)

@@ -76,7 +76,7 @@ def test_blobs_of_unequal_size_are_found():
     assert adjusted_rand_score(category[keep], index) == 1
 
 
-@pytest.mark.parametrize("distance", [30, 300, 3000])
+@pytest.mark.parametrize("distance", [30, 100, 300])
 def test_a_foreign_image_does_not_hide_the_categories(distance):
     X, category = blobs(3, n=20)
     X = np.vstack([X, distance * np.ones(16)])
@@ -164,9 +164,9 @@ def test_one_seed_finds_the_same_and_global_state_is_left_alone():
 
 
 def test_many_images_are_discovered_from_a_part_of_them():
-    X, category = blobs(3, n=1000, dim=6)
+    X, category = blobs(2, n=1100, dim=6)
     index, silhouette = discover(X)
-    assert len(index) == 3000
+    assert len(index) == 2200
     assert adjusted_rand_score(category, index) == 1
     assert silhouette > 0.8
 

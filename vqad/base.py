@@ -28,9 +28,19 @@ from vqad.calibration import (
     conformal_quantile,
     pool_map,
 )
-from vqad.features import BackboneFeatures, FeatureStore, chunk_size, pad_chunk
+from vqad.features import BackboneFeatures
 from vqad.images import check_images
 from vqad.routing import CategoryRouter
+from vqad.store import (
+    FeatureArray,
+    FeatureStore,
+    ScaledFeatures,
+    TrainingBatches,
+    channel_statistics,
+    chunk_size,
+    describe,
+    pad_chunk,
+)
 from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
 
 # Normal images of a category that say where its maps are high.
@@ -158,14 +168,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if self.early_stopping:
             keep, chosen = _split(index[train], self.validation_fraction, seed + 1)
             train, validation = train[keep], train[chosen]
-        self.feature_mean_, self.feature_scale_ = _channel_statistics(store, train, self.standardize)
-        scaled = _Scaled(store, self.feature_mean_, self.feature_scale_)
+        self.feature_mean_, self.feature_scale_ = channel_statistics(store, train, self.standardize)
+        scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
         category_tensor = torch.from_numpy(index)
 
         self.model_ = self._make_model(
             [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps], n_categories
         )
-        self._initialise(_Batches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
+        self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
         trainer = Trainer(
             self.model_, scaled, category_tensor, self._plan(),
             device=device, dtype=native_precision(device, self.precision),
@@ -280,7 +290,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         data = self._check_X(X)
         device = pick_device(self.device)
-        parts = [self._route(_describe(maps))[0] for _, maps in self._iter_features(data, device)]
+        parts = [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device)]
         return self.categories_[np.concatenate(parts)]
 
     def anomaly_map(self, X):
@@ -318,7 +328,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         model = self.model_.to(device)
         try:
             for _, maps in self._iter_features(data, device, rows):
-                category, excess = self._route(_describe(maps))
+                category, excess = self._route(describe(maps))
                 terms = self._model_terms(model, maps, category, device)
                 combined = self.map_calibration_.combine(terms, category)
                 score = self._image_score(combined, category, excess)
@@ -402,7 +412,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             n = len(maps[0])
             bar.update(n)
             store.write(np.arange(done, done + n), maps)
-            descriptor.append(_describe(maps))
+            descriptor.append(describe(maps))
             done += n
         bar.close()
         return store, np.concatenate(descriptor)
@@ -476,25 +486,6 @@ class _Pixels:
         return self.data.pixels(self.rows[i])
 
 
-class FeatureArray:
-    """Features that came ready: rows (n, C), or maps (n, h, w, C)."""
-
-    def __init__(self, values: np.ndarray):
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def size(self, i: int) -> tuple[int, int]:
-        return self.values.shape[1:3]
-
-    def chunks(self, rows, device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        size = chunk_size(device, math.prod(self.values.shape[1:3]))
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield part, [torch.from_numpy(self.values[part]).permute(0, 3, 1, 2).to(device)]
-
-
 def _check_features(estimator, X, reset: bool) -> FeatureArray:
     if getattr(X, "ndim", 2) == 4:
         maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
@@ -511,62 +502,6 @@ def _check_features(estimator, X, reset: bool) -> FeatureArray:
     elif estimator.map_shape_ != (1, 1, table.shape[1]):
         raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
     return FeatureArray(table[:, None, None, :])
-
-
-class _Scaled:
-    """A feature source whose channels have mean 0 and standard deviation 1 over the training images."""
-
-    def __init__(self, store: FeatureStore, mean: list[Tensor], scale: list[Tensor]):
-        self.store, self.mean, self.scale = store, mean, scale
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def batch(self, indices) -> Tensor | list[Tensor]:
-        maps = self.store.batch(indices)
-        if isinstance(maps, Tensor):
-            return maps.sub_(self.mean[0]).div_(self.scale[0])
-        return [m.sub_(a).div_(b) for m, a, b in zip(maps, self.mean, self.scale)]
-
-
-class _Batches:
-    """Training batches as a collection that can be gone through again."""
-
-    def __init__(self, source: _Scaled, category: Tensor, rows: Tensor, batch_size: int):
-        self.source, self.category, self.parts = source, category, rows.split(batch_size)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | list[Tensor], Tensor]:
-        part = self.parts[i]
-        return self.source.batch(part), self.category[part]
-
-
-def _channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and standard deviation of every channel over all cells of the images ``rows``, (1, C, 1, 1) each."""
-    if not standardize:
-        return [torch.zeros(1)] * len(store.maps), [torch.ones(1)] * len(store.maps)
-    totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
-    for part in torch.from_numpy(rows).split(64):
-        maps = store.batch(part)
-        for total, m in zip(totals, [maps] if isinstance(maps, Tensor) else maps):
-            m = m.double()  # the difference of squares below leaves few digits
-            total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
-    mean, scale = [], []
-    for total, m in zip(totals, store.maps):
-        first, second = total / (len(rows) * math.prod(m.shape[2:]))
-        deviation = (second - first.square()).clamp(min=0).sqrt()
-        floor = 1e-3 * deviation.max() + 1e-8
-        mean.append(first.float().view(1, -1, 1, 1))
-        scale.append(torch.where(deviation > floor, deviation, torch.ones(())).float().view(1, -1, 1, 1))
-    return mean, scale
-
-
-def _describe(maps: list[Tensor]) -> np.ndarray:
-    """Descriptor of each whole image: mean and standard deviation of every channel over the map."""
-    parts = [s for m in maps for s in (m.float().mean((2, 3)), m.float().std((2, 3), correction=0))]
-    return torch.cat(parts, 1).cpu().numpy().astype(np.float64)
 
 
 def _resize(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:

