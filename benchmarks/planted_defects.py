@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from sklearn.utils import check_random_state
 
-from vqad.base import _split
+from vqad._checks import split_rows
 from vqad.calibration import MapCalibration, pool_map
 from vqad.datasets import load_mvtec
 from vqad.images import check_images
@@ -100,12 +100,17 @@ def _blob(h, w, place, radius, rng):
 
 
 def terms_of(detector, data, transport):
-    """Raw map terms, and the category, of every image."""
-    detector.model_.transport = transport
+    """Map terms, and the category, of every image: the detector's own, and the error as published."""
+    model = detector.model_
+    model.transport = transport
     parts, categories, device = [], [], pick_device(detector.device)
     for _, maps in detector._iter_features(data, device):
         category, _ = detector._route(describe(maps))
-        parts.append(detector._model_terms(detector.model_, maps, category, device))
+        terms = detector._model_terms(model, maps, category, device)
+        detector._window = 1
+        terms["error of single cells"] = np.sqrt(detector._model_terms(model, maps, category, device)["reconstruction"])
+        del detector._window
+        parts.append(terms)
         categories.append(category)
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, np.concatenate(categories)
 
@@ -120,9 +125,10 @@ def main() -> None:
     train = load_mvtec(args.root)
     labels = np.searchsorted(detector.categories_, train.category)
     seed = int(check_random_state(detector.random_state).randint(np.iinfo(np.int32).max))
-    _, held_out = _split(labels, detector.calibration_fraction, seed)
+    _, held_out = split_rows(labels, detector.calibration_fraction, seed)
     images = check_images(train)
     rng = np.random.default_rng(0)
+    reference = np.setdiff1d(np.arange(len(train)), held_out)[::2]
     normal = [images.pixels(i) for i in held_out]
     copies = [6 if (labels[held_out] == labels[i]).sum() < 20 else 2 for i in held_out]
     planted = [plant(p.astype(float), rng).astype(np.float32) for p, n in zip(normal, copies) for _ in range(n)]
@@ -131,21 +137,26 @@ def main() -> None:
     data = check_images(normal + planted)
     for transport in args.transports:
         terms, routed = terms_of(detector, data, transport)
+        known, known_routed = terms_of(detector, images.subset(reference), transport)
         held = {k: v[: len(normal)] for k, v in terms.items()}
-        costs = [k for k in terms if k != "reconstruction"]
+        costs = [k for k in terms if k.startswith("transport")]
         choices = {k: {k: 1.0} for k in terms}
-        for share in (0.25, 0.5):
+        for share in (0.25, 0.5, 0.75):
             choices[f"{share:g} transport"] = {"reconstruction": 1 - share, **{k: share / len(costs) for k in costs}}
         print(f"transport={transport!r}; image AUROC by category, mean; pooled over the top", *FRACTIONS, flush=True)
         for name, weights in choices.items():
             calibration = MapCalibration(weights).fit(
-                held, routed[: len(normal)], held, routed[: len(normal)], len(detector.categories_)
+                {k: np.concatenate([known[k], held[k]]) for k in weights},
+                np.concatenate([known_routed, routed[: len(normal)]]),
+                held,
+                routed[: len(normal)],
+                len(detector.categories_),
             )
             maps = calibration.combine(terms, routed)
             for fraction in FRACTIONS:
                 score = pool_map(maps, fraction)
                 row = [image_auroc(truth[category == c], score[category == c]) for c in np.unique(category)]
-                print(f"  {name:16s} {fraction:5.3f} ", *(f"{v:.3f}" for v in row), f" {np.mean(row):.3f}")
+                print(f"  {name:22s} {fraction:5.3f} ", *(f"{v:.3f}" for v in row), f" {np.mean(row):.3f}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqad._warn import warn
+from vqad._checks import check_category, check_features, normal_rows, split_rows
 from vqad.calibration import (
     ConformalCalibration,
     MapCalibration,
@@ -71,9 +71,9 @@ class Judgement(NamedTuple):
 class BaseImageDetector(OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
-    A detector adds its parameters and two hooks: ``_make_model(channels, shapes, n_categories)`` returns the
+    A detector adds its parameters and four hooks: ``_make_model(channels, shapes, n_categories)`` returns the
     module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
-    ``_feature_options()`` says what it wants of the features, ``_map_weights()`` how the terms of the map add up.
+    ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up.
     """
 
     _parameter_constraints: dict = {
@@ -127,7 +127,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         data = self._check_X(X, reset=True)
-        rows, category = _normal_rows(y, len(data)), _check_category(category, len(data))
+        rows, category = normal_rows(y, len(data)), check_category(category, len(data))
         if len(rows) == 0:
             raise ValueError("No normal image to learn from: every y is -1.")
         if len(rows) == 1:
@@ -158,7 +158,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self._distance_limit = self._far_limits(descriptor, index)
         self.n_images_ = len(index)
         n_categories = len(self.categories_)
-        train, held_out = _split(index, self.calibration_fraction, seed)
+        train, held_out = split_rows(index, self.calibration_fraction, seed)
         validation = None
         alone = np.setdiff1d(np.arange(n_categories), index[held_out])
         if self.threshold == "category" and len(alone):
@@ -166,7 +166,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 f"threshold='category' needs at least 2 images of every category; {self.categories_[alone[0]]} has 1."
             )
         if self.early_stopping:
-            keep, chosen = _split(index[train], self.validation_fraction, seed + 1)
+            keep, chosen = split_rows(index[train], self.validation_fraction, seed + 1)
             train, validation = train[keep], train[chosen]
         self.feature_mean_, self.feature_scale_ = channel_statistics(store, train, self.standardize)
         scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
@@ -394,7 +394,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _check_X(self, X, reset=False):
         """Images or features, checked, as something with a length, sizes and chunks."""
         if self.backbone is None:
-            return _check_features(self, X, reset)
+            return check_features(self, X, reset)
         if isinstance(X, np.ndarray) and X.ndim == 2 and self.image_shape is not None:
             X = validate_data(self, X, reset=reset, ensure_all_finite=False, dtype=None)
         return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
@@ -416,10 +416,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             done += n
         bar.close()
         return store, np.concatenate(descriptor)
-
-    def _feature_options(self) -> dict:
-        """What the detector wants of `BackboneFeatures`: stages, and whether and how they are merged."""
-        raise NotImplementedError
 
     def _make_features(self, data, rows):
         if isinstance(self.backbone, str):
@@ -486,68 +482,8 @@ class _Pixels:
         return self.data.pixels(self.rows[i])
 
 
-def _check_features(estimator, X, reset: bool) -> FeatureArray:
-    if getattr(X, "ndim", 2) == 4:
-        maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
-        if reset:
-            estimator.map_shape_ = maps.shape[1:]
-        elif maps.shape[1:] != estimator.map_shape_:
-            raise ValueError(
-                f"X has feature maps of shape {maps.shape[1:]}; fit saw maps of shape {estimator.map_shape_} (h, w, C)."
-            )
-        return FeatureArray(maps)
-    table = validate_data(estimator, X, reset=reset, dtype=np.float32)
-    if reset:
-        estimator.map_shape_ = (1, 1, table.shape[1])
-    elif estimator.map_shape_ != (1, 1, table.shape[1]):
-        raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
-    return FeatureArray(table[:, None, None, :])
-
-
 def _resize(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if grid_map.shape == tuple(size):
         return grid_map
     tensor = torch.from_numpy(grid_map)[None, None]
     return F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
-
-
-def _normal_rows(y, n: int) -> np.ndarray:
-    """Rows to train on: all but those labelled -1."""
-    if y is None:
-        return np.arange(n)
-    y = np.asarray(y)
-    if y.shape != (n,):
-        raise ValueError(f"y has shape {y.shape}, but X has {n} images: one label of +1 or -1 each is expected.")
-    if not np.isin(y, (-1, 1)).all():
-        warn("y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.")
-        return np.arange(n)
-    return np.flatnonzero(y == 1)
-
-
-def _check_category(category, n: int) -> np.ndarray | None:
-    if category is None:
-        return None
-    category = np.asarray(category)
-    if category.shape != (n,):
-        raise ValueError(f"category has shape {category.shape}, but X has {n} images: one label each is expected.")
-    for kind in (str, Integral):
-        if all(isinstance(label, kind) for label in category.tolist()):
-            return category.astype(str if kind is str else int)
-    names = ", ".join(sorted({type(label).__name__ for label in category.tolist()}))
-    raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
-
-
-def _split(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
-    rng = np.random.RandomState(seed % 2**32)
-    held = []
-    for c in np.unique(index):
-        rows = rng.permutation(np.flatnonzero(index == c))
-        n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
-        held.append(rows[:n])
-    held_out = np.sort(np.concatenate(held))
-    keep = np.setdiff1d(np.arange(len(index)), held_out)
-    if len(held_out) == 0:
-        warn("Too few images to hold any out: thresholds come from the training images.")
-        held_out = keep
-    return keep, held_out

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import pairwise_distances_argmin, silhouette_score
 
 # A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
-# products reach 0.36 at the most when they are cut in parts, different products 0.55 and more (docs/categories.md).
+# products reach 0.36 at the most when they are cut in parts, different products 0.55 and more (docs/choices.md).
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
 MAX_ODD_IMAGES = 0.02

@@ -268,10 +268,13 @@ class Trainer:
         except torch.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
-            self.batch_size = max(1, self.batch_size // 2)
-            warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
+        self._halve_batch()
         self.model.zero_grad(set_to_none=True)
         return self._backward(indices)
+
+    def _halve_batch(self) -> None:
+        self.batch_size = max(1, self.batch_size // 2)
+        warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
 
     def _loss(self, indices: Tensor) -> Tensor:
         features = to_device(self.source.batch(indices), self.device)
@@ -284,11 +287,18 @@ class Trainer:
     def evaluate(self, indices: Tensor) -> float:
         """Mean loss of some images in evaluation mode."""
         self.model.eval()
-        total = 0.0
-        for part in torch.split(indices, self.batch_size):
-            total += float(self._loss(part)) * len(part)
-        self.model.train()
-        return total / len(indices)
+        try:
+            total = 0.0
+            for part in torch.split(indices, self.batch_size):
+                total += float(self._loss(part)) * len(part)
+            return total / len(indices)
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+        finally:
+            self.model.train()
+        self._halve_batch()
+        return self.evaluate(indices)
 
 
 def codebook_perplexity(model: nn.Module) -> float:

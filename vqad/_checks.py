@@ -1,0 +1,72 @@
+"""What fit is given, checked: ready-made features, labels, categories; and how its rows are split."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import numpy as np
+from sklearn.utils import check_array
+from sklearn.utils.validation import validate_data
+
+from vqad._warn import warn
+from vqad.store import FeatureArray
+
+
+def check_features(estimator, X, reset: bool) -> FeatureArray:
+    if getattr(X, "ndim", 2) == 4:
+        maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
+        if reset:
+            estimator.map_shape_ = maps.shape[1:]
+        elif maps.shape[1:] != estimator.map_shape_:
+            raise ValueError(
+                f"X has feature maps of shape {maps.shape[1:]}; fit saw maps of shape {estimator.map_shape_} (h, w, C)."
+            )
+        return FeatureArray(maps)
+    table = validate_data(estimator, X, reset=reset, dtype=np.float32)
+    if reset:
+        estimator.map_shape_ = (1, 1, table.shape[1])
+    elif estimator.map_shape_ != (1, 1, table.shape[1]):
+        raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
+    return FeatureArray(table[:, None, None, :])
+
+
+def normal_rows(y, n: int) -> np.ndarray:
+    """Rows to train on: all but those labelled -1."""
+    if y is None:
+        return np.arange(n)
+    y = np.asarray(y)
+    if y.shape != (n,):
+        raise ValueError(f"y has shape {y.shape}, but X has {n} images: one label of +1 or -1 each is expected.")
+    if not np.isin(y, (-1, 1)).all():
+        warn("y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.")
+        return np.arange(n)
+    return np.flatnonzero(y == 1)
+
+
+def check_category(category, n: int) -> np.ndarray | None:
+    if category is None:
+        return None
+    category = np.asarray(category)
+    if category.shape != (n,):
+        raise ValueError(f"category has shape {category.shape}, but X has {n} images: one label each is expected.")
+    for kind in (str, Integral):
+        if all(isinstance(label, kind) for label in category.tolist()):
+            return category.astype(str if kind is str else int)
+    names = ", ".join(sorted({type(label).__name__ for label in category.tolist()}))
+    raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
+
+
+def split_rows(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
+    rng = np.random.RandomState(seed % 2**32)
+    held = []
+    for c in np.unique(index):
+        rows = rng.permutation(np.flatnonzero(index == c))
+        n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        held.append(rows[:n])
+    held_out = np.sort(np.concatenate(held))
+    keep = np.setdiff1d(np.arange(len(index)), held_out)
+    if len(held_out) == 0:
+        warn("Too few images to hold any out: thresholds come from the training images.")
+        held_out = keep
+    return keep, held_out
