@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 
 from vqad import HVQTransDetector
-from vqad.features import load_backbone
+from vqad.backbones import load_backbone
 from vqad.training import TrainingPlan
 
 SMALL = HVQTransDetector(

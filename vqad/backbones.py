@@ -61,9 +61,9 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
                 n_stages = len(timm.create_model(name, features_only=True).feature_info)
                 stages = range(n_stages - 1) if n_stages >= 5 else range(n_stages)
             with _quiet_timm():
-                network = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
+                network = _cut(timm.create_model(name, features_only=True, out_indices=tuple(stages), **source))
                 if weights is not None and "pretrained_cfg_overlay" in source:
-                    again = timm.create_model(name, features_only=True, out_indices=tuple(stages), **source)
+                    again = _cut(timm.create_model(name, features_only=True, out_indices=tuple(stages), **source))
                     _check_loaded(network, again, name, weights)
         except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
             raise ValueError(
@@ -75,6 +75,14 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
     for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
         kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
     return network.eval()
+
+
+def _cut(network: nn.Module) -> nn.Module:
+    """Drop the blocks after the last stage that is wanted, which timm's EfficientNets would compute all the same."""
+    kind, _, number = network.feature_info.module_name()[-1].partition(".")
+    if kind == "blocks" and isinstance(getattr(network, "blocks", None), nn.Sequential):
+        network.blocks = network.blocks[: int(number.partition(".")[0]) + 1]
+    return network
 
 
 def _check_loaded(network: nn.Module, again: nn.Module, name: str, weights) -> None:
