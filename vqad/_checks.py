@@ -14,6 +14,10 @@ from vqad.store import FeatureArray
 
 def check_features(estimator, X, reset: bool) -> FeatureArray:
     if getattr(X, "ndim", 2) == 4:
+        if str(X.dtype).endswith(("uint8", "uint16")) and X.shape[3] in (1, 3, 4):
+            raise ValueError(
+                f"X has shape {tuple(X.shape)} and dtype {X.dtype}: these are images, and backbone=None takes features."
+            )
         maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
         if reset:
             estimator.map_shape_ = maps.shape[1:]

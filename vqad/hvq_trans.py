@@ -123,7 +123,7 @@ class HVQTransDetector(BaseImageDetector):
     >>> from vqad import HVQTransDetector
     >>> from vqad.datasets import make_textured_parts
     >>> parts = make_textured_parts(n_normal=30, n_anomalous=0, random_state=0)
-    >>> detector = HVQTransDetector(image_size=64, d_model=32, n_codes=32, max_iter=2, random_state=0)
+    >>> detector = HVQTransDetector(image_size=64, d_model=32, max_iter=2, false_alarm_rate=0.2, random_state=0)
     >>> detector.fit(parts.images).predict(parts.images[:2]).shape
     (2,)
     """
