@@ -25,7 +25,7 @@ from vqad.metrics import image_auroc
 from vqad.store import describe
 from vqad.training import pick_device
 
-FRACTIONS = (0.005, 0.01, 0.03, 0.05)
+FRACTIONS = (0.003, 0.005, 0.01, 0.03)
 
 
 def plant(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

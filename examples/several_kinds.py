@@ -2,9 +2,9 @@
 Several kinds of object in one model
 ====================================
 
-Drawn parts of four kinds, some with planted defects. One detector learns the good ones of all kinds together, is not told
-which kind is which, and finds out on its own; then it says for new parts what kind they are, whether they are defective and
-where. Takes about a minute on two CPU cores.
+Drawn parts of four kinds, some with planted defects. One detector learns the good ones of all kinds together, is not
+told which kind is which, and finds out on its own; then it says for new parts what kind they are, whether they are
+defective and where. Takes about a minute on two CPU cores.
 """
 
 from pathlib import Path
@@ -39,8 +39,6 @@ print(evaluate(new.target, -detector.score_samples(new.images), new.category, ma
 # %%
 # The six parts that look worst, with what is wrong about them.
 worst = np.argsort(detector.score_samples(new.images))[:6]
-pairs = [
-    np.vstack([new.images[i], overlay(new.images[i], maps[i], threshold=detector.map_threshold_)]) for i in worst
-]
+pairs = [np.vstack([new.images[i], overlay(new.images[i], maps[i], threshold=detector.map_threshold_)]) for i in worst]
 Image.fromarray(np.hstack(pairs)).save(Path("several_kinds.png"))
 print("wrote several_kinds.png")

@@ -66,7 +66,10 @@ class HVQTransDetector(BaseImageDetector):
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
     learning_rate : float, default=1e-3
-        Peak rate of AdamW, after a warm-up and before a cosine decay to zero.
+        Peak rate of AdamW.
+    schedule : {"cosine", "step"}, default="cosine"
+        How the rate runs: a short warm-up and half a cosine down to zero; or, as published, constant and a tenth of it
+        over the last fifth of the passes.
     weight_decay : float, default=1e-4
         Of AdamW.
     early_stopping : bool, default=False
@@ -140,6 +143,7 @@ class HVQTransDetector(BaseImageDetector):
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "transport": [StrOptions({"conditional", "nearest", "sinkhorn", "exact"})],
         "transport_weight": [Interval(Real, 0, None, closed="left")],
+        "schedule": [StrOptions({"cosine", "step"})],
     }
 
     # Chosen on defects planted into held-out normal images (docs/choices.md).
@@ -167,6 +171,7 @@ class HVQTransDetector(BaseImageDetector):
         max_iter=24,
         batch_size=16,
         learning_rate=1e-3,
+        schedule="cosine",
         weight_decay=1e-4,
         early_stopping=False,
         validation_fraction=0.1,
@@ -199,6 +204,7 @@ class HVQTransDetector(BaseImageDetector):
         self.max_iter = max_iter
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.schedule = schedule
         self.weight_decay = weight_decay
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -236,6 +242,7 @@ class HVQTransDetector(BaseImageDetector):
             "max_iter": 1000,
             "batch_size": 16,
             "learning_rate": 1e-4,
+            "schedule": "step",
             "weight_decay": 1e-4,
         }
         return cls(**{**published, **overrides})
@@ -276,6 +283,7 @@ class HVQTransDetector(BaseImageDetector):
             max_iter=self.max_iter,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            schedule=self.schedule,
             weight_decay=self.weight_decay,
             clip_norm=0.1,
             early_stopping=self.early_stopping,

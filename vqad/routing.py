@@ -58,8 +58,16 @@ class CategoryRouter:
             self.categories_, index = np.unique(np.asarray(category), return_inverse=True)
         self._fit_gaussians(projected, index)
         if category is None:
-            index = self.predict(descriptor)[0]
+            index = self._settle(projected, self.predict(descriptor)[0])
         return index.astype(np.int64)
+
+    def _settle(self, projected: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Drop discovered categories that no image is routed to."""
+        present, settled = np.unique(index, return_inverse=True)
+        if len(present) < len(self.categories_):
+            self.categories_ = np.arange(len(present))
+            self._fit_gaussians(projected, settled)
+        return settled
 
     def predict(self, descriptor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nearest category of each image, and the Mahalanobis distance to its mean.

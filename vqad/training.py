@@ -265,7 +265,7 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             return total
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
         self._halve_batch()
@@ -292,7 +292,7 @@ class Trainer:
             for part in torch.split(indices, self.batch_size):
                 total += float(self._loss(part)) * len(part)
             return total / len(indices)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
         finally:
