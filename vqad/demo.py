@@ -47,7 +47,7 @@ class DemoSize:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-# Half of the default's passes: they take half the time and find nearly as much.
+# Half of the passes that are the default, to stay within minutes.
 FULL = DemoSize(n_train=600, n_test_normal=300, n_test_defective=200, bank_patches=8000, parameters={"max_iter": 12})
 # For a quick look and for continuous integration. So few cells cannot support a false-alarm rate of 1 %.
 QUICK = DemoSize(
