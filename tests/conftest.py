@@ -1,5 +1,6 @@
 """Small data that several test files share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import settings
 from PIL import Image
 
 # How long an example takes says nothing on a busy machine.
-settings.register_profile("vqad", deadline=None)
+settings.register_profile("vqad", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("vqad")
 
 

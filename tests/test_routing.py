@@ -49,10 +49,18 @@ def test_a_label_of_a_single_image_is_kept():
     assert np.isfinite(router.predict(X)[1]).all()
 
 
+def even_blobs(k, n, dim, seed):
+    """Blobs whose centres are equally far from each other; drawn at random, two may lie so close as to be one."""
+    rng = np.random.default_rng(seed)
+    category = rng.permutation(np.repeat(np.arange(k), n))
+    centres = 8.0 * np.sqrt(dim) * np.linalg.qr(rng.standard_normal((dim, k)))[0].T
+    return centres[category] + rng.standard_normal((k * n, dim)), category
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(6, 20), st.sampled_from([8, 16, 60]), st.integers(0, 10**6))
 def test_separate_blobs_are_found(k, n, dim, seed):
-    X, category = blobs(k, n, dim, seed=seed)
+    X, category = even_blobs(k, n, dim, seed=seed)
     router = CategoryRouter()
     index = router.fit(X)
     assert router.discovered_
