@@ -132,6 +132,12 @@ class CodeHierarchy(nn.Module):
             )
         return Codes(concept, index[:, 0], distance, conditions, commitment)
 
+    def concept(self, top: Tensor) -> Tensor:
+        """Concept code of each image (N,) from its coarsest stage (N, C_4, h, w)."""
+        encoded = self._encode_concept(top)[:, None]
+        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device)
+        return self.concept_codebook.nearest(encoded, group)[:, 0]
+
     def perplexity(self) -> dict[str, Tensor]:
         """Effective number of codes in use, of the concept codebook and of each stage's patterns."""
         of_patterns = {f"pattern_{k}": q.perplexity()[0] for k, q in enumerate(self._pattern_codebooks(), 1)}
@@ -141,20 +147,14 @@ class CodeHierarchy(nn.Module):
         return [quantizer for quantizer in self.pattern_codebook if isinstance(quantizer, VectorQuantizer)]
 
     def _encode_concept(self, top: Tensor) -> Tensor:
-        average = top.mean((2, 3))
-        for layer in self.concept_encoder:
-            if isinstance(layer, nn.BatchNorm1d) and len(average) == 1:
-                average = _with_running_statistics(layer, average)
-            else:
-                average = layer(average)
-        return average
+        return _encode(self.concept_encoder, top.mean((2, 3)))
 
     def _encode_patterns(self, stages: Sequence[Tensor]) -> list[Tensor]:
         cells = [x.permute(0, 2, 3, 1) for x in stages]
         top = self.top_projection(cells[3].flatten(0, 2)).unflatten(0, cells[3].shape[:3])
         encoded = []
         for k, (encoder, x) in enumerate(zip(self.pattern_encoder, cells)):
-            g = encoder(x.flatten(0, 2)).unflatten(0, x.shape[:3]).permute(0, 3, 1, 2)
+            g = _encode(encoder, x.flatten(0, 2)).view(*x.shape[:3], -1).permute(0, 3, 1, 2)
             if k < 3:
                 # Upsampling, then a 1×1 convolution, in the cheaper order: bilinear weights add up to one.
                 part = self.upsampler[k](top).permute(0, 3, 1, 2)
@@ -218,9 +218,17 @@ def _linear(width_in: int, width: int) -> list[nn.Module]:
     return [nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
 
 
-def _with_running_statistics(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
-    """What to do with a single image, which has no statistics of a batch."""
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+def _encode(encoder: nn.Module, rows: Tensor) -> Tensor:
+    """Encode (n, D) rows; a single one, which has no statistics of a batch, by the running ones."""
+    if len(rows) > 1:
+        encoded: Tensor = encoder(rows)
+        return encoded
+    for layer in encoder.children():
+        if isinstance(layer, nn.BatchNorm1d):
+            rows = F.batch_norm(rows, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+        else:
+            rows = layer(rows)
+    return rows
 
 
 def _residual(tokens: Tensor, position: Tensor, concept: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class VQFlow(nn.Module):
 
     # ---- what the floors above call
 
-    def loss(self, features: Sequence[Tensor], category: Tensor | None = None) -> Tensor:
+    def loss(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
         """Minus the log-likelihood plus the commitment, a scalar; ``category`` is not used.
 
         Parameters
@@ -177,7 +177,7 @@ class VQFlow(nn.Module):
         output: VQFlowOutput = self(features)
         return output.loss
 
-    def anomaly_map(self, features: Sequence[Tensor], category: Tensor | None = None) -> dict[str, Tensor]:
+    def anomaly_map(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> dict[str, Tensor]:
         r"""Terms of the likelihood of every cell, higher = more anomalous; ``category`` is not used.
 
         Returns
@@ -197,7 +197,7 @@ class VQFlow(nn.Module):
 
     def initialise_codes(
         self,
-        batches: Iterable[tuple[Sequence[Tensor], Tensor | None]],
+        batches: Iterable[tuple[Sequence[Tensor] | Tensor, Tensor | None]],
         *,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -212,6 +212,11 @@ class VQFlow(nn.Module):
             CPU generator of all draws; torch's default generator when left out.
         """
         self.hierarchy.initialise((self.pool(features) for features, _ in batches), generator=generator)
+
+    @torch.no_grad()
+    def concept(self, features: Sequence[Tensor] | Tensor) -> Tensor:
+        """Concept code of each image, (N,) int64."""
+        return self.hierarchy.concept(self.pool(features)[3])
 
     def perplexity(self) -> dict[str, Tensor]:
         """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
@@ -232,7 +237,7 @@ class VQFlow(nn.Module):
 
     # ---- the computation
 
-    def forward(self, features: Sequence[Tensor]) -> VQFlowOutput:
+    def forward(self, features: Sequence[Tensor] | Tensor) -> VQFlowOutput:
         """Encode, quantise, transform.
 
         Parameters
@@ -250,8 +255,13 @@ class VQFlow(nn.Module):
             objective = objective / dimensions
         return VQFlowOutput(codes, latents, objective + self.commitment_weight * codes.commitment)
 
-    def pool(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The stages as codes and flows see them: the first three averaged 3×3 with stride 2."""
+    def pool(self, features: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """The stages as codes and flows see them: the first three averaged 3×3 with stride 2.
+
+        A single map is taken as the finest stage; each coarser one is the average of the one before.
+        """
+        if isinstance(features, Tensor):
+            features = _pyramid(features)
         got = [tuple(f.shape) for f in features]
         if len(got) != 4 or any(len(shape) != 4 for shape in got) or [s[1] for s in got] != [*self.channels]:
             raise ValueError(
@@ -306,6 +316,14 @@ class VQFlow(nn.Module):
             concepts = self.hierarchy.concept_codebook.embed[0]
             self._tables[key] = projection.table(condition.codes, condition.position, concepts)
         return projection.from_table(self._tables[key], condition, codes.concept_index)
+
+
+def _pyramid(finest: Tensor) -> list[Tensor]:
+    """Four stages from one map, as a backbone's are: the last two on one grid after pooling, each half the one before."""
+    stages = [finest]
+    for _ in range(3):
+        stages.append(F.avg_pool2d(stages[-1], 3, 2, 1, count_include_pad=False))
+    return stages
 
 
 # ------------------------------------------------------------------ the published maps and scores

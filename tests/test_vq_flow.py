@@ -1,0 +1,178 @@
+"""What is VQFlowDetector's own; the contract is in test_common.py."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.utils._param_validation import InvalidParameterError
+
+from vqad import BackboneFeatures, VQFlowDetector
+from vqad.backbones import load_backbone
+from vqad.datasets import make_textured_parts
+from vqad.nn.vq_flow import VQFlow
+
+SMALL = VQFlowDetector(
+    backbone=None, n_concepts=4, n_patterns=8, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=8, max_iter=20,
+    learning_rate=3e-3, batch_size=8, false_alarm_rate=0.2, random_state=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def maps():
+    """40 normal feature maps (8, 8, 6) of two kinds, then 8 with a spot that belongs to neither."""
+    rng = np.random.default_rng(0)
+    pattern = 3 * rng.standard_normal((2, 8, 8, 6))
+    made = pattern[np.arange(48) % 2] + rng.standard_normal((48, 8, 8, 6))
+    made[40:, 2:5, 2:5] += 8 * rng.standard_normal((8, 3, 3, 6))
+    return made.astype(np.float32)
+
+
+def fit(maps, **parameters):
+    return clone(SMALL).set_params(**parameters).fit(maps[:40])
+
+
+@pytest.fixture(scope="module")
+def fitted(maps):
+    return fit(maps)
+
+
+def test_paper_gives_the_published_configuration():
+    published = {
+        "image_size": 384,
+        "n_concepts": 32,
+        "n_patterns": 512,
+        "d_concept": 512,
+        "d_position": 64,
+        "n_blocks": (2, 5, 8),
+        "hidden": None,
+        "clamp": 1.9,
+        "max_iter": 60,
+        "batch_size": 16,
+        "learning_rate": 1e-4,
+        "standardize": False,
+    }
+    parameters = VQFlowDetector.paper().get_params()
+    assert {name: parameters[name] for name in published} == published
+    assert parameters["backbone"].startswith("convnextv2_base")
+    assert VQFlowDetector.paper(max_iter=3).get_params() == {**parameters, "max_iter": 3}
+
+
+def test_paper_sees_four_stages_of_convnext():
+    paper = VQFlowDetector.paper()
+    network = load_backbone("convnextv2_atto", "random", paper._feature_options()["stages"])
+    with torch.inference_mode():
+        maps = network(torch.zeros(1, 3, 64, 64))
+    assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32]
+    assert paper._feature_options()["merge"] is False
+
+
+def test_paper_fits_when_made_small(maps):
+    made = VQFlowDetector.paper(backbone=None, d_concept=8, d_position=4, n_patterns=8, n_blocks=(1, 1, 1), max_iter=1)
+    made.set_params(false_alarm_rate=0.2, random_state=0).fit(maps[:40])
+    assert np.isfinite(made.score_samples(maps)).all()
+
+
+def test_it_finds_the_spots_and_where_they_are(maps, fitted):
+    found = fitted.anomaly_map(maps[40:])
+    spot = np.zeros((8, 8), bool)
+    spot[2:5, 2:5] = True
+    assert found.shape == (8, 8, 8)
+    assert found[:, spot].mean() > found[:, ~spot].mean() + 1
+    assert fitted.predict(maps[40:]).mean() < 0 < fitted.predict(maps[:40]).mean()
+
+
+def test_training_raises_the_likelihood(fitted):
+    curve = fitted.loss_curve_
+    assert curve[-1] < curve[0] - 0.2
+
+
+def test_labels_do_not_enter_the_flows(maps, fitted):
+    """Every parameter and code is the same whatever the images are called; only the scales of the scores differ."""
+    found = fitted.predict_category(maps[:40])
+    assert sorted(set(found)) == [0, 1]
+    labelled = clone(SMALL).fit(maps[:40], category=np.array(["a", "b"])[found])
+    assert labelled.categories_.tolist() == ["a", "b"]
+    ours, theirs = fitted.model_.state_dict(), labelled.model_.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_concepts_tell_the_kinds_of_object_apart(maps, fitted):
+    concept = fitted.predict_concept(maps[:40])
+    assert concept.shape == (40,)
+    assert concept.dtype == np.int64
+    assert not set(concept[::2]) & set(concept[1::2])
+    assert fitted.predict_concept(maps[5:6]) == concept[5]
+
+
+def test_map_terms_add_up_to_the_density(maps, fitted):
+    """The three terms, undone their division by channels and their resizing, are minus the log-density."""
+    features = fitted._scaled([torch.from_numpy(maps[:2]).movedim(3, 1)], torch.device("cpu"))[0]
+    terms = fitted.model_.anomaly_map(features)
+    with torch.no_grad():
+        latents = fitted.model_(features).latents
+    total = sum(6 * (terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"]).sum((1, 2)) for k in (1, 2, 3))
+    total += 0.5 * latents.n_dimensions * np.log(2 * np.pi)
+    torch.testing.assert_close(-total, latents.log_prob, rtol=1e-4, atol=1e-3)
+    ours = fitted._map_terms(fitted.model_, features, None)
+    assert set(ours) == set(fitted._map_weights())
+    torch.testing.assert_close(ours["stage_1"], terms["log_likelihood_1"] + terms["volume_1"])
+    assert {tuple(term.shape) for term in ours.values()} == {(2, 4, 4)}
+
+
+def test_a_single_map_becomes_a_pyramid():
+    model = VQFlow([3] * 4, n_concepts=2, n_patterns=4, d_concept=4, d_position=4, n_blocks=(1, 1, 1), hidden=4)
+    x = torch.randn(2, 3, 9, 16)
+    stages = model.pool(x)
+    assert [tuple(s.shape[2:]) for s in stages] == [(5, 8), (3, 4), (2, 2), (2, 2)]
+    flat = model.pool(torch.ones(1, 3, 9, 16))[3]
+    torch.testing.assert_close(flat, torch.ones_like(flat))  # no border darkens an average
+
+
+def test_inverse_on_real_features():
+    """The flows undo themselves in float32 on what a backbone makes of images."""
+    parts = make_textured_parts(12, 0, image_size=64, random_state=0)
+    detector = VQFlowDetector(image_size=64, hidden=16, max_iter=2, precision="float32", random_state=0)
+    detector.set_params(false_alarm_rate=0.4).fit(parts.images)
+    maps = detector.features_.transform(parts.images[:4])
+    features = detector._scaled([torch.from_numpy(m).movedim(3, 1) for m in maps], torch.device("cpu"))
+    with torch.no_grad():
+        output = detector.model_(features)
+        restored = detector.model_.restore(output.latents.z, output.codes)
+    for stage, again in zip(detector.model_.pool(features), restored):
+        torch.testing.assert_close(again, stage, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_that_merges_its_stages_is_refused():
+    backbone = BackboneFeatures(weights="random", image_size=64, merge=True)
+    parts = make_textured_parts(4, 0, image_size=64, random_state=0)
+    with pytest.raises(ValueError, match=r"VQFlowDetector takes a BackboneFeatures with merge=False"):
+        clone(SMALL).set_params(backbone=backbone).fit(parts.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_concepts", 0), ("n_patterns", 1), ("d_concept", 0), ("d_position", 3), ("n_blocks", 2), ("hidden", 0),
+     ("clamp", 0.0), ("schedule", "linear"), ("stages", None)],
+)  # fmt: skip
+def test_parameters_of_the_model_are_checked(maps, name, value):
+    with pytest.raises(InvalidParameterError, match=f"'{name}' parameter of VQFlowDetector must be"):
+        fit(maps, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"d_position": 6}, r"multiple of 4; got d_position=6"),
+        ({"n_blocks": (1, 2)}, r"three numbers of at least 1; got n_blocks=\(1, 2\)"),
+        ({"n_blocks": (1, 0, 2)}, r"three numbers of at least 1"),
+    ],
+)
+def test_what_does_not_fit_together_is_explained(maps, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        fit(maps, **parameters)
+
+
+def test_other_than_four_stages_are_refused():
+    parts = make_textured_parts(4, 0, image_size=64, random_state=0)
+    with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(1, 2\)"):
+        VQFlowDetector(stages=(1, 2), image_size=64).fit(parts.images)

@@ -1,0 +1,342 @@
+"""VQFlowDetector: VQ-Flow as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from vqad.backbones import DEFAULT_BACKBONE
+from vqad.base import BaseImageDetector
+from vqad.nn.vq_flow import VQFlow
+from vqad.training import TrainingPlan, pick_device
+
+
+class VQFlowDetector(BaseImageDetector):
+    """Normalizing flows conditioned on vector-quantised codes, for multi-class anomaly detection.
+
+    A concept code says what kind of object an image shows, pattern codes what each cell of it should look like.
+    Given both, normalizing flows on three stages of a frozen backbone, with a Gaussian for each concept, give the
+    likelihood of every cell's features. What is unlikely is anomalous [1]_.
+
+    One model serves many kinds of object, and no label of them enters the flows or codes.
+
+    Parameters
+    ----------
+    backbone : str, transformer or None, default="tf_efficientnet_lite0"
+        Name of a timm model; or a transformer that gives feature maps (n, h, w, C); or None when X is features
+        already: rows (n, C) or maps (n, h, w, C). One map is taken as the finest stage, of which the coarser
+        ones are averages.
+    weights : None, "hub", "random", str or path, default=None
+        Weights of the backbone: None takes an installed weight package, a path a local ``.safetensors`` or ``.pth``
+        file, "hub" lets timm download them. Nothing is downloaded unasked.
+    stages : tuple of 4 int, default=(1, 2, 3, 4)
+        Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
+        the concept.
+    image_size : int or (int, int), default=224
+        Height and width in pixels that the backbone sees.
+    image_shape : tuple of int or None, default=None
+        (H, W) or (H, W, C) of images that come as flattened rows.
+    standardize : bool, default=True
+        Whether each feature channel is brought to mean 0 and variance 1 over the training images. The published
+        system does not.
+    n_concepts : int, default=32
+        Codes of the concept codebook: an upper bound on the kinds of object that are told apart.
+    n_patterns : int, default=256
+        Codes of each of the four pattern codebooks.
+    d_concept : int, default=64
+        Width of a concept.
+    d_position : int, default=32
+        Width of the positional encoding, a multiple of 4.
+    n_blocks : tuple of 3 int, default=(2, 3, 4)
+        Coupling blocks of each stage's flow, from the finest.
+    hidden : int or None, default=64
+        Width of the coupling blocks' subnets; None takes the published one, that of their input.
+    clamp : float, default=1.9
+        Largest log-scale of a coupling.
+    max_iter : int, default=24
+        Passes over the training images.
+    batch_size : int, default=16
+        Images per training step; also bounds the memory that images take.
+    learning_rate : float, default=1e-3
+        Peak rate of AdamW.
+    schedule : {"cosine", "constant", "step"}, default="cosine"
+        How the rate runs: a short warm-up and half a cosine down to zero; as published, a warm-up and then constant;
+        or constant and a tenth of it over the last fifth of the passes.
+    weight_decay : float, default=1e-4
+        Of AdamW.
+    early_stopping : bool, default=False
+        Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
+        back to the best pass.
+    validation_fraction : float, default=0.1
+        Share of the training images that early stopping watches.
+    n_iter_no_change : int, default=10
+        Passes without an improvement of ``tol`` before stopping early.
+    tol : float, default=1e-4
+        Improvement of the validation loss that counts, in nats per dimension.
+    warm_start : bool, default=False
+        Whether a further `fit` goes on from the model as it is, for ``max_iter`` more passes, with the same categories.
+        Backbone, scale of the features and routing stay those of the first fit. Give it the images of that fit, in
+        their order: then those held out to set thresholds stay held out.
+    checkpoint_dir : str, path or None, default=None
+        Folder to keep the state of the training in, a file for each fit. After a kill at any moment, the same fit with
+        the same images goes on from there, to the very model that it would have come to. The file of a finished fit
+        stays, so that nothing is lost before the detector is saved. With ``random_state=None`` the seed is in the file,
+        and is used until that fit is finished. `partial_fit` keeps nothing.
+    contamination : "auto" or float in (0, 0.5], default="auto"
+        "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
+        images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
+    false_alarm_rate : float, default=0.01
+        Share of normal images that may be called anomalous.
+    calibration_fraction : float, default=0.2
+        Share of the images that is not trained on but sets scales and thresholds.
+    threshold : {"global", "category"}, default="global"
+        One threshold for all images, or one for each category.
+    device : "auto", str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        "auto" takes bfloat16 where the hardware has it natively.
+    n_jobs : int or None, default=None
+        Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
+        when it is its turn. Results are the same.
+    memory : None, str, path or joblib.Memory, default=None
+        Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
+        any fit or scoring call with the same backbone, is not passed through the backbone again.
+    random_state : int, RandomState instance or None, default=None
+        An int makes two fits on one machine identical.
+    verbose : int, default=0
+        Whether to show progress.
+
+    Attributes
+    ----------
+    categories_ : ndarray of shape (n_categories,)
+        Labels given to fit, sorted; or 0, 1, ... where the categories were discovered. Scores are standardised for
+        each of them.
+    offset_ : float or ndarray of shape (n_categories,)
+        ``decision_function`` is ``score_samples`` minus this.
+    map_threshold_ : float
+        Values of ``anomaly_map`` over this are anomalous.
+    loss_curve_, validation_curve_ : list of float
+        After every pass: minus the log-likelihood in nats per dimension, plus the codes' commitment.
+    n_iter_ : int
+        Passes that were run.
+    model_ : vqad.nn.vq_flow.VQFlow
+        The trained module, on the CPU.
+    features_ : BackboneFeatures
+        The backbone.
+
+    References
+    ----------
+    .. [1] Zhou, Xu, Song, Shen, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
+       Hierarchical Vector Quantization, arXiv:2409.00942.
+
+    Examples
+    --------
+    >>> from vqad import VQFlowDetector
+    >>> from vqad.datasets import make_textured_parts
+    >>> parts = make_textured_parts(n_normal=30, n_anomalous=0, random_state=0)
+    >>> detector = VQFlowDetector(image_size=64, hidden=16, max_iter=2, false_alarm_rate=0.2, random_state=0)
+    >>> detector.fit(parts.images).predict(parts.images[:2]).shape
+    (2,)
+    """
+
+    _parameter_constraints = {
+        **BaseImageDetector._parameter_constraints,
+        "stages": [tuple, list],
+        "n_concepts": [Interval(Integral, 1, None, closed="left")],
+        "n_patterns": [Interval(Integral, 2, None, closed="left")],
+        "d_concept": [Interval(Integral, 1, None, closed="left")],
+        "d_position": [Interval(Integral, 4, None, closed="left")],
+        "n_blocks": [tuple, list],
+        "hidden": [Interval(Integral, 1, None, closed="left"), None],
+        "clamp": [Interval(Real, 0, None, closed="neither")],
+        "schedule": [StrOptions({"cosine", "constant", "step"})],
+    }
+
+    _pool_fraction = 0.005
+
+    def __init__(
+        self,
+        *,
+        backbone=DEFAULT_BACKBONE,
+        weights=None,
+        stages=(1, 2, 3, 4),
+        image_size=224,
+        image_shape=None,
+        standardize=True,
+        n_concepts=32,
+        n_patterns=256,
+        d_concept=64,
+        d_position=32,
+        n_blocks=(2, 3, 4),
+        hidden=64,
+        clamp=1.9,
+        max_iter=24,
+        batch_size=16,
+        learning_rate=1e-3,
+        schedule="cosine",
+        weight_decay=1e-4,
+        early_stopping=False,
+        validation_fraction=0.1,
+        n_iter_no_change=10,
+        tol=1e-4,
+        warm_start=False,
+        checkpoint_dir=None,
+        contamination="auto",
+        false_alarm_rate=0.01,
+        calibration_fraction=0.2,
+        threshold="global",
+        device="auto",
+        precision="auto",
+        n_jobs=None,
+        memory=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.stages = stages
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.standardize = standardize
+        self.n_concepts = n_concepts
+        self.n_patterns = n_patterns
+        self.d_concept = d_concept
+        self.d_position = d_position
+        self.n_blocks = n_blocks
+        self.hidden = hidden
+        self.clamp = clamp
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.checkpoint_dir = checkpoint_dir
+        self.contamination = contamination
+        self.false_alarm_rate = false_alarm_rate
+        self.calibration_fraction = calibration_fraction
+        self.threshold = threshold
+        self.device = device
+        self.precision = precision
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def paper(cls, **overrides):
+        """The published configuration: ConvNeXtV2-Base at 384², 512-wide concepts, 2, 5 and 8 blocks, 60 passes.
+
+        Its weights have no package: give ``weights=`` a file, or "hub". What is not the paper's even so: the
+        likelihood is exact, codes start from the data, dead codes are revived, and scores are calibrated.
+        """
+        published = {
+            "backbone": "convnextv2_base.fcmae_ft_in22k_in1k_384",
+            "stages": (0, 1, 2, 3),
+            "image_size": 384,
+            "standardize": False,
+            "n_concepts": 32,
+            "n_patterns": 512,
+            "d_concept": 512,
+            "d_position": 64,
+            "n_blocks": (2, 5, 8),
+            "hidden": None,
+            "clamp": 1.9,
+            "max_iter": 60,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "schedule": "constant",
+            "weight_decay": 0.0,
+        }
+        return cls(**{**published, **overrides})
+
+    def predict_concept(self, X):
+        """Which concept code each image is read as.
+
+        Returns
+        -------
+        concept : ndarray of shape (n,), int64
+            In 0..n_concepts - 1. A kind of object may have several concepts.
+        """
+        check_is_fitted(self)
+        data = self._check_X(X)
+        device = pick_device(self.device)
+        model = self.model_.to(device)
+        try:
+            parts = [self._concepts(model, maps, device) for _, maps in self._iter_features(data, device)]
+        finally:
+            model.to("cpu")
+        return np.concatenate(parts)
+
+    def _concepts(self, model, maps, device) -> np.ndarray:
+        with torch.inference_mode():
+            maps = self._scaled(maps, device)
+            return model.concept(maps[0] if len(maps) == 1 else maps).cpu().numpy()
+
+    def _feature_options(self):
+        if len(self.stages) != 4:
+            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(self.stages)}.")
+        return {"stages": tuple(self.stages), "merge": False}
+
+    def _make_model(self, channels, shapes, n_categories):
+        if self.d_position % 4:
+            raise ValueError(f"d_position must be a multiple of 4; got d_position={self.d_position}.")
+        if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
+            raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
+        if min(channels) < 2:
+            raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
+        return VQFlow(
+            channels * 4 if len(channels) == 1 else channels,
+            n_concepts=self.n_concepts,
+            n_patterns=self.n_patterns,
+            d_concept=self.d_concept,
+            d_position=self.d_position,
+            n_blocks=self.n_blocks,
+            hidden=self.hidden,
+            clamp=self.clamp,
+        )
+
+    def _plan(self):
+        return TrainingPlan(
+            max_iter=self.max_iter,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            clip_norm=2.0,
+            early_stopping=self.early_stopping,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
+            verbose=self.verbose,
+        )
+
+    def _judge_data(self, *args, **kwargs):
+        with self.model_.prepared():
+            return super()._judge_data(*args, **kwargs)
+
+    def _map_terms(self, model, features, category):
+        """Minus the log-density of each stage's cells, in nats per channel, on the grid of the finest stage."""
+        terms = model.anomaly_map(features, category)
+        grid = terms["log_likelihood_1"].shape[1:]
+        return {
+            f"stage_{k}": _resize(terms[f"log_likelihood_{k}"].float() + terms[f"volume_{k}"].float(), grid)
+            for k in (1, 2, 3)
+        }
+
+    def _map_weights(self):
+        return {f"stage_{k}": 1.0 for k in (1, 2, 3)}
+
+
+def _resize(term: torch.Tensor, grid) -> torch.Tensor:
+    if term.shape[1:] == grid:
+        return term
+    return F.interpolate(term[:, None], grid, mode="bilinear", align_corners=True)[:, 0]
