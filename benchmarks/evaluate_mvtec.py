@@ -14,7 +14,6 @@ import ast
 import json
 import time
 
-import joblib
 import numpy as np
 
 import vqad
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--no-maps", action="store_true", help="image metrics only")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the detector")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", help="write the fitted detector here (joblib)")
+    parser.add_argument("--save", help="write the fitted detector here (.safetensors)")
     parser.add_argument("--json", help="write the table here")
     args = parser.parse_args()
 
@@ -48,7 +47,7 @@ def main() -> None:
     detector.fit(train, category=None if args.no_labels else train.category)
     fit_time = time.perf_counter() - started
     if args.save:
-        joblib.dump(detector, args.save)
+        vqad.save(detector, args.save)
     started = time.perf_counter()
     score = -detector.score_samples(test)
     score_time = time.perf_counter() - started

@@ -2,21 +2,23 @@
 
 Defaults are chosen here, never on test images: scratches, stains, pasted, warped, blurred and roughened spots of 2 to 8
 percent of the image side are planted into those training images that a fitted detector held out for calibration. For
-every transport and weighting of the terms the script prints the image AUROC of planted against untouched images.
+every term and mixture of terms the script prints the image AUROC of planted against untouched images, for
+HVQTransDetector with every transport asked for.
 
-    python benchmarks/evaluate_mvtec.py ROOT --save model.joblib
-    python benchmarks/planted_defects.py ROOT model.joblib
+    python benchmarks/evaluate_mvtec.py ROOT --save model.safetensors
+    python benchmarks/planted_defects.py ROOT model.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
 
-import joblib
 import numpy as np
 from scipy import ndimage
 from sklearn.utils import check_random_state
 
+import vqad
+from vqad import VQFlowDetector
 from vqad._checks import split_rows
 from vqad.calibration import MapCalibration, pool_map
 from vqad.datasets import load_mvtec
@@ -24,6 +26,7 @@ from vqad.images import check_images
 from vqad.metrics import image_auroc
 from vqad.store import describe
 from vqad.training import pick_device
+from vqad.vq_flow import resize
 
 FRACTIONS = (0.003, 0.005, 0.01, 0.03)
 
@@ -99,29 +102,63 @@ def _blob(h, w, place, radius, rng):
     return np.clip((1.1 - distance) / 0.2, 0, 1)
 
 
-def terms_of(detector, data, transport):
-    """Map terms, and the category, of every image: the detector's own, and the error as published."""
-    model = detector.model_
-    model.transport = transport
+def raw_terms(detector, data, map_terms):
+    """Terms of the map and the category of every image; ``map_terms(model, features, category)`` says which terms."""
+    detector._map_terms = map_terms
     parts, categories, device = [], [], pick_device(detector.device)
-    for _, maps in detector._iter_features(data, device):
-        category, _ = detector._route(describe(maps))
-        terms = detector._model_terms(model, maps, category, device)
-        detector._window = 1
-        terms["error of single cells"] = np.sqrt(detector._model_terms(model, maps, category, device)["reconstruction"])
-        del detector._window
-        parts.append(terms)
-        categories.append(category)
+    try:
+        for _, maps in detector._iter_features(data, device):
+            category, _ = detector._route(describe(maps))
+            parts.append(detector._model_terms(detector.model_, maps, category, device))
+            categories.append(category)
+    finally:
+        del detector._map_terms
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, np.concatenate(categories)
+
+
+def hvq_trans_terms(detector, transport):
+    """The detector's own terms, and the error as published; what to compare."""
+
+    def terms(model, features, category):
+        model.transport = transport
+        own = type(detector)._map_terms(detector, model, features, category)
+        own["error of single cells"] = model.anomaly_map(features, category, levels=[])["reconstruction"]
+        return own
+
+    costs = [f"transport_{level}" for level in range(detector.n_layers + 1)]
+    choices = {name: {name: 1.0} for name in ("error of single cells", "reconstruction", *costs)}
+    for share in (0.25, 0.5, 0.75):
+        mixture = {"reconstruction": 1 - share, **{k: share / len(costs) for k in costs}}
+        choices[f"{share:g} transport"] = mixture
+    both = {"reconstruction": 0.25, "error of single cells": 0.25, **{k: 0.5 / len(costs) for k in costs}}
+    choices["0.5 transport, both errors"] = both
+    return terms, choices
+
+
+def vq_flow_terms(detector):
+    """The exact log-density of every stage and, as published, without the change of volume."""
+
+    def terms(model, features, category):
+        raw = model.anomaly_map(features, category)
+        grid = raw["log_likelihood_1"].shape[1:]
+        energy = {f"energy_{k}": resize(raw[f"log_likelihood_{k}"].float(), grid) for k in (1, 2, 3)}
+        volume = {k: resize(raw[f"volume_{k}"].float(), grid) for k in (1, 2, 3)}
+        return {**energy, **{f"density_{k}": energy[f"energy_{k}"] + volume[k] for k in volume}}
+
+    choices = {f"{kind}_{k}": {f"{kind}_{k}": 1.0} for kind in ("energy", "density") for k in (1, 2, 3)}
+    for kind in ("energy", "density"):
+        choices[f"{kind}, all stages"] = {f"{kind}_{k}": 1.0 for k in (1, 2, 3)}
+    choices["energy and density, all stages"] = {k: 1.0 for k in choices if k[-1].isdigit()}
+    return terms, choices
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root")
-    parser.add_argument("model")
+    parser.add_argument("model", help="a fitted detector, as evaluate_mvtec.py --save writes it")
     parser.add_argument("--transports", nargs="+", default=["nearest", "conditional", "exact", "sinkhorn"])
     args = parser.parse_args()
-    detector = joblib.load(args.model)
+    detector = vqad.load(args.model)
     train = load_mvtec(args.root)
     labels = np.searchsorted(detector.categories_, train.category)
     seed = int(check_random_state(detector.random_state).randint(np.iinfo(np.int32).max))
@@ -135,15 +172,15 @@ def main() -> None:
     truth = np.repeat([1, -1], [len(normal), len(planted)])
     category = np.concatenate([labels[held_out], np.repeat(labels[held_out], copies)])
     data = check_images(normal + planted)
-    for transport in args.transports:
-        terms, routed = terms_of(detector, data, transport)
-        known, known_routed = terms_of(detector, images.subset(reference), transport)
+    if isinstance(detector, VQFlowDetector):
+        variants = {"VQ-Flow": vq_flow_terms(detector)}
+    else:
+        variants = {f"transport={t!r}": hvq_trans_terms(detector, t) for t in args.transports}
+    for title, (map_terms, choices) in variants.items():
+        terms, routed = raw_terms(detector, data, map_terms)
+        known, known_routed = raw_terms(detector, images.subset(reference), map_terms)
         held = {k: v[: len(normal)] for k, v in terms.items()}
-        costs = [k for k in terms if k.startswith("transport")]
-        choices = {k: {k: 1.0} for k in terms}
-        for share in (0.25, 0.5, 0.75):
-            choices[f"{share:g} transport"] = {"reconstruction": 1 - share, **{k: share / len(costs) for k in costs}}
-        print(f"transport={transport!r}; image AUROC by category, mean; pooled over the top", *FRACTIONS, flush=True)
+        print(f"{title}; image AUROC by category, mean; pooled over the top", *FRACTIONS, flush=True)
         for name, weights in choices.items():
             calibration = MapCalibration(weights).fit(
                 {k: np.concatenate([known[k], held[k]]) for k in weights},
@@ -156,7 +193,7 @@ def main() -> None:
             for fraction in FRACTIONS:
                 score = pool_map(maps, fraction)
                 row = [image_auroc(truth[category == c], score[category == c]) for c in np.unique(category)]
-                print(f"  {name:22s} {fraction:5.3f} ", *(f"{v:.3f}" for v in row), f" {np.mean(row):.3f}")
+                print(f"  {name:32s} {fraction:5.3f} ", *(f"{v:.3f}" for v in row), f" {np.mean(row):.3f}")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqad.nn.attention import Attention, _Attend
+from vqad.nn.dropout import add_dropped, dropout, relu_dropped
 from vqad.nn.hvq_trans import HVQTrans
-from vqad.nn.transformer import (
-    Attention,
-    Decoder,
-    DecoderLayer,
-    Encoder,
-    EncoderLayer,
-    LearnedPosition,
-    dropout,
-)
+from vqad.nn.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, LearnedPosition
 
 RELEASE = Path(__file__).parent / "data" / "hvq_trans_release.npz"
 N_CATEGORIES = 3
@@ -142,16 +136,68 @@ def test_loss_gradients_and_codebooks_of_a_training_step_are_the_release_s(relea
 # ------------------------------------------------------------------ the layers
 
 
-def test_attention_is_that_of_torch():
+@pytest.mark.parametrize("memory", [None, "another"])
+@pytest.mark.parametrize("cached", [1, 150, 2**20])
+def test_attention_and_its_gradients_are_those_of_torch(memory, cached, monkeypatch):
+    monkeypatch.setattr("vqad.nn.attention._CACHED", cached)  # one image at a time, two and then one, all
     ours = Attention(12, 3).double()
     theirs = nn.MultiheadAttention(12, 3, batch_first=True).double()
     nn.init.normal_(ours.in_proj_bias)
     theirs.load_state_dict(ours.state_dict())
-    query, key, value = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 7, 7))
-    torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
-    torch.testing.assert_close(ours(query, query, query), theirs(query, query, query)[0])
+    x, position = torch.randn(5, 5, 12).double().requires_grad_(), torch.randn(5, 12).double().requires_grad_()
+    other = torch.randn(5, 5, 12).double().requires_grad_() if memory else None
+    source = x if other is None else other
+    mine = ours(x, position, other)
+    reference = theirs(x + position, source + position, source)[0]
+    torch.testing.assert_close(mine, reference)
     with torch.no_grad():
-        torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
+        torch.testing.assert_close(ours(x, position, other), reference)
+    inputs = [x, position, source] if memory else [x, position]
+    slope = torch.randn_like(mine)
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, [*inputs, *ours.parameters()], slope),
+        torch.autograd.grad(reference, [*inputs, *theirs.parameters()], slope),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_attention_drops_weights_with_the_asked_probability(dtype):
+    n_images, length, p = 6, 40, 0.3
+    # All scores are equal and each value is one cell's own: the output is the dropped attention weights.
+    q = k = torch.zeros(n_images, length, length, dtype=dtype)
+    v = torch.eye(length, dtype=dtype).expand(n_images, -1, -1)
+    weights = _Attend.apply(q, k, v, 1, p).double() * length
+    kept = weights[weights != 0]
+    deviation = (p * (1 - p) / weights.numel()) ** 0.5
+    assert abs(len(kept) / weights.numel() - (1 - p)) < 5 * deviation
+    rounding = 8e-3 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=rounding, atol=0)
+
+
+def test_gradients_of_attention_are_of_the_weights_that_were_kept(monkeypatch):
+    monkeypatch.setattr("vqad.nn.attention._CACHED", 200)
+    q, k, v = (torch.randn(3, 6, 8).double().requires_grad_() for _ in range(3))
+
+    def attend(*qkv: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return _Attend.apply(*qkv, 2, 0.4)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_dropout_next_to_another_operation_is_dropout_of_it(p):
+    x, branch = torch.randn(2, 300, 40).double().requires_grad_().unbind()
+
+    def same_draws(f, *inputs: Tensor) -> list[Tensor]:
+        torch.manual_seed(3)
+        output = f(*inputs)
+        return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+    fused = same_draws(lambda a, b: add_dropped(a, b, p), x, branch)
+    torch.testing.assert_close(fused, same_draws(lambda a, b: a + dropout(b, p), x, branch))
+    fused = same_draws(lambda a: relu_dropped(a * 1, p), x)
+    torch.testing.assert_close(fused, same_draws(lambda a: dropout(a.relu(), p), x))
 
 
 def test_encoder_layer_without_position_is_that_of_torch():
@@ -490,6 +536,19 @@ def test_maps_under_bfloat16_autocast_are_close_to_the_full_precision(transport)
         assert term.dtype == torch.float32
         deviation = (term - exact[name]).abs().mean() / exact[name].abs().mean()
         assert deviation < 0.1, name
+
+
+@pytest.mark.parametrize("transport", ["conditional", "nearest"])
+def test_copy_for_scoring_gives_the_same_to_the_last_bit(transport):
+    model = small(transport=transport).eval()
+    features, category = batch(0, 1, 2, 2)
+    scorer = model.scoring_copy(torch.bfloat16)
+    assert scorer.quantizers[0].embed is model.quantizers[0].embed
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        terms = scorer.anomaly_map(features, category)
+        for name, term in model.anomaly_map(features, category).items():
+            assert torch.equal(terms[name], term)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_look_up_finds_the_nearest_code_of_the_images_own_group(n, length, dim, 
     torch.testing.assert_close(quantizer.nearest(x, group), indices)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_look_up_takes_the_first_of_equally_near_codes(groups):
+    quantizer = VectorQuantizer(6, 4, n_groups=groups).eval()
+    quantizer.embed[:] = torch.randn(groups, 1, 4)
+    quantizer.embed[:, [1, 4]] = torch.ones(4)
+    indices = quantizer(torch.ones(2, 3, 4), torch.arange(2) % groups).indices
+    assert torch.equal(indices, torch.ones_like(indices))
+
+
 def test_group_left_out_means_the_first_codebook():
     quantizer = VectorQuantizer(7, 3, n_groups=2).eval()
     x = torch.randn(2, 5, 3)

@@ -151,7 +151,7 @@ class CodeHierarchy(nn.Module):
 
     def _encode_patterns(self, stages: Sequence[Tensor]) -> list[Tensor]:
         cells = [x.permute(0, 2, 3, 1) for x in stages]
-        top = self.top_projection(cells[3].flatten(0, 2)).unflatten(0, cells[3].shape[:3])
+        top = _encode(self.top_projection, cells[3].flatten(0, 2)).view(*cells[3].shape[:3], -1)
         encoded = []
         for k, (encoder, x) in enumerate(zip(self.pattern_encoder, cells)):
             g = _encode(encoder, x.flatten(0, 2)).view(*x.shape[:3], -1).permute(0, 3, 1, 2)

@@ -6,13 +6,15 @@ NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attention
 from .quantize import VectorQuantizer
 from .transformer import Decoder, Encoder, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
@@ -191,7 +193,7 @@ class HVQTrans(nn.Module):
 
     @torch.no_grad()
     def anomaly_map(
-        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None, *, window: int = 1
+        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None, *, window: int | None = None
     ) -> dict[str, Tensor]:
         r"""Terms of the anomaly map, each (N, h, w), higher = more anomalous.
 
@@ -205,22 +207,36 @@ class HVQTrans(nn.Module):
         category : Tensor of shape (N,), int64
         levels : sequence of int, optional
             Levels whose transport term is wanted; all when left out.
-        window : int, default=1
-            Odd side of the square of cells over which :math:`\hat f - f` is averaged before its norm is taken: what the
-            decoder misses at random cancels, what it misses throughout a place stays. The release has 1.
+        window : int, optional
+            Odd side of a square of cells. Adds the term ``averaged_reconstruction``: the same with
+            :math:`\hat f - f` averaged over that square before its norm is taken. What the decoder misses at random
+            cancels, what it misses throughout a place stays.
         """
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
         rebuilt, _, passed = self._forward(cells, category)
         error = self._untokenise(rebuilt.to(cells.dtype) - cells)
-        if window > 1:
-            error = F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
         terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
+        if window is not None:
+            averaged = F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
+            terms["averaged_reconstruction"] = torch.linalg.vector_norm(averaged, dim=1)
         for j in wanted:
             cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
             terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
         return terms
+
+    def scoring_copy(self, dtype: torch.dtype) -> HVQTrans:
+        """A copy for inference under autocast to ``dtype``: it gives the same, and nothing is cast at every call.
+
+        It shares the codebooks and all else that autocast leaves alone with this model.
+        """
+        shared: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, Attention)):
+                for parameter in module.parameters(recurse=False):
+                    shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        return copy.deepcopy(self, shared)
 
     @torch.no_grad()
     def initialise_projection(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -312,7 +328,8 @@ class HVQTrans(nn.Module):
         Everything that was there keeps every bit. The new codebooks want :meth:`initialise_codes`.
         """
         old = self.output_projection[0].weight
-        self.output_projection.append(nn.Linear(2 * self.d_model, self.in_channels).to(cast(Tensor, old)))
+        token_width = self.in_channels * self.patch_size**2
+        self.output_projection.append(nn.Linear(2 * self.d_model, token_width).to(cast(Tensor, old)))
         for quantizer in self.quantizers:
             quantizer.add_groups(1)
         return self.n_categories - 1

@@ -4,7 +4,7 @@ Every function takes the cells' vectors ``z`` (N, L, D) and each image's codes `
 the cost of every cell (N, L): high where the codes, which describe normal images, do not reach. What comes
 out for one image does not depend on the others of the batch.
 
-``conditional`` is what the HVQ-Trans release computes. The others solve, with the cost
+``conditional`` is what the HVQ-Trans release computes [1]_. The others solve, with the cost
 :math:`C_{lk} = \|z_l - e_k\|_2^2`, variants of
 
 .. math:: P^* = \arg\min_{P \ge 0} \langle P, C \rangle + \epsilon \sum_{lk} P_{lk} \log P_{lk}
@@ -13,7 +13,7 @@ out for one image does not depend on the others of the batch.
 with :math:`b` the shares of the codes, and give :math:`T_l = L \sum_k P^*_{lk} C_{lk}`, the cost of the cell
 under its conditional plan: ``sinkhorn`` as it stands, ``exact`` with :math:`\epsilon = 0`, ``nearest`` with
 :math:`\epsilon = 0` and without the second constraint. In the mean over an image's cells, therefore,
-nearest <= exact <= sinkhorn.
+nearest <= exact <= sinkhorn. Sinkhorn's iterations [2]_ and the network simplex are POT's [3]_.
 
 References
 ----------
@@ -62,7 +62,7 @@ def transport_cost(kind: TransportKind, z: Tensor, codes: Tensor, weights: Tenso
 
 
 def conditional(z: Tensor, codes: Tensor) -> Tensor:
-    r"""Expected cosine distance to the codes, the release's cost (paper, section 3.3, [1]_).
+    r"""Expected cosine distance to the codes, the release's cost (paper, section 3.3).
 
     .. math:: p(k|z) = \mathrm{softmax}_k(z \cdot e_k / K), \quad T = \sum_k p(k|z) (1 - \cos(z, e_k))
 
@@ -125,7 +125,7 @@ def sinkhorn(z: Tensor, codes: Tensor, weights: Tensor | None = None, *, reg: fl
     reg : float, default=0.1
         The smaller, the closer to ``exact``, and the more iterations it takes.
     n_iter : int, default=50
-        Sinkhorn iterations, in the log domain [2]_, by POT [3]_.
+        Sinkhorn iterations, in the log domain, by POT.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def sinkhorn_plan(
 def exact(z: Tensor, codes: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cost of every cell under the optimal plan between the image's cells and the codes (network simplex).
 
-    Not differentiable; one linear program per image, solved by POT [3]_ on the CPU.
+    Not differentiable; one linear program per image, solved by POT on the CPU.
 
     Parameters
     ----------
