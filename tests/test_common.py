@@ -21,13 +21,17 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils._param_validation import InvalidParameterError
 from sklearn.utils.estimator_checks import check_estimator
 
-from vqad import BackboneFeatures, HVQTransDetector
+from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad.datasets import ImageDataset, make_textured_parts
 
 DETECTORS = [
     HVQTransDetector(
         image_size=64, n_codes=16, d_model=32, n_layers=1, n_heads=4, dim_feedforward=32, max_iter=2,
         false_alarm_rate=0.2, random_state=0,
+    ),
+    VQFlowDetector(
+        image_size=64, n_concepts=8, n_patterns=16, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=8, max_iter=2,
+        learning_rate=5e-3, batch_size=8, false_alarm_rate=0.2, random_state=0,
     ),
 ]  # fmt: skip
 
@@ -584,7 +588,7 @@ def test_false_alarms_on_new_images_are_as_rare_as_asked(detector):
 
 
 def test_maps_are_taken_as_features(detector, maps, parts):
-    made = features_only(detector).fit(maps[:48], category=parts.category[:48])
+    made = features_only(detector, max_iter=12).fit(maps[:48], category=parts.category[:48])
     assert made.anomaly_map(maps).shape == maps.shape[:3]
     assert (made.predict_category(maps) == parts.category).mean() > 0.95
     y = parts.target
@@ -687,10 +691,11 @@ def test_own_transformer_must_give_maps_of_one_shape(detector, images):
 
 def test_backbone_features_keep_their_own_settings(detector, images, labels):
     merge = detector._feature_options().get("merge", True)
-    backbone = BackboneFeatures(image_size=96, stages=(1, 2), merge=merge)
+    stages, channels = ((1, 2), (24, 40)) if merge else ((1, 2, 3, 4), (24, 40, 112, 320))
+    backbone = BackboneFeatures(image_size=96, stages=stages, merge=merge)
     made = clone(clone(detector).set_params(backbone=backbone, max_iter=1)).fit(images[:24], category=labels[:24])
     assert made.features_.size_ == (96, 96)
-    assert made.features_.channels_ == (24, 40)
+    assert made.features_.channels_ == channels
     assert not hasattr(backbone, "network_")
     assert made.anomaly_map(images[:1]).shape == (1, 64, 64)
     with pytest.raises(ValueError, match=f"takes a BackboneFeatures with merge={merge}"):

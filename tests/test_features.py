@@ -22,7 +22,7 @@ from sklearn.utils._param_validation import InvalidParameterError
 import vqad.features
 import vqad.store
 from vqad import BackboneFeatures, HVQTransDetector
-from vqad.backbones import DEFAULT_BACKBONE, _packaged_state_dict, load_backbone, state_digest
+from vqad.backbones import DEFAULT_BACKBONE, _packaged_state_dict, load_backbone, ready_network, state_digest
 from vqad.datasets import make_textured_parts
 from vqad.features import merge_maps
 from vqad.images import check_images
@@ -280,7 +280,7 @@ def test_maps_are_those_of_the_network(fitted, images):
     x = torch.from_numpy(images[:3]).movedim(3, 1) / 255
     with torch.inference_mode():
         expected = network((x - 0.5) / 0.5)
-    found = BackboneFeatures(image_size=64, merge=False).fit().transform(images[:3])
+    found = BackboneFeatures(image_size=64, merge=False, precision="float32").fit().transform(images[:3])
     assert [m.shape for m in found] == [(3, 32, 32, 16), (3, 16, 16, 24), (3, 8, 8, 40), (3, 4, 4, 112)]
     for a, b in zip(found, expected):
         np.testing.assert_allclose(a, b.movedim(1, 3).numpy(), rtol=1e-3, atol=1e-4)
@@ -288,13 +288,13 @@ def test_maps_are_those_of_the_network(fitted, images):
 
 @pytest.mark.parametrize("grid_scale", [1, 2])
 def test_merged_map_is_the_stages_resized_and_concatenated(images, grid_scale):
-    apart = BackboneFeatures(image_size=64, merge=False).fit().transform(images[:3])
+    apart = BackboneFeatures(image_size=64, merge=False, precision="float32").fit().transform(images[:3])
     grid = (4 * grid_scale, 4 * grid_scale)
     resized = [
         F.interpolate(torch.from_numpy(m).movedim(3, 1).double(), grid, mode="bilinear", align_corners=True)
         for m in apart
     ]
-    found = BackboneFeatures(image_size=64, grid_scale=grid_scale).fit().transform(images[:3])
+    found = BackboneFeatures(image_size=64, grid_scale=grid_scale, precision="float32").fit().transform(images[:3])
     assert found.dtype == np.float32
     assert found.shape == (3, *grid, 192)
     np.testing.assert_allclose(found, torch.cat(resized, 1).movedim(1, 3).numpy(), rtol=1e-4, atol=1e-4)
@@ -438,3 +438,23 @@ def test_in_a_pipeline(images):
     maps = BackboneFeatures(image_size=64, stages=(1, 2)).fit().transform(images)
     alone = clone(SMALL).set_params(backbone=None).fit(maps)
     np.testing.assert_array_equal(scores, alone.score_samples(maps[:4]))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_es", "resnet18"])
+def test_ready_network_computes_the_same_and_leaves_the_network_as_it_is(name):
+    torch.manual_seed(0)
+    network = load_backbone(name, "random", (1, 2))
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # random weights come with normalisations that do nothing
+            for value in (module.running_mean, module.weight.data, module.bias.data):
+                value.normal_()
+            module.running_var.uniform_(0.5, 2)
+    digest, pixels = state_digest(network), torch.randn(2, 3, 64, 64)
+    ready = ready_network(network, torch.float32)
+    with torch.inference_mode():
+        for mine, theirs in zip(ready(pixels), network(pixels)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert ready_network(network, torch.float32) is ready
+    assert state_digest(network) == digest
+    folded = not any(isinstance(module, torch.nn.BatchNorm2d) for module in ready.modules())
+    assert folded == ("efficientnet" in name)

@@ -316,6 +316,52 @@ def test_out_of_memory_halves_the_batch_and_the_result_stays(largest, sizes):
     torch.testing.assert_close(weights(model), weights(plain), rtol=1e-3, atol=1e-5)
 
 
+def test_out_of_memory_moves_the_codes_once(monkeypatch):
+    """The parts of a batch that fitted are done again in smaller ones: the codes must not follow them twice."""
+
+    class Quantising(Regression):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.codebook = VectorQuantizer(4, 3)
+
+        def loss(self, features, category):
+            self.codebook(features[:, None, :3])
+            # Memory runs out with the second part, when the first has moved the codes already.
+            if self.largest_batch < math.inf and self.n_calls == 1:
+                self.n_calls += 1
+                raise torch.OutOfMemoryError("out of memory")
+            return super().loss(features, category)
+
+    monkeypatch.setattr(Trainer, "_may_run_out", lambda self: True)
+    made = []
+    for largest, size in ((math.inf, 4), (8, 8)):
+        with seeded(1, CPU):
+            model = Quantising(largest_batch=largest)
+        trainer = make_trainer(model, batch_size=16, max_iter=1)
+        trainer.batch_size = size
+        if largest < math.inf:
+            with pytest.warns(UserWarning, match="batches of 4 images"), seeded(0, CPU):
+                trainer.fit(torch.arange(40))
+        else:
+            with seeded(0, CPU):
+                trainer.fit(torch.arange(40))
+        made.append(model.state_dict())
+    for name, value in made[0].items():
+        torch.testing.assert_close(made[1][name], value, rtol=0, atol=0)
+
+
+def test_only_the_parts_that_learn_change():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model.loss = lambda x, category: (modes.append([m.training for m in model]), model(x[:, :3]).square().mean())[1]
+    modes, before = [], {name: value.clone() for name, value in model.state_dict().items()}
+    plan = TrainingPlan(max_iter=2)
+    Trainer(model, make_source(), torch.zeros(40).long(), plan, device=CPU, parts=[model[3]]).fit(torch.arange(40))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"3.weight", "3.bias"}
+    assert {tuple(m) for m in modes} == {(False, False, False, True)}
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_out_of_memory_in_validation_is_no_end():
     model = regression(largest_batch=16)
     trainer = make_trainer(model, batch_size=16)

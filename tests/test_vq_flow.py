@@ -115,7 +115,8 @@ def test_map_terms_add_up_to_the_density(maps, fitted):
     torch.testing.assert_close(-total, latents.log_prob, rtol=1e-4, atol=1e-3)
     ours = fitted._map_terms(fitted.model_, features, None)
     assert set(ours) == set(fitted._map_weights())
-    torch.testing.assert_close(ours["stage_1"], terms["log_likelihood_1"] + terms["volume_1"])
+    torch.testing.assert_close(ours["energy_1"], terms["log_likelihood_1"])
+    torch.testing.assert_close(ours["density_1"], terms["log_likelihood_1"] + terms["volume_1"])
     assert {tuple(term.shape) for term in ours.values()} == {(2, 4, 4)}
 
 

@@ -4,10 +4,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
+from vqad.persistence import load, save
+from vqad.vq_flow import VQFlowDetector
 
 try:
     __version__ = version("vqad")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["BackboneFeatures", "HVQTransDetector", "__version__"]
+__all__ = ["BackboneFeatures", "HVQTransDetector", "VQFlowDetector", "__version__", "load", "save"]

@@ -60,15 +60,38 @@ def check_category(category, n: int) -> np.ndarray | None:
     raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
 
 
-def split_rows(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
+def known_index(category: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """Position of each label in ``categories``, -1 for those that are not there.
+
+    Raises
+    ------
+    ValueError
+        When the labels are of another type than ``categories``.
+    """
+    if category.dtype.kind != categories.dtype.kind:
+        known = ", ".join(map(repr, categories[:3].tolist())) + (", ..." if len(categories) > 3 else "")
+        raise ValueError(
+            f"category has labels such as {category[0].item()!r}, but the detector knows {known}: labels must be all "
+            "str or all int, and are numbers where fit found the categories itself."
+        )
+    position = {label: k for k, label in enumerate(categories.tolist())}
+    return np.array([position.get(label, -1) for label in category.tolist()], dtype=np.int64)
+
+
+def hold_out(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rows to hold out, sorted: the same share of every category, at least one where there are two."""
     rng = np.random.RandomState(seed % 2**32)
-    held = []
+    held = [np.empty(0, dtype=np.int64)]
     for c in np.unique(index):
         rows = rng.permutation(np.flatnonzero(index == c))
         n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
         held.append(rows[:n])
-    held_out = np.sort(np.concatenate(held))
+    return np.sort(np.concatenate(held))
+
+
+def split_rows(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
+    held_out = hold_out(index, fraction, seed)
     keep = np.setdiff1d(np.arange(len(index)), held_out)
     if len(held_out) == 0:
         warn("Too few images to hold any out: thresholds come from the training images.")

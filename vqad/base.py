@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, OutlierMixin, clone
-from sklearn.exceptions import NotFittedError
+from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -21,15 +22,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vqad._checks import check_category, check_features, normal_rows, split_rows
-from vqad.calibration import (
-    ConformalCalibration,
-    MapCalibration,
-    ScoreCalibration,
-    conformal_quantile,
-    pool_map,
-)
-from vqad.features import BackboneFeatures
+from vqad.backbones import state_digest
+from vqad.calibration import pool_map
+from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
+from vqad.incremental import learn_more, same_categories, take_over
 from vqad.routing import CategoryRouter
 from vqad.store import (
     FeatureArray,
@@ -39,16 +37,23 @@ from vqad.store import (
     channel_statistics,
     chunk_size,
     describe,
+    in_chunks,
     pad_chunk,
 )
+from vqad.thresholds import calibrate
 from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
 
-# Normal images of a category that say where its maps are high.
-MAX_REFERENCE_IMAGES = 200
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
 FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
+
+
+# Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
+NOT_OF_THE_TRAINING = {
+    "backbone", "weights", "image_size", "image_shape", "contamination", "false_alarm_rate", "threshold", "warm_start",
+    "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
+}  # fmt: skip
 
 
 class Judgement(NamedTuple):
@@ -74,6 +79,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     A detector adds its parameters and four hooks: ``_make_model(channels, shapes, n_categories)`` returns the
     module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
     ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up.
+    One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``.
     """
 
     _parameter_constraints: dict = {
@@ -90,12 +96,16 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
+        "warm_start": ["boolean"],
+        "checkpoint_dir": [str, Path, None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
         "false_alarm_rate": [Interval(Real, 0, 1, closed="neither")],
         "calibration_fraction": [Interval(Real, 0, 1, closed="neither")],
         "threshold": [StrOptions({"global", "category"})],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float32", "bfloat16"})],
+        "n_jobs": [Integral, None],
+        "memory": [str, Path, HasMethods(["cache"]), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -126,7 +136,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             When the backbone's weights are not on this machine.
         """
         self._validate_params()
-        data = self._check_X(X, reset=True)
+        warm = self.warm_start and self.__sklearn_is_fitted__()
+        data = self._check_X(X, reset=not warm)
         rows, category = normal_rows(y, len(data)), check_category(category, len(data))
         if len(rows) == 0:
             raise ValueError("No normal image to learn from: every y is -1.")
@@ -134,12 +145,66 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             raise ValueError(
                 "At least 2 normal images are needed, one to learn from and one to set the threshold; got n_samples=1."
             )
-        vars(self).pop("map_threshold_", None)  # a fit that fails leaves nothing that looks fitted
-        device = pick_device(self.device)
-        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        category = None if category is None else category[rows]
+        if not warm:
+            vars(self).pop("map_threshold_", None)  # a fit that fails leaves nothing that looks fitted
+        device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device):
+            if self.backbone is not None and not warm:
+                self._map_shape = None
+                self.features_ = fit_features(
+                    self.backbone, data, rows, taker=type(self).__name__, weights=self.weights,
+                    image_size=self.image_size, device=self.device, precision=self.precision, **self._feature_options(),
+                )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
-            self._fit_from_features(store, descriptor, None if category is None else category[rows], device, seed)
+        checkpoint = self._open_checkpoint(descriptor, category, device, seed, warm)
+        seed = seed if checkpoint is None else checkpoint.seed
+        with seeded(seed, device), self._all_or_nothing(warm):
+            self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
+        return self
+
+    def partial_fit(self, X, y=None, *, category=None):
+        """Go on learning, with more images of known categories or with categories that were never seen.
+
+        What the model has for each category alone, as HVQ-Trans has codes and a last layer, is trained: of a new
+        category for ``max_iter`` passes, of a known one for one. (VQ-Flow has no such parts: there only routing and
+        thresholds learn.) Held-out images set the scale of a new category's scores; of a known one they join the ones
+        of before. All that the categories share stays as it is: scores of a category that gets no image here do not
+        change by a bit. ``offset_`` and p-values do, where all categories share one threshold.
+
+        The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            Only the new ones; those seen before are not needed.
+        y : None or array-like of shape (n,) of +1 / -1, default=None
+            Images labelled -1 are left out.
+        category : array-like of shape (n,) of str or int, default=None
+            Known or new labels, of the type that the detector has. When left out, each image is taken for the category
+            that it is nearest to, and images too far from all of them make new categories, if they are five or more.
+
+        Returns
+        -------
+        self : object
+            As it was before if the call fails.
+
+        Raises
+        ------
+        ValueError
+            When X has the wrong form, an image cannot be read or labels are of another type.
+        """
+        if not self.__sklearn_is_fitted__():
+            return self.fit(X, y, category=category)
+        self._validate_params()
+        data = self._check_X(X)
+        rows, category = normal_rows(y, len(data)), check_category(category, len(data))
+        if len(rows) == 0:
+            raise ValueError("No normal image to learn from: every y is -1.")
+        device, seed = pick_device(self.device), self._draw_seed()
+        with seeded(seed, device), self._all_or_nothing():
+            store, descriptor = self._extract(data, rows, device)
+            learn_more(self, store, descriptor, None if category is None else category[rows], device, seed)
         return self
 
     def fit_predict(self, X, y=None, *, category=None):
@@ -151,14 +216,53 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         return self.fit(X, y, category=category).predict(X)
 
-    def _fit_from_features(self, store, descriptor, category, device, seed) -> None:
-        self.router_ = CategoryRouter()
-        index = self.router_.fit(descriptor, category, random_state=seed)
+    def _draw_seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+
+    @contextmanager
+    def _all_or_nothing(self, wanted=True) -> Iterator[None]:
+        """Go back to the attributes as they are now where what is done inside fails."""
+        before = dict(vars(self))
+        for name in ("model_", "router_", "map_calibration_", "score_calibration_") if wanted else ():
+            setattr(self, name, copy.deepcopy(before[name]))
+        try:
+            yield
+        except BaseException:
+            if wanted:
+                vars(self).clear()
+                vars(self).update(before)
+            raise
+
+    def _open_checkpoint(self, descriptor, category, device, seed, warm) -> Checkpoint | None:
+        """The checkpoint of this very training, which is known by its images, parameters and start."""
+        if self.checkpoint_dir is None:
+            return None
+        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in NOT_OF_THE_TRAINING}
+        start = (state_digest(self.model_), self.n_iter_, self._split_seed) if warm else None
+        labels = None if category is None else category.tolist()
+        dtype = native_precision(device, self.precision)
+        drawn = None if self.random_state is None else seed
+        name = fingerprint(
+            type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn,
+            descriptor.tobytes(),
+        )  # fmt: skip
+        checkpoint = Checkpoint(self.checkpoint_dir, name, seed)
+        if checkpoint.finished and self.random_state is None:
+            checkpoint.forget(seed)  # the next fit is another one
+        return checkpoint
+
+    def _fit_from_features(self, store, descriptor, category, device, seed, checkpoint, warm) -> None:
+        if warm:
+            index = same_categories(self, descriptor, category)
+        else:
+            self.router_ = CategoryRouter()
+            index = self.router_.fit(descriptor, category, random_state=seed)
+            self._split_seed = seed  # a second fit on the same images must hold out the same
         self.categories_ = self.router_.categories_
+        n_categories = len(self.categories_)
         self._distance_limit = self._far_limits(descriptor, index)
         self.n_images_ = len(index)
-        n_categories = len(self.categories_)
-        train, held_out = split_rows(index, self.calibration_fraction, seed)
+        train, held_out = split_rows(index, self.calibration_fraction, self._split_seed)
         validation = None
         alone = np.setdiff1d(np.arange(n_categories), index[held_out])
         if self.threshold == "category" and len(alone):
@@ -166,25 +270,42 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 f"threshold='category' needs at least 2 images of every category; {self.categories_[alone[0]]} has 1."
             )
         if self.early_stopping:
-            keep, chosen = split_rows(index[train], self.validation_fraction, seed + 1)
-            train, validation = train[keep], train[chosen]
-        self.feature_mean_, self.feature_scale_ = channel_statistics(store, train, self.standardize)
+            keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1)
+            train, validation = train[keep], torch.from_numpy(train[chosen])
+        if not warm:
+            self.feature_mean_, self.feature_scale_ = channel_statistics(store, train, self.standardize)
         scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
         category_tensor = torch.from_numpy(index)
 
-        self.model_ = self._make_model(
-            [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps], n_categories
-        )
-        self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
+        before = self.model_ if warm else None
+        self._model_shapes = [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps]
+        self.model_ = self._make_model(*self._model_shapes, n_categories)
+        if warm:
+            take_over(self.model_, before)
+        elif checkpoint is None or checkpoint.state is None:
+            self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
         trainer = Trainer(
             self.model_, scaled, category_tensor, self._plan(),
             device=device, dtype=native_precision(device, self.precision),
         )  # fmt: skip
-        log = trainer.fit(torch.from_numpy(train), None if validation is None else torch.from_numpy(validation))
-        self.training_log_ = log
-        self.loss_curve_, self.n_iter_ = log.loss_curve, log.n_iter
-        self.validation_curve_ = log.validation_curve
-        self._calibrate(store, descriptor, index, train, held_out, device)
+        log = trainer.fit(torch.from_numpy(train), validation, checkpoint)
+        self._note(log, add=warm)
+        calibrate(self, store, descriptor, index, train, held_out, device)
+        if checkpoint is not None and not log.interrupted:
+            checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
+
+    def _note(self, log, add: bool) -> None:
+        """Keep what happened in training; add it to what happened before."""
+        self.loss_curve_ = (self.loss_curve_ if add else []) + log.loss_curve
+        self.validation_curve_ = (self.validation_curve_ if add else []) + log.validation_curve
+        self.training_log_, self.n_iter_ = log, len(self.loss_curve_)
+
+    def _add_categories(self, n: int, batches) -> None:
+        """Make room in the model for ``n`` more categories, and start it from their batches; no model needs to."""
+
+    def _parts_of(self, categories: list[int]) -> list[nn.Module]:
+        """Parts of the model that serve these categories and no others: what `partial_fit` trains."""
+        return []
 
     def _initialise(self, batches) -> None:
         """Start the model's codes from data."""
@@ -194,47 +315,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """Distance from each category's mean beyond which an image belongs to no category."""
         _, distance = self.router_.predict(descriptor)
         return np.array(
-            [FAR * np.quantile(distance[index == c], 0.99) + 1e-9 if (index == c).any() else np.inf
+            [FAR * np.quantile(distance[index == c], 0.99) + 1e-9 if (index == c).sum() > 1 else np.inf
              for c in range(len(self.categories_))]
         )  # fmt: skip
-
-    def _calibrate(self, store, descriptor, index, train, held_out, device) -> None:
-        """Set scales, thresholds and ``offset_`` from held-out normal images."""
-        n_categories = len(self.categories_)
-        reference = np.concatenate(
-            [np.append(train[index[train] == c][:MAX_REFERENCE_IMAGES], held_out[index[held_out] == c])
-             for c in range(n_categories)]
-        )  # fmt: skip
-        terms = self._store_terms(store, reference, index[reference], device)
-        is_held = np.isin(reference, held_out)
-        held_terms = {name: term[is_held] for name, term in terms.items()}
-        held = reference[is_held]
-        self.map_calibration_ = MapCalibration(self._map_weights()).fit(
-            terms, index[reference], held_terms, index[held], n_categories
-        )
-        maps = self.map_calibration_.combine(held_terms, index[held])
-        raw = pool_map(maps, self._pool_fraction)
-        self.score_calibration_ = ScoreCalibration().fit(raw, index[held], n_categories)
-        maps = self.map_calibration_.leave_one_out(held_terms, index[held])
-        score = self.score_calibration_.leave_one_out(raw, pool_map(maps, self._pool_fraction), index[held])
-        self.conformal_ = ConformalCalibration(self.threshold == "category").fit(score, index[held], n_categories)
-        if self.contamination == "auto":
-            self.offset_ = -self.conformal_.thresholds(self.false_alarm_rate, self.categories_)
-        else:
-            self.offset_ = self._contamination_offset(store, descriptor, np.arange(len(store)), device)
-        if self.threshold == "global":
-            self.offset_ = float(self.offset_[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
-            self.map_threshold_ = conformal_quantile(np.sort(maps.reshape(len(maps), -1).max(1)), self.false_alarm_rate)
-
-    def _contamination_offset(self, store, descriptor, rows, device) -> np.ndarray:
-        category, excess = self._route(descriptor[rows])
-        maps = self.map_calibration_.combine(self._store_terms(store, rows, category, device), category)
-        score = -self._image_score(maps, category, excess)
-        groups = range(len(self.categories_)) if self.threshold == "category" else [None]
-        own = [score if c is None or not (category == c).any() else score[category == c] for c in groups]
-        return np.array([np.quantile(s, self.contamination) for s in own])
 
     # ---------------------------------------------------------------- scoring
 
@@ -326,10 +409,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         device = pick_device(self.device)
         parts = []
         model = self.model_.to(device)
+        scorer = self._scorer(model, native_precision(device, self.precision))
         try:
             for _, maps in self._iter_features(data, device, rows):
                 category, excess = self._route(describe(maps))
-                terms = self._model_terms(model, maps, category, device)
+                terms = self._model_terms(scorer, maps, category, device)
                 combined = self.map_calibration_.combine(terms, category)
                 score = self._image_score(combined, category, excess)
                 parts.append((score, category, combined if keep_maps else combined[:0]))
@@ -353,22 +437,31 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         product depend on its size and strides, and which products are formed on the categories.
         """
         size = chunk_size(device, math.prod(maps[-1].shape[-2:]))
-        maps = [(m.to(device).float() - a.to(device)) / b.to(device)
-                for m, a, b in zip(maps, self.feature_mean_, self.feature_scale_)]  # fmt: skip
+        maps = self._scaled(maps, device)
         dtype = native_precision(device, self.precision)
         out: dict[str, np.ndarray] = {}
+
+        def judge(part: Tensor, size: int) -> dict[str, Tensor]:
+            chunk = [pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps]
+            number = torch.full((size,), int(category[part[0]]), device=device)
+            with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return self._map_terms(model, chunk[0] if len(chunk) == 1 else chunk, number)
+
         for c in np.unique(category):
-            for part in torch.from_numpy(np.flatnonzero(category == c)).split(size):
-                chunk = [
-                    pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps
-                ]
-                number = torch.full((size,), int(c), device=device)
-                with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    terms = self._map_terms(model, chunk[0] if len(chunk) == 1 else chunk, number)
+            for part, terms in in_chunks(judge, torch.from_numpy(np.flatnonzero(category == c)), size):
                 for name, term in terms.items():
                     rows = out.setdefault(name, np.empty((len(category), *term.shape[1:]), np.float32))
                     rows[part.numpy()] = term[: len(part)].float().cpu().numpy()
         return out
+
+    def _scaled(self, maps: list[Tensor], device) -> list[Tensor]:
+        """Maps as the model sees them, float32."""
+        moments = zip(maps, self.feature_mean_, self.feature_scale_)
+        return [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
+
+    def _scorer(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """What gives the same terms as the model for less, in a pass over many images."""
+        return model
 
     def _map_terms(self, model: nn.Module, features, category: Tensor) -> dict[str, Tensor]:
         """Terms of the anomaly map, all (n, h, w) on one grid; a detector says which."""
@@ -379,12 +472,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         parts = []
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
         model = self.model_.to(device)
+        scorer = self._scorer(model, native_precision(device, self.precision))
         try:
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 maps = store.batch(rows[part])
                 maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
-                parts.append(self._model_terms(model, maps, category[part], device))
+                parts.append(self._model_terms(scorer, maps, category[part], device))
         finally:
             model.to("cpu")
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -401,10 +495,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:
         """Features and descriptors of the images ``rows``: each image passes the backbone once."""
-        if self.backbone is not None:
-            self.features_ = self._make_features(data, rows)
-        # What came as features stays as precise as it came.
-        dtype = torch.float32 if isinstance(data, FeatureArray) else native_precision(device, self.precision)
+        # What came as features, or from a caller's own backbone, stays as precise as it came: so will it be scored.
+        is_own = not isinstance(data, FeatureArray) and isinstance(self.features_, BackboneFeatures)
+        dtype = native_precision(device, self.precision) if is_own else torch.float32
         store = FeatureStore(len(rows), dtype)
         descriptor, done = [], 0
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not self.verbose)
@@ -417,45 +510,19 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         bar.close()
         return store, np.concatenate(descriptor)
 
-    def _make_features(self, data, rows):
-        if isinstance(self.backbone, str):
-            return BackboneFeatures(
-                self.backbone, weights=self.weights, image_size=self.image_size,
-                device=self.device, precision=self.precision, **self._feature_options(),
-            ).fit()  # fmt: skip
-        merge = self._feature_options().get("merge", True)
-        if isinstance(self.backbone, BackboneFeatures) and self.backbone.merge != merge:
-            raise ValueError(f"{type(self).__name__} takes a BackboneFeatures with merge={merge}.")
-        self._map_shape = None
-        try:
-            check_is_fitted(self.backbone)
-        except NotFittedError:
-            return clone(self.backbone).fit(_Pixels(data, rows))
-        return self.backbone
-
     def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         rows = np.arange(len(data)) if rows is None else rows
         if isinstance(data, FeatureArray):
             yield from data.chunks(rows, device)
-        elif isinstance(self.features_, BackboneFeatures):
-            yield from self.features_.iter_maps(data, rows)
-        else:
-            for row in rows:
-                maps = np.asarray(self.features_.transform([data.pixels(row)]), dtype=np.float32)
-                self._check_map(maps, data.name(row))
-                yield np.array([row]), [torch.from_numpy(maps).permute(0, 3, 1, 2).to(device)]
-
-    def _check_map(self, maps: np.ndarray, name: str) -> None:
-        """Check what a caller's own backbone made of one image: the same shape as of the first image."""
-        what = f"backbone {type(self.features_).__name__} gave features of shape {maps.shape} for {name}"
-        if maps.ndim != 4 or len(maps) != 1:
-            raise ValueError(f"{what}, where maps of shape (n, h, w, C) are expected, here with n = 1.")
-        if not np.isfinite(maps).all():
-            raise ValueError(f"{what} with NaN or infinite values.")
-        if self._map_shape is None:
-            self._map_shape = maps.shape
-        elif maps.shape != self._map_shape:
-            raise ValueError(f"{what}, but {self._map_shape} for others: it must bring images to one size.")
+            return
+        how = {"memory": self.memory, "n_jobs": self.n_jobs}
+        if isinstance(self.features_, BackboneFeatures):
+            yield from self.features_.iter_maps(data, rows, **how)
+            return
+        for part, maps in transformer_maps(self.features_, data, rows, device, self._map_shape, **how):
+            if self._map_shape is None:
+                self._map_shape = (1, *maps[0].shape[2:], maps[0].shape[1])
+            yield part, maps
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "map_threshold_")
@@ -467,19 +534,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.three_d_array = not is_table
         tags.non_deterministic = False
         return tags
-
-
-class _Pixels:
-    """Images as a caller's own backbone is fitted on them: read when they are asked for."""
-
-    def __init__(self, data, rows):
-        self.data, self.rows = data, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.data.pixels(self.rows[i])
 
 
 def _resize(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -59,48 +59,65 @@ class MapCalibration:
         self.terms_ = tuple(name for name in names if name in reference)
         self.weight_ = np.array([1.0 if self.weights is None else self.weights[n] for n in self.terms_], np.float32)
         self.weight_ /= self.weight_.sum()
-        raw = np.stack([reference[name] for name in self.terms_], axis=1)
-        outer = np.stack([held_out[name] for name in self.terms_], axis=1)
-        grid = raw.shape[2:]
-        shape = (n_categories, len(self.terms_))
-        self.mean_ = np.zeros((*shape, *grid), np.float32)
-        self.spread_ = np.ones((*shape, *grid), np.float32)
-        for c in range(n_categories):
+        shape = (0, len(self.terms_), *reference[self.terms_[0]].shape[1:])
+        self.mean_, self.spread_ = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+        self.center_, self.scale_ = np.zeros(shape[:2], np.float32), np.ones(shape[:2], np.float32)
+        return self.extend(reference, reference_category, held_out, held_out_category, n_categories)
+
+    def extend(
+        self,
+        reference: dict[str, np.ndarray],
+        reference_category: np.ndarray,
+        held_out: dict[str, np.ndarray],
+        held_out_category: np.ndarray,
+        n_categories: int,
+    ) -> MapCalibration:
+        """Learn the scales of further categories, up to ``n_categories`` in all; the known ones keep every bit."""
+        n_known, n_terms = self.center_.shape
+        grown = range(n_known, n_categories)
+        self.mean_, self.spread_, self.center_, self.scale_ = (
+            np.concatenate([kept, np.full((len(grown), *kept.shape[1:]), value, np.float32)])
+            for kept, value in ((self.mean_, 0), (self.spread_, 1), (self.center_, 0), (self.scale_, 1))
+        )
+        raw, outer = self._stack(reference), self._stack(held_out)
+        for c in grown:
             rows = raw[reference_category == c]
             if len(rows):
                 self.mean_[c], self.spread_[c] = _location_statistics(rows)
-        self.center_ = np.zeros(shape, np.float32)
-        self.scale_ = np.ones(shape, np.float32)
         located = self._locate(outer, held_out_category)
-        pooled = located.transpose(1, 0, 2, 3).reshape(shape[1], -1)
-        for c in range(n_categories):
-            cells = located[held_out_category == c].transpose(1, 0, 2, 3).reshape(shape[1], -1)
-            self.center_[c], self.scale_[c] = _robust(cells if cells.shape[1] else pooled)
+        for c in grown:
+            own = located[held_out_category == c]
+            own = own if len(own) else located[held_out_category >= n_known]
+            self.center_[c], self.scale_[c] = _robust(own.transpose(1, 0, 2, 3).reshape(n_terms, -1))
         return self
 
     def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
         """The standardised map, (n, h, w) float32, of raw terms (n, h, w) and category numbers (n,)."""
-        z = self._locate(np.stack([terms[name] for name in self.terms_], axis=1), category)
+        z = self._locate(self._stack(terms), category)
         z -= self.center_[category][:, :, None, None]
         z /= self.scale_[category][:, :, None, None]
         return np.einsum("t,nthw->nhw", self.weight_, z, dtype=np.float32)
 
-    def leave_one_out(self, held_out: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
+    def leave_one_out(self, held_out: dict[str, np.ndarray], category: np.ndarray, n_known: int = 0) -> np.ndarray:
         """The maps of the held-out images of `fit`, each as if it had taken no part in its category's center and scale.
 
-        Where a category has many held-out images one of them makes no difference, and the map is that of `combine`.
+        Where a category has many held-out images one of them makes no difference, and the map is that of `combine`;
+        and so it is for the first ``n_known`` categories, whose scales `extend` did not learn from these images.
         """
         maps = self.combine(held_out, category)
-        located = self._locate(np.stack([held_out[name] for name in self.terms_], axis=1), category)
+        located = self._locate(self._stack(held_out), category)
         count = np.bincount(category)[category]
-        for i in np.flatnonzero(count <= SHRINKAGE_IMAGES):
-            others = (category == category[i]) | (count[i] == 1)
+        for i in np.flatnonzero((count <= SHRINKAGE_IMAGES) & (category >= n_known)):
+            others = (category == category[i]) | ((count[i] == 1) & (category >= n_known))
             others[i] = False
             if others.any():
                 cells = located[others].transpose(1, 0, 2, 3).reshape(len(self.terms_), -1)
                 center, scale = _robust(cells)
                 maps[i] = np.tensordot(self.weight_, (located[i] - center[:, None, None]) / scale[:, None, None], 1)
         return maps
+
+    def _stack(self, terms: dict[str, np.ndarray]) -> np.ndarray:
+        return np.stack([terms[name] for name in self.terms_], axis=1)
 
     def _locate(self, terms: np.ndarray, category: np.ndarray) -> np.ndarray:
         return ((terms - self.mean_[category]) / self.spread_[category]).astype(np.float32)
@@ -149,6 +166,24 @@ class ScoreCalibration:
         for c in present:
             self.scale_[c] = self._shrunk_scale(residual[category == c])
         return self
+
+    def extend(self, score: np.ndarray, category: np.ndarray, changed: np.ndarray, n_categories: int) -> None:
+        """Learn the scores of categories anew, or of new ones; the others, and the pooled spread, keep every bit.
+
+        Parameters
+        ----------
+        score, category : ndarray of shape (n,)
+            Of all held-out images so far.
+        changed : ndarray of int
+            Categories that have new ones among them.
+        """
+        more = n_categories - len(self.center_)
+        self.center_ = np.append(self.center_, np.full(more, np.median(score)))
+        self.scale_ = np.append(self.scale_, np.full(more, self.pooled_scale_))
+        for c in changed:
+            own = score[category == c]
+            self.center_[c] = np.median(own)
+            self.scale_[c] = self._shrunk_scale(own - self.center_[c])
 
     def _shrunk_scale(self, residual: np.ndarray) -> float:
         keep = len(residual) / (len(residual) + SHRINKAGE_IMAGES)

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import joblib
 import numpy as np
 from PIL import Image
 
@@ -30,11 +28,9 @@ from vqad.metrics import evaluate
 from vqad.report import Verdicts, judge, overlay, write_report
 
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
-MODEL_FORMAT = "vqad-joblib-1"
-DEMO_FOLDER, DEMO_MODEL = "demo-output", "model.joblib"
+DEMO_FOLDER = "demo-output"
 # Images between two lines of output.
 ROWS_AT_ONCE = 16
-TRUST = "A model file is a pickle: opening one runs code that it holds. Open only models that you trust."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,7 +91,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     print(f"{len(images)} normal images ({listed}); categories " + ("from the folders" if by_folder else "to be found"))
     started = time.monotonic()
     detector.fit(images, category=images.category if by_folder else None)
-    save_model(detector, target)
+    vqad.save(detector, target)
     found = [str(name) for name in detector.categories_]
     print(f"{len(found)} categories: {', '.join(found)}")
     print(f"{detector.n_iter_} passes in {time.monotonic() - started:.0f} s; threshold {_thresholds(detector)}")
@@ -105,7 +101,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     paths, outputs = _images_to_score(arguments.images)
-    detector = load_model(arguments.model)
+    detector = vqad.load(arguments.model)
     if arguments.maps is not None:
         arguments.maps.mkdir(parents=True, exist_ok=True)
     data = check_images(paths)
@@ -132,7 +128,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     images = load_mvtec(arguments.directory, split="test")
-    detector = load_model(arguments.model)
+    detector = vqad.load(arguments.model)
     target = None if arguments.json is None else _writable(arguments.json)
     verdicts = judge(detector, images)
     data = check_images(images)
@@ -157,7 +153,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     images, truth = _known_images(arguments.directory)
-    detector = load_model(arguments.model)
+    detector = vqad.load(arguments.model)
     target = _writable(arguments.output)
     page = write_report(
         target,
@@ -185,82 +181,15 @@ def _demo(arguments: argparse.Namespace) -> int:
         say=lambda line: print(line, flush=True),
     )
     print(f"\n{result.summary()}\n")
-    page = result.write_page(arguments.out)
-    save_model(result.detector, arguments.out / DEMO_MODEL)
+    page = result.write_pages(arguments.out)
+    models = result.save_models(arguments.out)
     print(f"Heatmaps: {page.resolve()}")
-    print(f"Model:    {(arguments.out / DEMO_MODEL).resolve()}")
+    print(f"Models:   {', '.join(str(path.resolve()) for path in models)}")
     print(f"Total:    {time.monotonic() - started:.0f} s")
     return OK
 
 
 # ---- models --------------------------------------------------------------------------------------
-
-
-def save_model(detector: BaseImageDetector, path: str | os.PathLike[str]) -> None:
-    """Write a fitted detector to a file, whole or not at all.
-
-    Parameters
-    ----------
-    detector : fitted detector
-    path : path-like
-        An older file is replaced once the new one is complete.
-    """
-    content = {"format": MODEL_FORMAT, "vqad": vqad.__version__, "detector": detector}
-    path = Path(path)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            joblib.dump(content, file)
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-
-
-def load_model(path: str | os.PathLike[str]) -> BaseImageDetector:
-    """Read a detector that `save_model` wrote. Runs code from the file: open only models that you trust.
-
-    Raises
-    ------
-    FileNotFoundError, IsADirectoryError
-        If there is no such file.
-    ValueError
-        If the file is no model, or of a format that this version does not know.
-
-    Warns
-    -----
-    UserWarning
-        If another version of vqad wrote it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"model {str(path)!r} is a folder; a file that vqad fit wrote is expected.")
-    if not path.is_file():
-        raise FileNotFoundError(f"model {str(path)!r} does not exist: make one with vqad fit.")
-    try:
-        content = joblib.load(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever unpickling a file that is no pickle comes upon
-        reason = f" ({_one_line(error)})" if isinstance(error, (ImportError, AttributeError)) else ""
-        raise ValueError(f"{str(path)!r} is no model that vqad fit wrote, or is truncated{reason}.") from error
-    if not isinstance(content, dict) or "detector" not in content:
-        raise ValueError(f"{str(path)!r} is no model that vqad fit wrote.")
-    if content.get("format") != MODEL_FORMAT:
-        raise ValueError(
-            f"model {str(path)!r} has format {content.get('format')!r}, written by vqad {content.get('vqad')}; "
-            f"this is vqad {vqad.__version__}, which reads {MODEL_FORMAT!r}."
-        )
-    if content["vqad"] != vqad.__version__:
-        warnings.warn(
-            f"model {str(path)!r} was written by vqad {content['vqad']}, and this is vqad {vqad.__version__}: if it "
-            "fails or scores strangely, fit it again.",
-            UserWarning,
-            stacklevel=2,
-        )
-    detector: BaseImageDetector = content["detector"]
-    return detector
 
 
 def _detector(arguments: argparse.Namespace) -> HVQTransDetector:
@@ -369,12 +298,6 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Show warnings meant for users, one line each, without the place in the code."""
@@ -408,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Find images that are not like the normal ones, and where. One model for many kinds of object.",
         epilog="examples:\n"
         "  vqad demo                                    see it work on real solar cells\n"
-        "  vqad fit good-parts/ -o model.joblib         learn from a folder of normal images\n"
-        "  vqad score model.joblib new-parts/ --maps heatmaps/\n"
+        "  vqad fit good-parts/ -o model.safetensors    learn from a folder of normal images\n"
+        "  vqad score model.safetensors new-parts/ --maps heatmaps/\n"
         "exit codes: 0 done, 2 wrong arguments or unusable input, 130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -438,12 +361,12 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
         commands,
         "demo",
         _demo,
-        "learn real solar cells, measure beside a memory bank of patches, and write a page of heatmaps",
+        "learn real solar cells with both detectors, measure beside a memory bank of patches, and write heatmaps",
         "The images come with the package elpv-dataset (CC BY-NC-SA 4.0); nothing is downloaded.\n"
         "example:\n  vqad demo --out demo-output",
     )
     command.add_argument(
-        "--out", type=Path, default=Path(DEMO_FOLDER), metavar="DIR", help="for page and model (default: %(default)s)"
+        "--out", type=Path, default=Path(DEMO_FOLDER), metavar="DIR", help="for pages and models (default: %(default)s)"
     )
     command.add_argument("--quick", action="store_true", help="fewer cells and passes: a minute, and poorer results")
     _add_running(command)
@@ -459,9 +382,9 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good).\n"
         "All images are taken as normal. Ctrl-C ends the training early and keeps what was learned (exit code 130).\n"
         "examples:\n"
-        "  vqad fit good-parts/ -o model.joblib\n"
-        "  vqad fit mvtec/ -o model.joblib --max-iter 40 --false-alarm-rate 0.005\n"
-        "  vqad fit good-parts/ -o small.joblib --image-size 160 --set d_model=64",
+        "  vqad fit good-parts/ -o model.safetensors\n"
+        "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
+        "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64",
     )
     command.add_argument("directory", metavar="DIR", help="folder of normal images")
     command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
@@ -502,12 +425,11 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "score",
         _score,
         "say of each image how anomalous it is and which category it was judged as",
-        f"{TRUST}\n"
         "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
         "p-value: share of normal images that score this high or higher.\n"
         "examples:\n"
-        "  vqad score model.joblib new-parts/\n"
-        "  vqad score model.joblib a.png b.png --csv scores.csv --maps heatmaps/",
+        "  vqad score model.safetensors new-parts/\n"
+        "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",
     )
     _add_model(command)
     command.add_argument("images", nargs="+", metavar="DIR|FILE", help="images, or folders of images")
@@ -522,9 +444,8 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure a model on test images whose labels are known",
-        f"{TRUST}\n"
         "ROOT has the layout of MVTec AD: CATEGORY/test/good, CATEGORY/test/DEFECT, CATEGORY/ground_truth/DEFECT.\n"
-        "example:\n  vqad evaluate model.joblib mvtec/ --json metrics.json",
+        "example:\n  vqad evaluate model.safetensors mvtec/ --json metrics.json",
     )
     _add_model(command)
     command.add_argument("directory", metavar="ROOT", help="folder of categories, or of one category")
@@ -542,10 +463,9 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
         "report",
         _report,
         "write an HTML page of scores and heatmaps",
-        f"{TRUST}\n"
         "For a folder in the layout of MVTec AD the page is about its test images, and has their metrics.\n"
         'Needs jinja2 and matplotlib: pip install "vqad[report]".\n'
-        "example:\n  vqad report model.joblib new-parts/ -o page.html",
+        "example:\n  vqad report model.safetensors new-parts/ -o page.html",
     )
     _add_model(command)
     command.add_argument("directory", metavar="DIR", help="folder of images")

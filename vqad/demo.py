@@ -1,26 +1,30 @@
-"""The demonstration: real solar cells, one model for both kinds, measured beside a memory bank of patches."""
+"""The demonstration: real solar cells of two kinds, both detectors, measured beside a memory bank of patches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
+import vqad
+from vqad._memory_bank import PatchMemoryBank
+from vqad.base import BaseImageDetector
 from vqad.datasets import ElpvDataset, load_elpv
-from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
-from vqad.images import check_images
 from vqad.metrics import Evaluation, bootstrap_interval, evaluate, image_auroc
 from vqad.report import Verdicts, judge, write_report
+from vqad.vq_flow import VQFlowDetector
 
-PAGE_NAME = "solar-cells.html"
+# By the name that their parameters and files go by.
+DETECTORS: dict[str, type[BaseImageDetector]] = {"hvq-trans": HVQTransDetector, "vq-flow": VQFlowDetector}
+PAGE, DETECTOR_PAGE, DETECTOR_MODEL = "solar-cells.html", "solar-cells-{}.html", "model-{}.safetensors"
+TITLE = "Solar cells: what is wrong, and where"
+SOURCE = "ELPV data set, CC BY-NC-SA 4.0"
 PAGE_IMAGES = 48
 
 
@@ -36,27 +40,108 @@ class DemoSize:
         Cells to measure on: sound ones that are not learned from, and surely defective ones (probability 1).
     bank_patches : int
         Patches that the memory bank keeps of each kind of cell.
-    parameters : dict
-        Of the detector, where they are not its defaults.
+    parameters : dict of str to dict
+        Of each detector, named as in `DETECTORS`, where they are not its defaults.
     """
 
     n_train: int
     n_test_normal: int
     n_test_defective: int
     bank_patches: int
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Any]]
 
 
-# Half of the passes that are the default, to stay within minutes.
-FULL = DemoSize(n_train=600, n_test_normal=300, n_test_defective=200, bank_patches=8000, parameters={"max_iter": 12})
+# Half of the passes and two thirds of the pixels that are the defaults, to stay within minutes.
+FULL = DemoSize(
+    n_train=600,
+    n_test_normal=300,
+    n_test_defective=200,
+    bank_patches=8000,
+    parameters={
+        "hvq-trans": {"image_size": 224, "max_iter": 12},
+        "vq-flow": {"image_size": 224, "max_iter": 12},
+    },
+)
 # For a quick look and for continuous integration. So few cells cannot support a false-alarm rate of 1 %.
 QUICK = DemoSize(
     n_train=150,
     n_test_normal=60,
     n_test_defective=60,
     bank_patches=1000,
-    parameters={"max_iter": 3, "false_alarm_rate": 0.05},
+    parameters={
+        "hvq-trans": {"image_size": 224, "max_iter": 3, "false_alarm_rate": 0.05},
+        "vq-flow": {"image_size": 224, "max_iter": 3, "false_alarm_rate": 0.05},
+    },
 )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender that only ranks cells came to.
+
+    Attributes
+    ----------
+    name : str
+        What to call it.
+    score : ndarray of shape (n_test,), float
+        Higher is more anomalous.
+    evaluation : Evaluation
+        Image metrics of the scores.
+    fit_seconds, score_seconds : float
+        To learn, and to score the test cells.
+    """
+
+    name: str
+    score: NDArray[Any]
+    evaluation: Evaluation
+    fit_seconds: float
+    score_seconds: float
+
+    def column(self, cells: ElpvDataset) -> dict[str, str]:
+        """Its column of the table: what was measured, and the value."""
+        low, high = bootstrap_interval(image_auroc, cells.target, self.score, random_state=0)
+        parts = {**self.evaluation.per_category, "mean": self.evaluation.mean, "pooled": self.evaluation.pooled}
+        return {
+            **{f"image AUROC, {name}": f"{row['image_auroc']:.3f}" for name, row in parts.items()},
+            "95 % interval over test cells": f"{low:.3f} to {high:.3f}",
+            **self.judgements(cells),
+            "seconds to fit": f"{self.fit_seconds:.1f}",
+            "cells scored per second": f"{len(cells) / self.score_seconds:.1f}",
+        }
+
+    def judgements(self, cells: ElpvDataset) -> dict[str, str]:
+        """The rows that need more than a ranking: none."""
+        return {}
+
+
+@dataclass(frozen=True)
+class MeasuredDetector(Measured):
+    """What a detector came to, which also infers the kind of a cell and sets a threshold.
+
+    Attributes
+    ----------
+    detector : fitted detector
+    verdicts : Verdicts
+        What it said of the test cells.
+    """
+
+    detector: BaseImageDetector
+    verdicts: Verdicts
+
+    def judgements(self, cells: ElpvDataset) -> dict[str, str]:
+        """How often it knew the kind, and what its threshold catches."""
+        return {
+            "kind of cell inferred right": f"{(self.verdicts.category.astype(str) == cells.category).mean():.1%}",
+            "threshold of the anomaly score": f"{-self.detector.offset_:.3f}",
+            "set for false alarms of": f"{self.detector.false_alarm_rate:.1%}",
+            "false alarms on held-out sound cells": self._alarms(cells.target == 1),
+            "defective cells found": self._alarms(cells.target == -1),
+        }
+
+    def _alarms(self, mine: NDArray[np.bool_]) -> str:
+        """How many of some cells were called anomalous."""
+        alarm = self.verdicts.label[mine] == -1
+        return f"{alarm.sum()} of {len(alarm)} ({alarm.mean():.1%})"
 
 
 @dataclass(frozen=True)
@@ -65,82 +150,91 @@ class DemoResult:
 
     Attributes
     ----------
-    detector : fitted HVQTransDetector
     cells : ElpvDataset
         The cells that were measured on.
-    verdicts : Verdicts
-        What the detector said of them.
-    evaluation, baseline : Evaluation
-        Image metrics of the detector and of the memory bank, on the same cells.
     n_train : int
-    fit_seconds, score_seconds, baseline_seconds : float
+        How many others were learned from.
+    detectors : dict of str to MeasuredDetector
+        By the names in `DETECTORS`.
+    baseline : Measured
+        The memory bank of patches.
     """
 
-    detector: HVQTransDetector
     cells: ElpvDataset
-    verdicts: Verdicts
-    evaluation: Evaluation
-    baseline: Evaluation
     n_train: int
-    fit_seconds: float
-    score_seconds: float
-    baseline_seconds: float
+    detectors: dict[str, MeasuredDetector]
+    baseline: Measured
 
-    def alarms(self, target: int) -> tuple[int, int]:
-        """How many of the cells that are sound (+1) or defective (-1) were called anomalous, and of how many."""
-        mine = self.cells.target == target
-        return int((self.verdicts.label[mine] == -1).sum()), int(mine.sum())
+    def table(self) -> list[list[str]]:
+        """Heading and rows; the first column says what was measured, each further one is a contender's."""
+        contenders = [*self.detectors.values(), self.baseline]
+        columns = [contender.column(self.cells) for contender in contenders]
+        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+        return [["", *(contender.name for contender in contenders)], *rows]
+
+    def heading(self) -> str:
+        """What the table is about."""
+        sound, defective = ((self.cells.target == target).sum() for target in (1, -1))
+        return (
+            f"Learned from {self.n_train} sound cells, measured on {defective} surely defective and {sound} sound ones "
+            "that no model saw"
+        )
 
     def summary(self) -> str:
         """The result as text for a terminal."""
-        rows = [("", "this model", "memory bank")]
-        rows += [
-            (name, f"{row['image_auroc']:.3f}", f"{self.baseline.per_category[name]['image_auroc']:.3f}")
-            for name, row in self.evaluation.per_category.items()
+        table = self.table()
+        widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
+        lines = [
+            "  ".join([f"{what:<{widths[0]}}", *(f"{text:>{n}}" for text, n in zip(values, widths[1:]))])
+            for what, *values in table
         ]
-        rows += [
-            (name, f"{mine['image_auroc']:.3f}", f"{other['image_auroc']:.3f}")
-            for name, mine, other in (
-                ("mean", self.evaluation.mean, self.baseline.mean),
-                ("pooled", self.evaluation.pooled, self.baseline.pooled),
-            )
-        ]
-        low, high = bootstrap_interval(image_auroc, self.cells.target, self.verdicts.score, random_state=0)
-        routed = (self.verdicts.category.astype(str) == self.cells.category).mean()
-        (false, n_normal), (found, n_defective) = self.alarms(1), self.alarms(-1)
-        rate = self.detector.false_alarm_rate
-        return "\n".join(
-            [
-                f"Image AUROC on {n_defective} surely defective and {n_normal} sound cells that it never saw:",
-                *(f"  {name:<8} {mine:>10}  {other:>11}" for name, mine, other in rows),
-                f"  pooled, 95 % interval over test cells: {low:.3f} to {high:.3f}",
-                f"Kind of cell inferred right: {routed:.1%}",
-                f"Threshold of the anomaly score: {self.threshold():.3f}, set for {rate:.1%} false alarms",
-                f"False alarms on held-out sound cells: {false} of {n_normal} ({false / n_normal:.1%})",
-                f"Defective cells found at that threshold: {found} of {n_defective} ({found / n_defective:.1%})",
-            ]
+        return "\n".join([f"{self.heading()}:", *(f"  {line}" for line in lines)])
+
+    def write_pages(self, folder: Path) -> Path:
+        """Write a page of heatmaps for each detector, and one with the table and links to them, which is returned."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        for name in self.detectors:
+            self._write_heatmaps(folder, name)
+        header, *rows = self.table()
+        loader = PackageLoader("vqad.report", "templates")
+        page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("demo.html")
+        links = [(DETECTOR_PAGE.format(name), mine.name) for name, mine in self.detectors.items()]
+        (folder / PAGE).write_text(
+            page.render(title=TITLE, heading=self.heading(), header=header, rows=rows, links=links, source=SOURCE),
+            encoding="utf-8",
         )
+        return folder / PAGE
 
-    def threshold(self) -> float:
-        """Anomaly score over which a cell is called anomalous."""
-        return float(-self.detector.offset_)
+    def save_models(self, folder: Path) -> list[Path]:
+        """Write a file for each detector."""
+        paths = [folder / DETECTOR_MODEL.format(name) for name in self.detectors]
+        for path, mine in zip(paths, self.detectors.values()):
+            vqad.save(mine.detector, path)
+        return paths
 
-    def write_page(self, folder: Path) -> Path:
-        """Write the page of heatmaps into a folder."""
-        return write_report(
-            folder / PAGE_NAME,
-            self.detector,
+    def _write_heatmaps(self, folder: Path, name: str) -> None:
+        from markupsafe import Markup
+
+        mine = self.detectors[name]
+        pages = {PAGE: "all side by side"}
+        pages |= {DETECTOR_PAGE.format(other): it.name for other, it in self.detectors.items() if other != name}
+        links = [Markup('<a href="{}">{}</a>').format(page, text) for page, text in pages.items()]
+        write_report(
+            folder / DETECTOR_PAGE.format(name),
+            mine.detector,
             self.cells,
             y=self.cells.target,
             category=self.cells.category,
-            title="Solar cells: what is wrong, and where",
+            title=TITLE,
             n_images=PAGE_IMAGES,
-            verdicts=self.verdicts,
+            verdicts=mine.verdicts,
             facts={
                 "Cells learned from": f"{self.n_train}, surely sound",
-                "Image AUROC, mean of both kinds": f"{self.evaluation.mean['image_auroc']:.3f} "
-                f"(memory bank of patches: {self.baseline.mean['image_auroc']:.3f})",
-                "Images": "ELPV data set, CC BY-NC-SA 4.0",
+                "Image AUROC, mean of both kinds": f"{mine.evaluation.mean['image_auroc']:.3f} "
+                f"(memory bank of patches: {self.baseline.evaluation.mean['image_auroc']:.3f})",
+                "Images": SOURCE,
+                "More": Markup(", ").join(links),
             },
         )
 
@@ -159,10 +253,10 @@ def run_demo(
     ----------
     size : DemoSize, default=FULL
     random_state : int, default=0
-        Decides which cells are learned from, and seeds the detector and the memory bank.
+        Decides which cells are learned from, and seeds the detectors and the memory bank.
     device : str, default="auto"
     verbose : int, default=0
-        Whether to show the training's progress.
+        Whether to show the trainings' progress.
     say : callable, optional
         Is given a line of text after each step.
 
@@ -175,43 +269,60 @@ def run_demo(
     ImportError
         If `elpv-dataset` is not installed.
     KeyboardInterrupt
-        Also when the training, which would keep what it has learned, is interrupted.
+        Also when a training, which would keep what it has learned, is interrupted.
     """
     train, test = split_cells(load_elpv(), size, random_state)
     kinds = ", ".join(f"{(train.category == kind).sum()} {kind}" for kind in np.unique(train.category))
-    say(f"Learning from {len(train)} sound solar cells ({kinds}) ...")
-    detector = HVQTransDetector(
-        **{"random_state": random_state, "device": device, "verbose": verbose, **size.parameters}
+    say(
+        f"Learning from {len(train)} sound solar cells ({kinds}), scoring {len(test)} others without saying their kind:"
     )
+    common = {"random_state": random_state, "device": device, "verbose": verbose}
+    detectors = {}
+    for name, kind_of_detector in DETECTORS.items():
+        detectors[name] = _measure_detector(kind_of_detector(**{**common, **size.parameters[name]}), train, test)
+        say(_times(detectors[name]))
+    bank = PatchMemoryBank(size.bank_patches, device=device, random_state=random_state)
+    baseline = _measure_bank(bank, train, test)
+    say(_times(baseline))
+    return DemoResult(test, len(train), detectors, baseline)
+
+
+def _measure_detector(detector: BaseImageDetector, train: ElpvDataset, test: ElpvDataset) -> MeasuredDetector:
     started = time.monotonic()
     detector.fit(train, category=train.category)
     if detector.training_log_.interrupted:
         raise KeyboardInterrupt
-    fit_seconds = time.monotonic() - started
-    say(f"  {detector.n_iter_} passes in {fit_seconds:.0f} s")
-
-    started = time.monotonic()
+    fitted = time.monotonic()
     verdicts = judge(detector, test)
-    score_seconds = time.monotonic() - started
-    say(f"Scored {len(test)} other cells, without saying which kind they are, in {score_seconds:.0f} s")
-
-    started = time.monotonic()
-    bank = PatchMemoryBank(size.bank_patches, device=device, random_state=random_state)
-    baseline_score = bank.fit(train, train.category).anomaly_score(test)
-    baseline_seconds = time.monotonic() - started
-    say(f"For comparison, a memory bank of patches learned and scored the same cells in {baseline_seconds:.0f} s")
-
-    return DemoResult(
-        detector=detector,
-        cells=test,
-        verdicts=verdicts,
+    scored = time.monotonic()
+    return MeasuredDetector(
+        name=type(detector).__name__,
+        score=verdicts.score,
         evaluation=evaluate(test.target, verdicts.score, test.category),
-        baseline=evaluate(test.target, baseline_score, test.category),
-        n_train=len(train),
-        fit_seconds=fit_seconds,
-        score_seconds=score_seconds,
-        baseline_seconds=baseline_seconds,
+        fit_seconds=fitted - started,
+        score_seconds=scored - fitted,
+        detector=detector,
+        verdicts=verdicts,
     )
+
+
+def _measure_bank(bank: PatchMemoryBank, train: ElpvDataset, test: ElpvDataset) -> Measured:
+    started = time.monotonic()
+    bank.fit(train, train.category)
+    fitted = time.monotonic()
+    score = bank.anomaly_score(test)
+    scored = time.monotonic()
+    return Measured(
+        name="memory bank",
+        score=score,
+        evaluation=evaluate(test.target, score, test.category),
+        fit_seconds=fitted - started,
+        score_seconds=scored - fitted,
+    )
+
+
+def _times(measured: Measured) -> str:
+    return f"  {measured.name}: learned in {measured.fit_seconds:.0f} s, scored in {measured.score_seconds:.0f} s"
 
 
 def split_cells(cells: ElpvDataset, size: DemoSize, random_state: int) -> tuple[ElpvDataset, ElpvDataset]:
@@ -245,63 +356,3 @@ def _draw(groups: list[NDArray[np.intp]], n: int) -> NDArray[np.intp]:
     ends = np.rint(np.cumsum([len(rows) for rows in groups]) * n / sum(len(rows) for rows in groups)).astype(int)
     counts = np.diff(ends, prepend=0)
     return np.concatenate([rows[:count] for rows, count in zip(groups, counts)])
-
-
-class PatchMemoryBank:
-    """The yardstick: distance of an image's patches to the nearest patch of normal images.
-
-    Features of the default backbone at strides 8 and 16, on the grid of stride 8, averaged over 3 x 3 cells,
-    every channel standardised; an image's score is its farthest patch's. PatchCore [1]_ in its plainest form,
-    with a random sample in place of a coreset.
-
-    Parameters
-    ----------
-    n_patches : int
-        Patches to keep of each category.
-    device : str, default="auto"
-    random_state : int, default=0
-
-    References
-    ----------
-    .. [1] Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler: Towards Total Recall in Industrial Anomaly Detection, CVPR
-       2022. arXiv:2106.08265.
-    """
-
-    def __init__(self, n_patches: int, *, device: str = "auto", random_state: int = 0):
-        self.n_patches = n_patches
-        self.features = BackboneFeatures(stages=(2, 3), grid_scale=2, device=device)
-        self.random_state = random_state
-
-    def fit(self, images: Any, category: NDArray[Any]) -> PatchMemoryBank:
-        """Keep a random sample of the patches of normal images, as many of every image as of any other."""
-        self.features.fit()
-        rng = np.random.RandomState(self.random_state)
-        counts = {name: (np.asarray(category) == name).sum() for name in np.unique(category)}
-        cells = int(np.prod(self.features.grid_))
-        kept = []
-        for rows, patches in self._patches(images):
-            for row, own in zip(rows, patches):
-                # Rounded up, and cut to the exact number below.
-                wanted = -(-self.n_patches // counts[category[row]])
-                kept.append((category[row], own[rng.permutation(cells)[:wanted]]))
-        bank = torch.cat([torch.cat([own for name, own in kept if name == kind])[: self.n_patches] for kind in counts])
-        self.scale = bank.std(0).clamp_min(1e-6)
-        self.bank = bank / self.scale
-        self.squares = self.bank.square().sum(1)
-        return self
-
-    def anomaly_score(self, images: Any) -> NDArray[np.float64]:
-        """Distance of every image's farthest patch to the bank, (n,)."""
-        scores = []
-        for _, patches in self._patches(images):
-            for own in patches / self.scale:
-                # |q - b|² = |q|² - 2 q·b + |b|²: a matrix product, and one minimum over the bank.
-                nearest = torch.addmm(self.squares, own, self.bank.T, alpha=-2).amin(1) + own.square().sum(1)
-                scores.append(float(nearest.max().clamp_min(0).sqrt()))
-        return np.array(scores)
-
-    def _patches(self, images: Any) -> Any:
-        """Rows and their patches (n, cells, C), chunk by chunk."""
-        for rows, (maps,) in self.features.iter_maps(check_images(images)):
-            smooth = F.avg_pool2d(maps.float().cpu(), 3, stride=1, padding=1, count_include_pad=False)
-            yield rows, smooth.flatten(2).transpose(1, 2)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from vqad.backbones import DEFAULT_BACKBONE, load_backbone, state_digest
+from vqad.backbones import DEFAULT_BACKBONE, load_backbone, ready_network, state_digest
+from vqad.cache import FeatureCache
 from vqad.images import ImageSequence, check_images
-from vqad.store import chunk_size, pad_chunk
+from vqad.store import chunk_size, in_chunks, pad_chunk
 from vqad.training import native_precision, pick_device
 
 
@@ -145,29 +152,59 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         out = [torch.cat(parts).contiguous().numpy() for parts in zip(*stages)]
         return out[0] if self.merge else out
 
-    def iter_maps(self, images: ImageSequence, indices=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    def iter_maps(
+        self, images: ImageSequence, indices=None, *, memory=None, n_jobs=None
+    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Stream images through the backbone.
+
+        Parameters
+        ----------
+        images : ImageSequence
+        indices : array of int, optional
+            Which images; all when left out.
+        memory : None, str, path or joblib.Memory
+            Where maps are kept, and looked for before the backbone is asked.
+        n_jobs : int or None
+            Threads that read images ahead; None reads each when it is its turn.
 
         Yields
         ------
         indices : ndarray of int
             Which images of ``images``.
         maps : list of Tensor of shape (len(indices), C, h, w)
-            On the working device; one merged map, or one a stage.
+            On the working device, contiguous; one merged map, or one a stage.
         """
         check_is_fitted(self)
         indices = np.arange(len(images)) if indices is None else np.asarray(indices)
         device = pick_device(self.device)
         dtype = native_precision(device, self.precision)
         size = chunk_size(device)
-        network = self.network_.to(device=device, memory_format=torch.channels_last)
+        cache = None if memory is None else FeatureCache(memory, self._source(device, dtype, size))
+        moved = self.network_.to(device=device, memory_format=torch.channels_last)
+        network = ready_network(moved, dtype) if device.type == "cpu" else moved
+
+        def read(i: int) -> Tensor:
+            return images.load([i], self.size_)
+
+        def compute(pixels: list[Tensor]) -> list[Tensor]:
+            def some(part: Tensor, size: int) -> list[Tensor]:
+                chunk = pad_chunk(torch.cat([pixels[k] for k in part]), size)
+                return [m[: len(part)] for m in self._maps(network, chunk.to(device), dtype)]
+
+            parts = [maps for _, maps in in_chunks(some, torch.arange(len(pixels)), size)]
+            return [torch.cat(stage) for stage in zip(*parts)]
+
         try:
-            for start in range(0, len(indices), size):
-                chunk = indices[start : start + size]
-                pixels = pad_chunk(images.load(chunk, self.size_), size).to(device)
-                yield chunk, [m[: len(chunk)] for m in self._maps(network, pixels, dtype)]
+            yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
         finally:
-            network.to("cpu")
+            moved.to("cpu")
+
+    def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
+        """All that an image's maps depend on, to the last bit, beside the image."""
+        return joblib.hash(
+            [self.backbone, self.digest_, self.size_, self.channels_, self.merge, self.grid_,
+             self.network_.normalization, device.type, str(dtype), size, str(torch.__version__)]
+        )  # fmt: skip
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in network.normalization)
@@ -187,6 +224,151 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         return tags
+
+
+def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merge=True, **options):
+    """What gives a detector its features: of a timm model's name, or of a caller's own transformer, fitted if need be.
+
+    Parameters
+    ----------
+    backbone : str or transformer
+    indices : ndarray of int
+        Images that a transformer is fitted on.
+    taker : str
+        Name of the detector, for errors.
+    merge, **options
+        Of `BackboneFeatures`.
+    """
+    if isinstance(backbone, str):
+        return BackboneFeatures(backbone, merge=merge, **options).fit()
+    if isinstance(backbone, BackboneFeatures) and backbone.merge != merge:
+        raise ValueError(f"{taker} takes a BackboneFeatures with merge={merge}.")
+    try:
+        check_is_fitted(backbone)
+    except NotFittedError:
+        return clone(backbone).fit(UnreadImages(images, indices))
+    return backbone
+
+
+class UnreadImages:
+    """Images as a caller's own transformer is fitted on them: each is read when it is asked for."""
+
+    def __init__(self, images: ImageSequence, indices):
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.images.pixels(self.indices[i])
+
+
+def transformer_maps(
+    transformer, images: ImageSequence, indices, device: torch.device, shape=None, *, memory=None, n_jobs=None
+) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """Stream images, one at a time, through a caller's own fitted transformer; see `BackboneFeatures.iter_maps`.
+
+    Parameters
+    ----------
+    shape : (1, h, w, C), optional
+        What it is to give for every image; what it gives for the first one when left out.
+
+    Raises
+    ------
+    ValueError
+        When it gives anything but a map of that shape and of finite numbers for an image.
+    """
+    kind = f"backbone {type(transformer).__name__}"
+
+    def read(i: int) -> tuple[np.ndarray, str]:
+        return images.pixels(i), images.name(i)
+
+    def compute(image: list[tuple[np.ndarray, str]]) -> list[Tensor]:
+        ((pixels, name),) = image
+        maps = np.asarray(transformer.transform([pixels]), dtype=np.float32)
+        what = f"{kind} gave features of shape {maps.shape} for {name}"
+        if maps.ndim != 4 or len(maps) != 1:
+            raise ValueError(f"{what}, where maps of shape (n, h, w, C) are expected, here with n = 1.")
+        if not np.isfinite(maps).all():
+            raise ValueError(f"{what} with NaN or infinite values.")
+        return [torch.from_numpy(maps).permute(0, 3, 1, 2)]
+
+    cache = None
+    if memory is not None:
+        try:
+            cache = FeatureCache(memory, joblib.hash([kind, transformer]))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(f"memory needs a {kind} that pickles, to know it again: {error}") from error
+    for part, maps in stream_maps(images, indices, read, compute, device, cache=cache, n_jobs=n_jobs):
+        n, c, h, w = maps[0].shape
+        shape = shape or (n, h, w, c)
+        if shape != (n, h, w, c):
+            raise ValueError(
+                f"{kind} gave features of shape {(n, h, w, c)} for {images.name(part[0])}, but {shape} for others: it "
+                "must bring images to one size."
+            )
+        yield part, maps
+
+
+def stream_maps(
+    images: ImageSequence, indices, read, compute, device: torch.device, *, size=1, cache=None, n_jobs=None
+) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """Maps of images, chunk by chunk: from the cache those that it has, the others computed together.
+
+    Parameters
+    ----------
+    read : callable
+        From an image's number to what ``compute`` takes of it; called in threads with ``n_jobs``.
+    compute : callable
+        From a list of what ``read`` gave to maps (len(list), C, h, w). An image's maps must not depend on the others.
+    size : int
+        Images in a chunk.
+    """
+
+    def find_or_read(i: int):
+        if cache is None:
+            return None, None, read(i)
+        key = images.digest(i)
+        found = cache.find(key)
+        return key, found, None if found is not None else read(i)
+
+    n_threads = joblib.effective_n_jobs(n_jobs)
+    ahead = size + n_threads
+    items = read_ahead(find_or_read, (int(i) for i in indices), n_threads, ahead)
+    for start in range(0, len(indices), size):
+        chunk = indices[start : start + size]
+        keys, found, content = zip(*itertools.islice(items, len(chunk)))
+        missing = [k for k, maps in enumerate(found) if maps is None]
+        computed = compute([content[k] for k in missing]) if missing else []
+        if cache is None:
+            maps = computed
+        else:
+            rows = dict(enumerate(found))
+            for row, k in enumerate(missing):
+                rows[k] = [m[row] for m in computed]
+                cache.keep(keys[k], rows[k])
+            maps = [torch.stack([m.cpu() for m in stage]) for stage in zip(*rows.values())]
+        # In one layout, whether they come from the cache or not: last bits of a sum depend on it.
+        yield chunk, [m.to(device).contiguous() for m in maps]
+
+
+def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
+    """``map(read, items)``, with up to ``ahead`` items read by threads before they are asked for."""
+    if n_threads == 1:
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(n_threads, "vqad-read") as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def merge_maps(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:

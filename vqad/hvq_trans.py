@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 
+import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from vqad.backbones import DEFAULT_BACKBONE
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.training import TrainingPlan
+
+# The error of single cells and of the average over 3 x 3 of them.
+ERRORS = ("reconstruction", "averaged_reconstruction")
 
 
 class HVQTransDetector(BaseImageDetector):
@@ -33,7 +37,7 @@ class HVQTransDetector(BaseImageDetector):
     stages : tuple of int or None, default=(2, 3)
         Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
         takes all but the last of five.
-    image_size : int or (int, int), default=224
+    image_size : int or (int, int), default=320
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
@@ -81,6 +85,15 @@ class HVQTransDetector(BaseImageDetector):
         Passes without an improvement of ``tol`` before stopping early.
     tol : float, default=1e-4
         Improvement of the validation loss that counts.
+    warm_start : bool, default=False
+        Whether a further `fit` goes on from the model as it is, for ``max_iter`` more passes, with the same categories.
+        Backbone, scale of the features and routing stay those of the first fit. Give it the images of that fit, in
+        their order: then those held out to set thresholds stay held out.
+    checkpoint_dir : str, path or None, default=None
+        Folder to keep the state of the training in, a file for each fit. After a kill at any moment, the same fit with
+        the same images goes on from there, to the very model that it would have come to. The file of a finished fit
+        stays, so that nothing is lost before the detector is saved. With ``random_state=None`` the seed is in the file,
+        and is used until that fit is finished. `partial_fit` keeps nothing.
     contamination : "auto" or float in (0, 0.5], default="auto"
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
@@ -94,6 +107,12 @@ class HVQTransDetector(BaseImageDetector):
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
         "auto" takes bfloat16 where the hardware has it natively.
+    n_jobs : int or None, default=None
+        Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
+        when it is its turn. Results are the same.
+    memory : None, str, path or joblib.Memory, default=None
+        Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
+        any fit or scoring call with the same backbone, is not passed through the backbone again.
     random_state : int, RandomState instance or None, default=None
         An int makes two fits on one machine identical.
     verbose : int, default=0
@@ -148,7 +167,6 @@ class HVQTransDetector(BaseImageDetector):
 
     # Chosen on defects planted into held-out normal images (docs/choices.md).
     _pool_fraction = 0.005
-    _window = 3
 
     def __init__(
         self,
@@ -156,7 +174,7 @@ class HVQTransDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=(2, 3),
-        image_size=224,
+        image_size=320,
         image_shape=None,
         standardize=True,
         patch_size=2,
@@ -177,12 +195,16 @@ class HVQTransDetector(BaseImageDetector):
         validation_fraction=0.1,
         n_iter_no_change=10,
         tol=1e-4,
+        warm_start=False,
+        checkpoint_dir=None,
         contamination="auto",
         false_alarm_rate=0.01,
         calibration_fraction=0.2,
         threshold="global",
         device="auto",
         precision="auto",
+        n_jobs=None,
+        memory=None,
         random_state=None,
         verbose=0,
     ):
@@ -210,12 +232,16 @@ class HVQTransDetector(BaseImageDetector):
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.warm_start = warm_start
+        self.checkpoint_dir = checkpoint_dir
         self.contamination = contamination
         self.false_alarm_rate = false_alarm_rate
         self.calibration_fraction = calibration_fraction
         self.threshold = threshold
         self.device = device
         self.precision = precision
+        self.n_jobs = n_jobs
+        self.memory = memory
         self.random_state = random_state
         self.verbose = verbose
 
@@ -278,6 +304,19 @@ class HVQTransDetector(BaseImageDetector):
         self.model_.initialise_projection(batches)
         super()._initialise(batches)
 
+    def _add_categories(self, n, batches):
+        """Codes from the data; weights that are the mean of those of the known categories."""
+        heads = list(self.model_.output_projection)
+        for _ in range(n):
+            new = self.model_.output_projection[self.model_.add_category()]
+            with torch.no_grad():
+                new.weight.copy_(torch.stack([head.weight for head in heads]).mean(0))
+                new.bias.copy_(torch.stack([head.bias for head in heads]).mean(0))
+        self.model_.initialise_codes(batches)
+
+    def _parts_of(self, categories):
+        return [*self.model_.codebook, *(self.model_.output_projection[c] for c in categories)]
+
     def _plan(self):
         return TrainingPlan(
             max_iter=self.max_iter,
@@ -292,13 +331,17 @@ class HVQTransDetector(BaseImageDetector):
             verbose=self.verbose,
         )
 
+    def _scorer(self, model, dtype):
+        return model if dtype == torch.float32 else model.scoring_copy(dtype)
+
     def _map_terms(self, model, features, category):
-        """Both kinds of term as squared distances: error of the reconstruction, and cost of the transport."""
-        terms = model.anomaly_map(features, category, window=self._window)
-        terms["reconstruction"] = terms["reconstruction"].square()
+        """Errors of the reconstruction and costs of the transport, all as squared distances."""
+        terms = model.anomaly_map(features, category, window=3)
+        for name in ERRORS:
+            terms[name] = terms[name].square()
         return terms
 
     def _map_weights(self):
         """Half for the reconstruction, half for the transport on all levels."""
         levels = range(self.n_layers + 1)
-        return {"reconstruction": 0.5, **{f"transport_{j}": 0.5 / len(levels) for j in levels}}
+        return {**dict.fromkeys(ERRORS, 0.25), **{f"transport_{j}": 0.5 / len(levels) for j in levels}}

@@ -7,13 +7,14 @@ resized. So two forms of one picture cannot differ in their pixels, nor can one 
 
 from __future__ import annotations
 
+import hashlib
 import numbers
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -190,6 +191,21 @@ class ImageSequence:
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+    def digest(self, i: int) -> str:
+        """SHA-256 of what image `i` is made from: the bytes of its file, or its array. Nothing is decoded."""
+        item, name = self._item(i), self.name(i)
+        if isinstance(item, str):
+            with _readable(item, name) as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        if isinstance(item, Image.Image):
+            with _decoding(name):
+                item.load()
+                item, _ = _pil_to_array(item)
+        values = np.ascontiguousarray(_tensor_to_array(item))
+        digest = hashlib.sha256(f"{values.shape}{values.dtype.str}".encode())
+        digest.update(values.data)
+        return digest.hexdigest()
 
     def load(self, indices: Any, size: tuple[int, int]) -> torch.Tensor:
         """Read images and resize each to `size`, bilinear with antialiasing.
@@ -482,16 +498,19 @@ def _to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
     return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
 
 
+def _readable(path: str, name: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise type(error)(f"{_is(name, 'cannot')} be opened: {error.strerror}.") from error
+
+
 @contextmanager
 def _opened(path: str, name: str) -> Iterator[Image.Image]:
     """Open an image file; whatever goes wrong is told with the image's name."""
-    try:
-        # Apart from the image, as its errors are others; and given as a file because Pillow 13 scrambles
-        # plain TIFF files that are turned by their orientation tag when it opens them by name.
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise type(error)(f"{_is(name, 'cannot')} be opened: {error.strerror}.") from error
-    with file, _decoding(name), Image.open(file) as image:
+    # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
+    # plain TIFF files that are turned by their orientation tag when it opens them by name.
+    with _readable(path, name) as file, _decoding(name), Image.open(file) as image:
         yield image
 
 

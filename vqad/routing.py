@@ -26,7 +26,7 @@ class CategoryRouter:
     Attributes
     ----------
     categories_ : ndarray of shape (n_categories,)
-        Labels as given, sorted; or 0..n-1 where they were discovered.
+        Labels as given, sorted; or 0..n-1 where they were discovered. Those that `extend` took in come after.
     discovered_ : bool
     silhouette_ : float
         Mean silhouette of the discovered partition; nan with labels.
@@ -69,6 +69,29 @@ class CategoryRouter:
             self._fit_gaussians(projected, settled)
         return settled
 
+    def extend(self, descriptor: np.ndarray, category: np.ndarray) -> None:
+        """Take in categories that are not known yet, in the space of those that are, which keep every bit.
+
+        Parameters
+        ----------
+        descriptor : ndarray of shape (n, D)
+        category : ndarray of shape (n,) of labels like those of `fit`
+        """
+        labels, index = np.unique(category, return_inverse=True)
+        white = self._whiten(descriptor)
+        means = [white[index == c].mean(0) for c in range(len(labels))]
+        self.categories_ = np.append(self.categories_, labels)
+        self.means_ = np.vstack([self.means_, *means])
+
+    def discover_more(self, descriptor: np.ndarray, random_state: int = 0) -> np.ndarray:
+        """Labels (n,) of new kinds among images that belong to no known category."""
+        index, _ = discover(self._project(descriptor), random_state)
+        _, index = np.unique(index, return_inverse=True)
+        if self.categories_.dtype.kind == "U":
+            taken = sum(str(label).startswith("new ") for label in self.categories_)
+            return np.array([f"new {taken + 1 + k}" for k in index])
+        return self.categories_.max() + 1 + index
+
     def predict(self, descriptor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nearest category of each image, and the Mahalanobis distance to its mean.
 
@@ -77,7 +100,7 @@ class CategoryRouter:
         index : ndarray of shape (n,), int64
         distance : ndarray of shape (n,), float64
         """
-        white = np.stack([row @ self.whitening_ for row in self._project(descriptor)])
+        white = self._whiten(descriptor)
         distance = np.sqrt(np.square(white[:, None] - self.means_[None]).sum(-1))
         index = distance.argmin(1)
         return index, distance[np.arange(len(index)), index]
@@ -97,6 +120,9 @@ class CategoryRouter:
         # Row by row in float64: a matrix product's last bits may depend on how many rows it has.
         scaled = (np.asarray(descriptor, dtype=np.float64) - self.center_) / self.scale_
         return np.stack([row @ self.components_ for row in scaled])
+
+    def _whiten(self, descriptor: np.ndarray) -> np.ndarray:
+        return np.stack([row @ self.whitening_ for row in self._project(descriptor)])
 
     def _fit_gaussians(self, projected: np.ndarray, index: np.ndarray) -> None:
         n = int(index.max()) + 1

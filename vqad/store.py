@@ -6,11 +6,13 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vqad._warn import warn
 from vqad.training import free_memory_limit
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
@@ -21,6 +23,30 @@ _CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
 def chunk_size(device: torch.device, cells: int = 196) -> int:
     """Number of images of so many cells that pass through a network together on ``device``."""
     return max(1, _CHUNK_CELLS.get(device.type, 64) // cells)
+
+
+def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
+    """``work(part, size)`` for parts of ``size`` rows, the last one smaller; with each part.
+
+    Where the device's memory does not hold that, the size is halved with a warning. Last bits may then be others.
+    """
+    start = 0
+    while start < len(rows):
+        part = rows[start : start + size]
+        try:
+            done = work(part, size)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            done = None
+        if done is None:
+            size = max(1, size // 2)
+            warn(
+                f"Out of device memory: going on with {size} images at a time. Scores may differ in their last digits."
+            )
+        else:
+            yield part, done
+            start += len(part)
 
 
 def pad_chunk(x: Tensor, size: int) -> Tensor:

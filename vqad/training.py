@@ -1,4 +1,4 @@
-"""The one training loop: device, precision, seed, schedule, progress, early stopping."""
+"""The one training loop: device, precision, seed, schedule, progress, early stopping, going on after a kill."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol, cast, runtime_checkable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vqad._warn import warn
+from vqad.checkpoint import Checkpoint
 from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
@@ -48,8 +49,9 @@ class TrainingPlan:
     ----------
     max_iter : int
         Passes over the training images.
-    schedule : {"cosine", "step"}
+    schedule : {"cosine", "constant", "step"}
         "cosine": linear warm-up over the first twentieth of the steps, then half a cosine down to zero.
+        "constant": linear warm-up from a tenth over the first twelfth (VQ-Flow: 5 epochs of 60), then constant.
         "step": constant, times 0.1 at 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
     clip_norm : float
         Gradients are scaled down to this norm; infinity leaves them alone.
@@ -70,6 +72,8 @@ class TrainingPlan:
         """Factor on the learning rate at ``step`` of ``n_steps``."""
         if self.schedule == "step":
             return 1.0 if step < 0.8 * n_steps else 0.1
+        if self.schedule == "constant":
+            return min(1.0, 0.1 + 0.9 * step / max(1, n_steps // 12))
         warm_up = max(1, n_steps // 20)
         if step < warm_up:
             return (step + 1) / warm_up
@@ -174,6 +178,8 @@ class Trainer:
     plan : TrainingPlan
     device, dtype : torch.device, torch.dtype
         Where to work; a ``dtype`` other than float32 turns autocast on.
+    parts : sequence of nn.Module, optional
+        The parts of the model that learn, all when left out. The others keep every bit.
     """
 
     def __init__(
@@ -185,6 +191,7 @@ class Trainer:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        parts: Sequence[nn.Module] | None = None,
     ) -> None:
         self.model = model
         self.source = source
@@ -192,85 +199,116 @@ class Trainer:
         self.plan = plan
         self.device = device
         self.dtype = dtype
+        self.parts = [model] if parts is None else list(parts)
         self.batch_size = plan.batch_size
 
-    def fit(self, train: Tensor, validation: Tensor | None = None) -> TrainingLog:
+    def fit(self, train: Tensor, validation: Tensor | None = None, checkpoint: Checkpoint | None = None) -> TrainingLog:
         """Train on the images ``train``, watch the loss on the images ``validation``.
+
+        Parameters
+        ----------
+        train, validation : Tensor of int64
+        checkpoint : Checkpoint, optional
+            Where the training is kept, and gone on from if it holds one.
 
         Returns
         -------
         log : TrainingLog
         """
-        plan, log, started = self.plan, TrainingLog(), time.monotonic()
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
-        n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step, n_steps))
-        best = _Best(plan.tol, plan.n_iter_no_change)
-        self.model.to(self.device).train()
-        try:
-            bar = tqdm(range(plan.max_iter), desc="training", unit="pass", disable=not plan.verbose)
-            for iteration in bar:
-                log.loss_curve.append(self._one_pass(train, optimizer, schedule))
+        plan, started = self.plan, time.monotonic()
+        self.model.to(self.device)
+        with _frozen(self.model, self.parts):
+            n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
+            run = _Run(self.model, plan, n_steps, self.device)
+            try:
+                if checkpoint is not None and checkpoint.state is not None:
+                    self.batch_size = run.restore(checkpoint.state, plan.batch_size)
+                    logger.info("going on after %d of %d passes", run.log.n_iter, plan.max_iter)
+                if checkpoint is None or not checkpoint.finished:
+                    self._run(run, train, validation, checkpoint)
+            except KeyboardInterrupt:
+                run.log.interrupted = True
+                warn(
+                    f"Training was interrupted after {run.log.n_iter} of {plan.max_iter} passes; "
+                    "the model keeps what it has learned so far."
+                )
+            finally:
+                self.model.to("cpu").eval()
+        run.log.seconds += time.monotonic() - started
+        return run.log
+
+    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: Checkpoint | None) -> None:
+        plan, log = self.plan, run.log
+        bar = tqdm(total=plan.max_iter, initial=log.n_iter, desc="training", unit="pass", disable=not plan.verbose)
+        with bar:
+            while log.n_iter < plan.max_iter and not run.best.exhausted:
+                log.loss_curve.append(self._one_pass(run, train, checkpoint))
                 log.perplexity.append(codebook_perplexity(self.model))
                 shown = {"loss": f"{log.loss_curve[-1]:.4f}", "codes": f"{log.perplexity[-1]:.0f}"}
                 if validation is not None:
                     log.validation_curve.append(self.evaluate(validation))
                     shown["validation"] = f"{log.validation_curve[-1]:.4f}"
                 bar.set_postfix(shown)
-                logger.info("pass %d/%d: %s", iteration + 1, plan.max_iter, shown)
+                bar.update()
+                logger.info("pass %d/%d: %s", log.n_iter, plan.max_iter, shown)
                 if not math.isfinite(log.loss_curve[-1]):
                     raise ValueError(
-                        f"The training loss became {log.loss_curve[-1]} in pass {iteration + 1}. Lower learning_rate "
+                        f"The training loss became {log.loss_curve[-1]} in pass {log.n_iter}. Lower learning_rate "
                         f"(now {plan.learning_rate}), or use precision='float32'."
                     )
-                if validation is not None and best.should_stop(log.validation_curve[-1], self.model):
-                    break
-            best.restore(self.model)
-        except KeyboardInterrupt:
-            log.interrupted = True
-            warn(
-                f"Training was interrupted after {log.n_iter} of {plan.max_iter} passes; "
-                "the model keeps what it has learned so far."
-            )
-        finally:
-            self.model.to("cpu").eval()
-        log.seconds = time.monotonic() - started
-        return log
+                if validation is not None:
+                    run.best.look_at(log.validation_curve[-1], self.model)
+                if checkpoint is not None and checkpoint.due(after_pass=True):
+                    checkpoint.write(run.state(self.batch_size))
+        run.best.restore(self.model)
 
-    def _one_pass(
-        self,
-        train: Tensor,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-    ) -> float:
-        self.model.train()
-        order = train[torch.randperm(len(train))]
-        total = torch.zeros((), device=self.device)
-        for indices in torch.split(order, self.plan.batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            total += self._backward(indices) * len(indices)
+    def _one_pass(self, run: _Run, train: Tensor, checkpoint: Checkpoint | None) -> float:
+        """Train on every image once, or on those that are left of a pass that a kill cut short."""
+        self._set_training_mode()
+        if run.order is None:
+            run.start_pass(train)
+        order = cast(Tensor, run.order)
+        for indices in torch.split(order[run.n_done :], self.plan.batch_size):
+            run.optimizer.zero_grad(set_to_none=True)
+            run.total += self._backward(indices) * len(indices)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
-            optimizer.step()
-            schedule.step()
-        return float(total) / len(train)
+            run.optimizer.step()
+            run.schedule.step()
+            run.n_done += len(indices)
+            if checkpoint is not None and run.n_done < len(order) and checkpoint.due(after_pass=False):
+                checkpoint.write(run.state(self.batch_size))
+        run.order = None
+        return float(run.total) / len(train)
+
+    def _set_training_mode(self) -> None:
+        self.model.eval()
+        for part in self.parts:
+            part.train()
 
     def _backward(self, indices: Tensor) -> Tensor:
         """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
-        parts = torch.split(indices, self.batch_size)
-        try:
-            total = torch.zeros((), device=self.device)
-            for part in parts:
-                loss = self._loss(part) * (len(part) / len(indices))
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            return total
-        except torch.cuda.OutOfMemoryError:
-            if self.batch_size == 1:
-                raise
-        self._halve_batch()
-        self.model.zero_grad(set_to_none=True)
-        return self._backward(indices)
+        before = self._moving_buffers() if self._may_run_out() else []
+        while True:
+            try:
+                total = torch.zeros((), device=self.device)
+                for part in torch.split(indices, self.batch_size):
+                    loss = self._loss(part) * (len(part) / len(indices))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total += loss.detach()
+                return total
+            except torch.cuda.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+            self._halve_batch()
+            self.model.zero_grad(set_to_none=True)
+            for buffer, value in before:  # what the parts that did fit have moved the codes by
+                buffer.copy_(value)
+
+    def _may_run_out(self) -> bool:
+        return self.device.type != "cpu"
+
+    def _moving_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        return [(b, b.clone()) for part in self.parts for b in part.buffers()]
 
     def _halve_batch(self) -> None:
         self.batch_size = max(1, self.batch_size // 2)
@@ -296,7 +334,7 @@ class Trainer:
             if self.batch_size == 1:
                 raise
         finally:
-            self.model.train()
+            self._set_training_mode()
         self._halve_batch()
         return self.evaluate(indices)
 
@@ -305,6 +343,20 @@ def codebook_perplexity(model: nn.Module) -> float:
     """Effective number of codes in use, the mean over all codebooks of a model."""
     books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
     return float(torch.cat(books).mean()) if books else float("nan")
+
+
+@contextmanager
+def _frozen(model: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Let no parameter learn but those of ``parts``."""
+    learning = {id(p) for part in parts for p in part.parameters() if p.requires_grad}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(id(p) in learning)
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 class _Best:
@@ -317,16 +369,73 @@ class _Best:
         self.waited = 0
         self.state: dict[str, Tensor] | None = None
 
-    def should_stop(self, loss: float, model: nn.Module) -> bool:
+    @property
+    def exhausted(self) -> bool:
+        return self.waited >= self.patience
+
+    def look_at(self, loss: float, model: nn.Module) -> None:
         self.waited = 0 if loss < self.loss - self.tol else self.waited + 1
         if loss < self.loss:
             self.loss = loss
             self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        return self.waited >= self.patience
 
     def restore(self, model: nn.Module) -> None:
         if self.state is not None:
             model.load_state_dict(self.state)
+
+
+class _Run:
+    """All that the rest of a training depends on, beside the images."""
+
+    def __init__(self, model: nn.Module, plan: TrainingPlan, n_steps: int, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        learning = [p for p in model.parameters() if p.requires_grad]
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(learning, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: plan.rate(step, n_steps))
+        self.best = _Best(plan.tol, plan.n_iter_no_change)
+        self.log = TrainingLog()
+        self.order: Tensor | None = None
+        self.n_done = 0
+        self.total = torch.zeros((), device=device)
+
+    def start_pass(self, train: Tensor) -> None:
+        self.order = train[torch.randperm(len(train))]
+        self.n_done = 0
+        self.total = torch.zeros((), device=self.device)
+
+    def state(self, batch_size: int) -> dict[str, Any]:
+        """Plain values and tensors only, so that reading them back runs no code."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "log": asdict(self.log),
+            "best": {"loss": self.best.loss, "waited": self.best.waited, "state": self.best.state},
+            "pass": {"order": self.order, "n_done": self.n_done, "total": self.total},
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
+            "batch_size": batch_size,
+        }
+
+    def restore(self, state: dict[str, Any], batch_size: int) -> int:
+        """Go back to where a training was; gives its size of batches, of a finished one ``batch_size``."""
+        self.model.load_state_dict(state["model"])
+        self.log = TrainingLog(**state["log"])
+        if state["finished"]:
+            return batch_size
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        best, this_pass = state["best"], state["pass"]
+        self.best.loss, self.best.waited, self.best.state = best["loss"], best["waited"], best["state"]
+        self.order, self.n_done = this_pass["order"], this_pass["n_done"]
+        self.total = this_pass["total"].to(self.device)
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        return int(state["batch_size"])
 
 
 def free_memory_limit() -> int:

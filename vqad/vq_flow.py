@@ -37,7 +37,7 @@ class VQFlowDetector(BaseImageDetector):
     stages : tuple of 4 int, default=(1, 2, 3, 4)
         Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
         the concept.
-    image_size : int or (int, int), default=224
+    image_size : int or (int, int), default=320
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
@@ -60,9 +60,9 @@ class VQFlowDetector(BaseImageDetector):
         Largest log-scale of a coupling.
     max_iter : int, default=24
         Passes over the training images.
-    batch_size : int, default=16
+    batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
-    learning_rate : float, default=1e-3
+    learning_rate : float, default=2e-3
         Peak rate of AdamW.
     schedule : {"cosine", "constant", "step"}, default="cosine"
         How the rate runs: a short warm-up and half a cosine down to zero; as published, a warm-up and then constant;
@@ -157,6 +157,7 @@ class VQFlowDetector(BaseImageDetector):
         "schedule": [StrOptions({"cosine", "constant", "step"})],
     }
 
+    # Chosen on defects planted into held-out normal images (docs/choices.md).
     _pool_fraction = 0.005
 
     def __init__(
@@ -165,7 +166,7 @@ class VQFlowDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=(1, 2, 3, 4),
-        image_size=224,
+        image_size=320,
         image_shape=None,
         standardize=True,
         n_concepts=32,
@@ -176,8 +177,8 @@ class VQFlowDetector(BaseImageDetector):
         hidden=64,
         clamp=1.9,
         max_iter=24,
-        batch_size=16,
-        learning_rate=1e-3,
+        batch_size=8,
+        learning_rate=2e-3,
         schedule="cosine",
         weight_decay=1e-4,
         early_stopping=False,
@@ -324,19 +325,25 @@ class VQFlowDetector(BaseImageDetector):
             return super()._judge_data(*args, **kwargs)
 
     def _map_terms(self, model, features, category):
-        """Minus the log-density of each stage's cells, in nats per channel, on the grid of the finest stage."""
-        terms = model.anomaly_map(features, category)
-        grid = terms["log_likelihood_1"].shape[1:]
-        return {
-            f"stage_{k}": _resize(terms[f"log_likelihood_{k}"].float() + terms[f"volume_{k}"].float(), grid)
-            for k in (1, 2, 3)
-        }
+        """Of each stage the energy of the latent, as published, and minus the log-density, in nats per channel.
+
+        The density adds what the flow did to volumes, which compares places; the energy is the steadier of the two.
+        """
+        raw = model.anomaly_map(features, category)
+        grid = raw["log_likelihood_1"].shape[1:]
+        terms = {}
+        for k in (1, 2, 3):
+            energy = raw[f"log_likelihood_{k}"].float()
+            terms[f"energy_{k}"] = resize(energy, grid)
+            terms[f"density_{k}"] = resize(energy + raw[f"volume_{k}"].float(), grid)
+        return terms
 
     def _map_weights(self):
-        return {f"stage_{k}": 1.0 for k in (1, 2, 3)}
+        return {f"{kind}_{k}": 1.0 for kind in ("energy", "density") for k in (1, 2, 3)}
 
 
-def _resize(term: torch.Tensor, grid) -> torch.Tensor:
+def resize(term: torch.Tensor, grid) -> torch.Tensor:
+    """A term (n, h, w) on another grid."""
     if term.shape[1:] == grid:
         return term
     return F.interpolate(term[:, None], grid, mode="bilinear", align_corners=True)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +21,19 @@ LONGEST = 4.0
 
 def histograms(score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None) -> bytes:
     """Score histogram of every group, one under the other on one axis, with its threshold."""
-    names = np.unique(group)
-    figure, axes = _figure(len(names), 1.35)
+    figure, axes = _figure(len(np.unique(group)), 1.35)
+    draw_histograms(axes, score, threshold, group, y)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def draw_histograms(
+    axes: Sequence[Any], score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None
+) -> None:
+    """Score histogram of every group, one group an axes, with its threshold; the bins are those of all groups."""
     edges = _edges(score, threshold)
     shown = np.clip(score, edges[0], edges[-1])
-    for axis, name in zip(axes, names):
+    for axis, name in zip(axes, np.unique(group)):
         mine = group == name
         parts = [shown[mine]] if y is None else [shown[mine & (y == 1)], shown[mine & (y == -1)]]
         labels = ["images"] if y is None else ["labelled normal", "labelled anomalous"]
@@ -36,10 +45,8 @@ def histograms(score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any]
         axis.set_title(f"{name} ({mine.sum()} images)", loc="left", fontsize=9)
         axis.set_ylabel("images")
         axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     beyond = " (last bar: and beyond)" if score.max() > edges[-1] else ""
     axes[-1].set_xlabel(f"anomaly score{beyond}")
-    return _svg(figure)
 
 
 def curves(loss: list[float], validation: list[float]) -> bytes:
@@ -67,12 +74,22 @@ def _edges(score: NDArray[Any], threshold: NDArray[Any]) -> NDArray[np.float64]:
 def _figure(rows: int, height: float) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 0.45 + height * rows), layout="constrained")
+    figure = Figure(figsize=figure_size(rows, height), layout="constrained")
     axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    tidy(axes)
+    return figure, axes
+
+
+def figure_size(rows: int, height: float) -> tuple[float, float]:
+    """Width and height in inches of a figure of rows of this height."""
+    return WIDTH, 0.45 + height * rows
+
+
+def tidy(axes: Sequence[Any]) -> None:
+    """Leave out the lines that say nothing."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    return figure, axes
 
 
 def _svg(figure: Figure) -> bytes:

@@ -28,7 +28,7 @@ def heat_colours(level: ArrayLike) -> NDArray[np.float64]:
 
     Returns
     -------
-    ndarray of shape (*level.shape, 3), float
+    ndarray of shape (..., 3), float
         Red, green, blue in 0..255.
     """
     position = np.clip(np.asarray(level, dtype=float), 0, 1) * (len(_HEAT) - 1)

@@ -1,0 +1,578 @@
+"""Going on: after a kill, from a fitted model, with more images and with categories that were never seen."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+
+import vqad.checkpoint
+import vqad.thresholds
+from vqad import HVQTransDetector
+from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.training import Trainer
+
+SMALL = HVQTransDetector(
+    backbone=None, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=4, batch_size=8,
+    dropout=0.1, false_alarm_rate=0.2, random_state=0,
+)  # fmt: skip
+
+
+def make_maps(n=60, n_kinds=3, seed=0):
+    """Normal feature maps (n, 4, 4, 6) of some kinds in turn."""
+    pattern = 4 * np.random.default_rng(99).standard_normal((5, 4, 4, 6))
+    noise = np.random.default_rng(seed).standard_normal((n, 4, 4, 6))
+    return (pattern[np.arange(n) % n_kinds] + noise).astype(np.float32)
+
+
+MAPS = make_maps()
+KIND = np.arange(60) % 3
+NAMES = np.array(["a", "b", "c"])[KIND]
+
+
+def small(**parameters):
+    return clone(SMALL).set_params(**parameters)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What a fit that nothing disturbs comes to."""
+    return small().fit(MAPS, category=NAMES)
+
+
+@pytest.fixture(scope="module")
+def of_two():
+    """Knows the kinds a and b; not to be changed."""
+    return small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+
+
+def copy_of(detector, **parameters):
+    made = clone(detector).set_params(**parameters)
+    vars(made).update({name: value for name, value in vars(detector).items() if name not in detector.get_params()})
+    return made
+
+
+def count_steps(monkeypatch):
+    steps = []
+    backward = Trainer._backward
+    monkeypatch.setattr(Trainer, "_backward", lambda self, rows: steps.append(len(rows)) or backward(self, rows))
+    return steps
+
+
+# ---- after a kill --------------------------------------------------------------------------------
+
+# One process that imports everything once, and a fork of it for every fit: half of them kill themselves.
+SCRIPT = """
+import json, os, signal, sys
+import numpy as np
+import vqad.base
+import vqad.checkpoint
+from vqad.training import Trainer
+sys.path.insert(0, sys.argv[1])
+from test_continue import MAPS, NAMES, small
+
+vqad.checkpoint.SECONDS_BETWEEN = vqad.checkpoint.WRITING_TIMES = 0
+folder = sys.argv[2]
+
+def die_at(owner, name, number, after=False):
+    real, calls = getattr(owner, name), []
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, wrapped)
+
+def fit(case, deadly, **parameters):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    np.random.seed(os.getpid())
+    steps = []
+    if deadly:
+        die_at(*deadly)
+    backward = Trainer._backward
+    Trainer._backward = lambda self, rows: steps.append(1) or backward(self, rows)
+    made = small(**parameters).fit(MAPS, category=NAMES)
+    np.savez(f"{folder}/{case}.npz", scores=made.score_samples(MAPS), loss=made.loss_curve_, offset=made.offset_,
+             steps=len(steps))
+    os._exit(0)
+
+moments = {
+    "before the first step": (Trainer, "_backward", 1),
+    "in the first pass": (Trainer, "_backward", 3),
+    "in a later pass": (Trainer, "_backward", 17),
+    "in validation": (Trainer, "evaluate", 2),
+    "while writing": (os, "fsync", 9),
+    "when a file was written": (os, "replace", 9),
+    "when a file was put in place": (os, "replace", 9, True),
+    "in calibration": (vqad.base, "calibrate", 1),
+    "after calibration": (vqad.base, "calibrate", 1, True),
+}
+killed = {}
+for case, deadly in moments.items():
+    parameters = dict(checkpoint_dir=f"{folder}/{case}", early_stopping=True)
+    killed[case] = fit(case, deadly, **parameters)
+    fit(case, None, **parameters)
+fit("undisturbed", None, early_stopping=True)
+
+status, times = 1, 0
+while status:
+    status = fit("again and again", (Trainer, "_backward", 4), checkpoint_dir=f"{folder}/again")
+    times += status == signal.SIGKILL
+fit("undisturbed, all passes", None)
+
+fit("no seed", (Trainer, "_backward", 12), checkpoint_dir=f"{folder}/no seed", random_state=None)
+fit("no seed", None, checkpoint_dir=f"{folder}/no seed", random_state=None)
+fit("no seed again", None, checkpoint_dir=f"{folder}/no seed", random_state=None)
+print(json.dumps({"killed": killed, "times": times, "sigkill": int(signal.SIGKILL)}))
+"""
+
+MOMENTS = [
+    "before the first step", "in the first pass", "in a later pass", "in validation", "while writing",
+    "when a file was written", "when a file was put in place", "in calibration", "after calibration",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killings(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("fits are killed in forks")
+    folder = tmp_path_factory.mktemp("killed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), os.path.dirname(__file__), str(folder)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout), lambda case: np.load(folder / f"{case}.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_fit_comes_to_the_same_model(killings, moment):
+    told, result = killings
+    assert told["killed"][moment] == told["sigkill"]
+    made, expected = result(moment), result("undisturbed")
+    np.testing.assert_array_equal(made["scores"], expected["scores"])
+    np.testing.assert_array_equal(made["loss"], expected["loss"])
+    assert made["offset"] == expected["offset"]
+    saved = expected["steps"] - made["steps"]
+    assert saved == {"before the first step": 0, "in the first pass": 2, "in a later pass": 16}.get(moment, saved)
+    assert saved > 0 or moment == "before the first step"
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_again_and_again_comes_to_its_end(killings):
+    told, result = killings
+    assert told["times"] > 3
+    np.testing.assert_array_equal(result("again and again")["scores"], result("undisturbed, all passes")["scores"])
+
+
+@pytest.mark.slow
+def test_without_a_random_state_the_seed_is_kept_until_the_fit_is_finished(killings):
+    _, result = killings
+    made, again = result("no seed"), result("no seed again")
+    assert made["steps"] < again["steps"]
+    assert not np.array_equal(made["scores"], again["scores"])
+
+
+def test_a_checkpoint_changes_no_result(plain, tmp_path):
+    made = small(checkpoint_dir=tmp_path / "new" / "folder").fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+def test_a_finished_fit_is_not_trained_again(plain, tmp_path, monkeypatch):
+    small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    steps = count_steps(monkeypatch)
+    again = small(checkpoint_dir=str(tmp_path)).fit(MAPS, category=NAMES)
+    assert not steps
+    assert again.loss_curve_ == plain.loss_curve_
+    np.testing.assert_array_equal(again.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+@pytest.mark.parametrize(
+    "change", ["images", "one pixel", "order", "category", "max_iter", "random_state", "learning_rate"]
+)
+def test_no_other_fit_goes_on_from_a_checkpoint(tmp_path, monkeypatch, change):
+    small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    X, names, parameters = MAPS, NAMES, {}
+    if change == "images":
+        X = make_maps(seed=5)
+    elif change == "one pixel":
+        X = MAPS.copy()
+        X[7, 1, 2, 3] += 1
+    elif change == "order":
+        X, names = MAPS[::-1].copy(), NAMES[::-1]
+    elif change == "category":
+        names = np.roll(NAMES, 1)
+    else:
+        parameters[change] = {"max_iter": 5, "random_state": 1, "learning_rate": 0.01}[change]
+    steps = count_steps(monkeypatch)
+    made = small(checkpoint_dir=tmp_path, **parameters).fit(X, category=names)
+    assert len(steps) == 6 * made.max_iter
+    np.testing.assert_array_equal(
+        made.score_samples(MAPS), small(**parameters).fit(X, category=names).score_samples(MAPS)
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "text"])
+def test_a_damaged_checkpoint_is_said_and_not_used(plain, tmp_path, monkeypatch, damage):
+    small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"cut short": content[:-100], "one bit": content, "empty": b"", "text": b"text"}[damage])
+    with pytest.warns(UserWarning, match="checkpoint .* is damaged .* starts anew") as record:
+        made = small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    assert record[0].filename == __file__
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+def test_reading_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    Checkpoint(tmp_path, "evil", 0).write({"model": Evil()})
+    with pytest.raises(Exception, match="weights_only"):
+        Checkpoint(tmp_path, "evil", 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_folder_that_is_a_file_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint_dir='.*file' is no folder"):
+        small(checkpoint_dir=tmp_path / "file").fit(MAPS)
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(vqad.checkpoint, "SECONDS_BETWEEN", 0)
+    backward, steps = Trainer._backward, []
+
+    def interrupted(self, rows):
+        steps.append(1)
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        return backward(self, rows)
+
+    monkeypatch.setattr(Trainer, "_backward", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after 1 of 4 passes"):
+        small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    made = small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    assert len(steps) == 9 + 24 - 8
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+def test_leftovers_of_killed_writes_go_away(tmp_path):
+    first = Checkpoint(tmp_path, fingerprint("one"), 0)
+    old, young = (tmp_path / f"{first.path.stem}-{name}.part" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"cut")
+    os.utime(old, (0, 0))
+    first = Checkpoint(tmp_path, fingerprint("one"), 0)
+    assert not old.exists()
+    assert young.exists()
+    assert first.state is None
+
+
+# ---- warm start ----------------------------------------------------------------------------------
+
+
+def test_a_warm_start_goes_on_with_the_model(plain):
+    made = small(warm_start=True).fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+    first = made.loss_curve_
+    made.fit(MAPS, category=NAMES)
+    assert made.n_iter_ == len(made.loss_curve_) == 8
+    assert made.loss_curve_[:4] == first
+    assert made.loss_curve_[4] < first[0]
+    assert made.loss_curve_[7] < first[3]
+
+
+def test_without_warm_start_a_second_fit_starts_anew(plain):
+    made = small().fit(MAPS[:30]).fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+@pytest.mark.parametrize("random_state", [0, None])
+def test_a_warm_start_holds_out_the_same_images(random_state, monkeypatch):
+    trained = []
+    backward = Trainer._backward
+    monkeypatch.setattr(Trainer, "_backward", lambda self, rows: trained.extend(rows.tolist()) or backward(self, rows))
+    made = small(warm_start=True, random_state=random_state).fit(MAPS, category=NAMES)
+    first = set(trained)
+    trained.clear()
+    made.fit(MAPS, category=NAMES)
+    assert set(trained) == first
+    assert len(first) == 48
+
+
+def test_a_warm_start_may_change_how_it_trains_but_not_the_shape():
+    made = small(warm_start=True).fit(MAPS, category=NAMES)
+    made.set_params(learning_rate=1e-4, max_iter=2, dropout=0.0).fit(MAPS, category=NAMES)
+    assert made.n_iter_ == 6
+    before = made.score_samples(MAPS)
+    with pytest.raises(ValueError, match=r"warm_start=True goes on with the model of the last fit.*size mismatch"):
+        made.set_params(n_codes=16).fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), before)
+
+
+@pytest.mark.parametrize("names", [np.where(NAMES == "c", "d", NAMES), np.where(NAMES == "c", "b", NAMES)])
+def test_a_warm_start_needs_the_same_categories(plain, names):
+    with pytest.raises(ValueError, match=r"goes on with the categories \['a', 'b', 'c'\]; got .* Use partial_fit"):
+        copy_of(plain, warm_start=True).fit(MAPS, category=names)
+    with pytest.raises(ValueError, match="has labels such as 0, but the detector knows 'a', 'b', 'c'"):
+        copy_of(plain, warm_start=True).fit(MAPS, category=KIND)
+
+
+def test_a_warm_start_goes_on_with_found_categories():
+    made = small(warm_start=True).fit(MAPS)
+    found = made.predict_category(MAPS)
+    made.fit(MAPS)
+    np.testing.assert_array_equal(made.predict_category(MAPS), found)
+    assert made.n_iter_ == 8
+
+
+def test_a_warm_start_has_a_checkpoint_of_its_own(tmp_path, monkeypatch):
+    once = small(warm_start=True, checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
+    before = copy_of(once)
+    twice = once.fit(MAPS, category=NAMES)
+    steps = count_steps(monkeypatch)
+    again = before.fit(MAPS, category=NAMES)
+    assert not steps
+    np.testing.assert_array_equal(again.score_samples(MAPS), twice.score_samples(MAPS))
+
+
+# ---- more images, and categories never seen ------------------------------------------------------
+
+
+def state_of(detector):
+    return {k: v.clone() for k, v in detector.model_.state_dict().items()}
+
+
+@pytest.mark.parametrize("transport", ["nearest", "sinkhorn"])
+@pytest.mark.parametrize("threshold", ["global", "category"])
+def test_a_new_category_moves_no_score_of_the_old_ones(threshold, transport):
+    """Neither score nor map, to the last bit, of normal and of odd images."""
+    made = small(threshold=threshold, transport=transport, contamination="auto")
+    made.fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    odd = make_maps(30, 2, seed=4)
+    odd[:, 1:3, 1:3] += np.linspace(0, 20, 30)[:, None, None, None]
+    X = np.concatenate([make_maps(30, 2, seed=3), odd.astype(np.float32)])
+    category, scores, maps, p = made.predict_category(X), made.score_samples(X), made.anomaly_map(X), made.p_values(X)
+    offset, limit = made.offset_, made._distance_limit
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    assert list(made.categories_) == ["a", "b", "c"]
+    stays = made.predict_category(X) == category
+    assert stays[:30].all()
+    assert stays.sum() >= 45
+    np.testing.assert_array_equal(made.score_samples(X)[stays], scores[stays])
+    np.testing.assert_array_equal(made.anomaly_map(X)[stays], maps[stays])
+    np.testing.assert_array_equal(made._distance_limit[:2], limit)
+    if threshold == "category":
+        np.testing.assert_array_equal(made.offset_[:2], offset)
+        np.testing.assert_array_equal(made.p_values(X)[stays], p[stays])
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_new_category_is_known_afterwards(of_two, patch_size):
+    made = small(patch_size=patch_size).fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    fresh = make_maps(30, 3, seed=7)
+    unknown = made.score_samples(fresh)
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    assert list(made.predict_category(fresh)) == ["a", "b", "c"] * 10
+    of_new = np.arange(30) % 3 == 2
+    assert unknown[of_new].max() < unknown[~of_new].min()
+    assert abs(np.median(made.score_samples(fresh)[of_new])) < 2
+    assert (made.predict(fresh) == 1).mean() > 0.6
+    assert made.n_iter_ == len(made.loss_curve_) == 8
+    assert made.n_images_ == 60
+
+
+def test_a_new_category_leaves_what_is_shared_and_what_others_own(of_two):
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    before = state_of(made)
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    after = state_of(made)
+    for name, value in before.items():
+        kept = after[name][:2] if name.startswith("codebook.") else after[name]
+        assert torch.equal(kept, value), name
+    assert {name for name in after if name not in before} == {"output_projection.2.weight", "output_projection.2.bias"}
+    mean = (before["output_projection.0.weight"] + before["output_projection.1.weight"]) / 2
+    assert not torch.equal(after["output_projection.2.weight"], mean)
+    assert all(p.requires_grad for p in made.model_.parameters())
+
+
+def test_more_images_of_a_category_teach_it_and_no_other():
+    made = small().fit(MAPS, category=NAMES)
+    before, other = state_of(made), make_maps(40, 3, seed=8)
+    is_a = np.arange(40) % 3 == 0
+    scores = made.score_samples(other)
+    n_held = len(made._held_out["score"])
+    made.partial_fit(other[is_a], category=["a"] * is_a.sum())
+    after = state_of(made)
+    np.testing.assert_array_equal(made.score_samples(other)[~is_a], scores[~is_a])
+    assert not np.array_equal(made.score_samples(other)[is_a], scores[is_a])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in changed} == {"codebook", "output_projection"}
+    assert "output_projection.1.weight" not in changed
+    for name in changed & {"codebook.0.embed", "codebook.1.embed"}:
+        assert torch.equal(after[name][1:], before[name][1:])
+        assert not torch.equal(after[name][0], before[name][0])
+    assert made.n_iter_ == 5
+    assert len(made._held_out["score"]) == n_held + 3
+
+
+def test_drifted_images_become_normal():
+    """Of a category whose products now look a little different, further ones are no anomalies any more."""
+    made = small(random_state=1).fit(MAPS, category=NAMES)
+    drift = 1.5 * np.random.default_rng(6).standard_normal((4, 4, 6)).astype(np.float32)
+    new, later = (make_maps(60, 3, seed=s)[::3] + drift for s in (9, 10))
+    before = made.score_samples(later)
+    for _ in range(3):
+        made.partial_fit(new, category=["a"] * 20)
+    after = made.score_samples(later)
+    assert np.median(after) > np.median(before)
+    assert (made.predict(later) == 1).mean() > 0.6
+
+
+def test_known_and_new_categories_in_one_call(of_two):
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    made.partial_fit(make_maps(50, 5, seed=11), category=np.array(["a", "b", "c", "d", "e"])[np.arange(50) % 5])
+    assert list(made.categories_) == ["a", "b", "c", "d", "e"]
+    assert made.n_iter_ == 4 + 1 + 4
+    fresh = make_maps(50, 5, seed=12)
+    assert list(made.predict_category(fresh)) == ["a", "b", "c", "d", "e"] * 10
+    assert np.isfinite(made.score_samples(fresh)).all()
+
+
+def test_categories_are_added_one_after_the_other(of_two):
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    more = make_maps(50, 5, seed=11)
+    made.partial_fit(more[4::5], category=["e"] * 10)
+    scores = made.score_samples(more[4::5])
+    made.partial_fit(more[2::5], category=["c"] * 10)
+    assert list(made.categories_) == ["a", "b", "e", "c"]
+    np.testing.assert_array_equal(made.score_samples(more[4::5]), scores)
+    made.set_params(warm_start=True).fit(more[[0, 1, 2, 4] * 3 + [5, 6, 7, 9]], category=list("abce" * 4))
+    assert list(made.predict_category(more[[0, 1, 2, 4]])) == ["a", "b", "c", "e"]
+
+
+def test_without_labels_images_join_the_category_that_they_look_like():
+    made = small().fit(MAPS, category=NAMES)
+    before = state_of(made)
+    made.partial_fit(make_maps(30, 3, seed=13)[1::3])
+    after = state_of(made)
+    assert list(made.categories_) == ["a", "b", "c"]
+    embed = "codebook.0.embed"
+    assert [torch.equal(after[embed][c], before[embed][c]) for c in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(("names", "label"), [(NAMES, "new 1"), (KIND + 3, 5)])
+def test_without_labels_many_images_far_from_all_make_a_category(names, label):
+    made = small().fit(MAPS[KIND < 2], category=names[KIND < 2])
+    with pytest.warns(UserWarning, match=f"20 images are too far from every known category .* new ones: {label!r}"):
+        made.partial_fit(MAPS[KIND == 2])
+    assert set(made.predict_category(make_maps(30, 3, seed=7)[2::3])) == {label}
+    with pytest.warns(UserWarning, match="new ones: " + ("'new 2'" if label == "new 1" else "6")):
+        made.partial_fit(make_maps(40, 4, seed=14)[3::4])
+    assert len(made.categories_) == 4
+
+
+def test_without_labels_few_images_far_from_all_are_left_out():
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    scores = made.score_samples(MAPS)
+    with pytest.warns(UserWarning, match="4 images are too far .* left out") as record:
+        made.partial_fit(MAPS[2:12:3])
+    assert record[0].filename == __file__
+    np.testing.assert_array_equal(made.score_samples(MAPS), scores)
+    with pytest.warns(UserWarning, match="4 images are too far"):
+        made.partial_fit(np.concatenate([MAPS[2:12:3], make_maps(30, 2, seed=15)[::2]]))
+    assert made.n_images_ == 40 + 15
+
+
+def test_the_first_call_is_fit(plain):
+    made = small()
+    with pytest.raises(NotFittedError):
+        made.predict(MAPS)
+    assert made.partial_fit(MAPS, category=NAMES) is made
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_single_image_is_enough(known):
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    offset = made.offset_
+    if known:
+        made.partial_fit(MAPS[:1], category=["a"])
+        assert made.offset_ == offset
+    else:
+        with pytest.warns(UserWarning, match="Too few images to hold any out"):
+            made.partial_fit(MAPS[2:3], category=["c"])
+        assert list(made.predict_category(MAPS[2::3])) == ["c"] * 20
+    assert np.isfinite(made.score_samples(MAPS)).all()
+
+
+def test_anomalies_are_left_out_and_only_anomalies_is_an_error(plain):
+    made = copy_of(plain)
+    with pytest.raises(ValueError, match="every y is -1"):
+        made.partial_fit(MAPS[:5], [-1] * 5)
+    some = small().fit(MAPS, category=NAMES)
+    other = small().fit(MAPS, category=NAMES)
+    more, y = make_maps(12, 3, seed=16), np.where(np.arange(12) < 6, 1, -1)
+    some.partial_fit(more, y, category=NAMES[:12])
+    other.partial_fit(more[:6], category=NAMES[:6])
+    np.testing.assert_array_equal(some.score_samples(MAPS), other.score_samples(MAPS))
+
+
+def test_labels_of_another_type_are_explained(plain):
+    with pytest.raises(ValueError, match="has labels such as 1, but the detector knows 'a', 'b', 'c'"):
+        copy_of(plain).partial_fit(MAPS, category=KIND + 1)
+
+
+def test_a_call_that_fails_changes_nothing(plain, monkeypatch):
+    made = small(threshold="category").fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    scores, n_images = made.score_samples(MAPS), made.n_images_
+    with pytest.raises(ValueError, match="at least 2 images of every category; d has 1"):
+        made.partial_fit(MAPS[:21], category=[*NAMES[:20], "d"])
+    with monkeypatch.context() as patch:
+        patch.setattr(vqad.thresholds, "_set_thresholds", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    assert list(made.categories_) == ["a", "b"]
+    assert made.n_images_ == n_images
+    np.testing.assert_array_equal(made.score_samples(MAPS), scores)
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    assert list(made.categories_) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("threshold", ["global", "category"])
+def test_contamination_counts_all_images_learned_from(threshold):
+    made = small(contamination=0.1, threshold=threshold).fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
+    offset = made.offset_
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    scores = made.score_samples(MAPS)
+    if threshold == "global":
+        assert made.offset_ == pytest.approx(np.quantile(scores, 0.1))
+    else:
+        np.testing.assert_array_equal(made.offset_[:2], offset)
+        assert made.offset_[2] == pytest.approx(np.quantile(scores[KIND == 2], 0.1))
+
+
+def test_partial_fit_repeats_with_a_random_state(of_two):
+    made = [small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2]) for _ in range(2)]
+    torch.manual_seed(1)
+    for detector in made:
+        detector.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    np.testing.assert_array_equal(made[0].score_samples(MAPS), made[1].score_samples(MAPS))

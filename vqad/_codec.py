@@ -1,0 +1,411 @@
+"""What a detector is made of, as JSON and tensors and back. Nothing that is read is ever called or imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+from sklearn.utils._metadata_requests import SIMPLE_METHODS, MetadataRequest
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from vqad.backbones import load_backbone, state_digest
+from vqad.base import BaseImageDetector
+from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration
+from vqad.features import BackboneFeatures
+from vqad.hvq_trans import HVQTransDetector
+from vqad.routing import CategoryRouter
+from vqad.training import TrainingLog
+from vqad.vq_flow import VQFlowDetector
+
+# Every class that a file may name. They are made without arguments and then given their attributes: a name is
+# never imported. What a former version wrote must stay here for ever.
+CLASSES: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        HVQTransDetector,
+        VQFlowDetector,
+        BackboneFeatures,
+        CategoryRouter,
+        MapCalibration,
+        ScoreCalibration,
+        ConformalCalibration,
+        TrainingLog,
+    )
+}
+DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+# Weights that cannot be found again without drawing or downloading them: they are always written.
+UNFINDABLE = ("random", "hub")
+# Where features are cached is about a machine, not about a detector; and the cache is pickles, which a file that comes
+# from elsewhere must not choose.
+LEFT_OUT = "memory"
+
+
+class Refused(ValueError):
+    """What a file says cannot be done."""
+
+
+class WrongArgument(Exception):
+    """What the caller gave does not go with the file."""
+
+    def __init__(self, kind: type[Exception], message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class _Kind(NamedTuple):
+    """How one kind of value is written, as ``{name: content}`` with the content in JSON, and read.
+
+    What JSON has itself (null, booleans, whole and finite numbers, text, lists) is written as it is.
+    """
+
+    matches: Callable[[Any], bool]
+    encode: Callable[[Writer, Any, str], Any]
+    decode: Callable[[Reader, Any], Any]
+
+
+class Writer:
+    """Makes JSON of a detector, and collects its tensors."""
+
+    def __init__(self, include_backbone: bool):
+        self.include_backbone = include_backbone
+        self.tensors: dict[str, Tensor] = {}
+        self.numbers: dict[int, int] = {}
+        self.foreign = ""
+
+    def encode(self, value: Any, where: str) -> Any:
+        plain = value is None or type(value) in (bool, int, str)
+        if plain or (type(value) is float and math.isfinite(value)):
+            return value
+        if type(value) is list:
+            return self.items(value, where)
+        for name, kind in KINDS.items():
+            if kind.matches(value):
+                return {name: kind.encode(self, value, where)}
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which the format has no place for. "
+            "joblib.dump takes any object, but opening its file runs code that the file holds."
+        )
+
+    def items(self, values: Any, where: str) -> list[Any]:
+        return [self.encode(value, f"{where}.{k}") for k, value in enumerate(values)]
+
+    def tensor(self, value: Tensor, where: str) -> dict[str, Any]:
+        """Keep a tensor, and the order that its axes have in memory: last bits of a matrix product depend on it."""
+        axes = _axes(value.stride(), value.is_contiguous())
+        name = where.removeprefix("detector.")
+        if name in self.tensors:
+            raise TypeError(f"{where}: two tensors would have this name.")
+        self.tensors[name] = value.detach().permute(axes).cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name} if axes == sorted(axes) else {"tensor": name, "axes": axes}
+
+    def array(self, value: np.ndarray, where: str) -> dict[str, Any]:
+        axes = _axes(value.strides, value.flags.c_contiguous)
+        native = np.array(value.transpose(axes), dtype=value.dtype.newbyteorder("="), order="C", subok=False)
+        return {**self.tensor(torch.from_numpy(native), where), **({} if axes == sorted(axes) else {"axes": axes})}
+
+    def object(self, value: Any, where: str) -> dict[str, Any]:
+        """An object of one of our classes; one that was met before is referred to."""
+        if id(value) in self.numbers:
+            return {"again": self.numbers[id(value)]}
+        self.numbers[id(value)] = len(self.numbers)
+        parts = {name: part for name, part in vars(value).items() if name != LEFT_OUT}
+        for name in parts:
+            _check_attribute(value, name)
+        state = {name: self.attribute(value, name, part, f"{where}.{name}") for name, part in parts.items()}
+        return {"class": type(value).__name__, "state": state}
+
+    def attribute(self, owner: Any, name: str, value: Any, where: str) -> Any:
+        """Like `encode`, for what is written in its own way because of whose attribute it is."""
+        if isinstance(value, nn.Module):
+            return {"module": self.module(owner, name, value, where)}
+        is_backbone = isinstance(owner, BaseImageDetector) and name in ("backbone", "features_")
+        if is_backbone and not isinstance(value, (str, type(None))) and not _is_own(value):
+            return {"foreign": self.foreign_backbone(value)}
+        if isinstance(value, MetadataRequest):
+            return {"requests": value._serialize()}
+        return self.encode(value, where)
+
+    def foreign_backbone(self, value: Any) -> str:
+        self.foreign = type(value).__name__
+        if self.include_backbone:
+            raise TypeError(
+                f"include_backbone=True: the backbone is a {self.foreign} of your own, and no file can bring that back "
+                "without running code. Leave include_backbone out and give it to vqad.load(path, backbone=...), or use "
+                "joblib.dump."
+            )
+        return self.foreign
+
+    def module(self, owner: Any, name: str, module: nn.Module, where: str) -> dict[str, Any]:
+        if isinstance(owner, BaseImageDetector) and name == "model_":
+            _check_rebuilds(owner, module)
+            return {"state": self.state_dict(module, where)}
+        if isinstance(owner, BackboneFeatures) and name == "network_":
+            included = self.include_backbone or owner.weights in UNFINDABLE
+            return {
+                "state": self.state_dict(module, where) if included else None,
+                "normalization": self.encode(module.normalization, where),
+            }
+        raise TypeError(f"{where} is a torch module that the format has no place for.")
+
+    def state_dict(self, module: nn.Module, where: str) -> dict[str, Any]:
+        return {name: self.tensor(value, f"{where}.{name}") for name, value in module.state_dict().items()}
+
+
+class Reader:
+    """Makes a detector of JSON and tensors. Whatever is wrong with them ends in an exception, never in a call."""
+
+    def __init__(self, tensors: dict[str, Tensor], backbone: Any, weights: str | None):
+        self.tensors = tensors
+        self.backbone = backbone
+        self.weights = weights
+        self.objects: list[Any] = []
+        self.foreign = ""
+
+    def decode(self, data: Any) -> Any:
+        if isinstance(data, list):
+            return self.items(data)
+        if not isinstance(data, dict):
+            return data
+        ((name, content),) = data.items()
+        if name not in KINDS:
+            raise Refused(f"it has values of the kind {name!r}, which is not known")
+        return KINDS[name].decode(self, content)
+
+    def items(self, data: list[Any]) -> list[Any]:
+        return [self.decode(value) for value in data]
+
+    def tensor(self, data: dict[str, Any]) -> Tensor:
+        tensor, axes = self.tensors[data["tensor"]], data.get("axes")
+        return tensor if axes is None else tensor.permute([axes.index(k) for k in range(len(axes))])
+
+    def array(self, data: dict[str, Any]) -> np.ndarray:
+        return np.array(self.tensor(data).numpy(), order="K")
+
+    def object(self, data: dict[str, Any]) -> Any:
+        if "again" in data:
+            return self.objects[data["again"]]
+        if data["class"] not in CLASSES:
+            raise Refused(
+                f"it has an object of the class {data['class']!r}, and only classes of vqad may be in a model"
+            )
+        made = CLASSES[data["class"]]()
+        self.objects.append(made)
+        for name in data["state"]:
+            _check_attribute(made, name)
+        modules = {name: content for name, content in data["state"].items() if _is_kind(content, "module")}
+        for name, content in data["state"].items():
+            if name not in modules:
+                setattr(made, name, self.attribute(made, content))
+        for name, content in modules.items():
+            setattr(made, name, self.module(made, name, content["module"]))
+        return made
+
+    def attribute(self, owner: Any, content: Any) -> Any:
+        if _is_kind(content, "foreign"):
+            return self.foreign_backbone(content["foreign"])
+        if _is_kind(content, "requests"):
+            return _requests(owner, content["requests"])
+        return self.decode(content)
+
+    def foreign_backbone(self, name: str) -> Any:
+        self.foreign = name
+        if self.backbone is None:
+            raise WrongArgument(
+                ValueError,
+                f"was fitted with a backbone of your own, a {name}, which the file does not hold: give it, fitted as "
+                "it was, to vqad.load(path, backbone=...).",
+            )
+        if type(self.backbone).__name__ != name:
+            raise WrongArgument(
+                TypeError, f"was fitted with a {name} as backbone; got backbone={type(self.backbone).__name__}."
+            )
+        try:
+            check_is_fitted(self.backbone)
+        except NotFittedError as error:
+            raise WrongArgument(ValueError, f"needs its backbone fitted as it was: the {name} given is not.") from error
+        return self.backbone
+
+    def module(self, owner: Any, name: str, data: dict[str, Any]) -> nn.Module:
+        state = None if data["state"] is None else {key: self.tensor(value) for key, value in data["state"].items()}
+        if isinstance(owner, BaseImageDetector) and name == "model_" and state is not None:
+            model = _rebuild(owner)
+            model.load_state_dict(state, assign=True)
+            return model
+        if isinstance(owner, BackboneFeatures) and name == "network_":
+            return self.network(owner, state, self.decode(data["normalization"]))
+        raise Refused(f"it has a module {name!r}, which is not known")
+
+    def network(self, features: BackboneFeatures, state: dict[str, Tensor] | None, normalization: Any) -> nn.Module:
+        if state is not None:
+            network = load_backbone(features.backbone, "random", features.stages)
+            network.load_state_dict(state, assign=True)
+        elif self.weights is None and features.weights in UNFINDABLE:
+            raise Refused(f"it lacks the backbone's weights, which were {features.weights!r}")
+        else:
+            weights = features.weights if self.weights is None else self.weights
+            network = load_backbone(features.backbone, weights, features.stages)
+        digest = state_digest(network)
+        if digest != features.digest_:
+            raise Refused(
+                f"the weights found here for backbone={features.backbone!r} are others than those it was fitted with "
+                f"(SHA-256 {digest[:12]}..., not {str(features.digest_)[:12]}...). Give the right file as "
+                "vqad.load(path, weights=...), or save with include_backbone=True on a machine that has them"
+            )
+        network.normalization = normalization
+        return network.requires_grad_(False)
+
+
+def _rebuild(detector: BaseImageDetector) -> nn.Module:
+    """The model that `fit` would make, with random parameters."""
+    channels, shapes = detector._model_shapes
+    model: nn.Module = detector._make_model(channels, shapes, len(detector.categories_))
+    return model.eval()
+
+
+def _check_rebuilds(detector: BaseImageDetector, model: nn.Module) -> None:
+    """Raise where a detector's parameters would make another model than the one that it has."""
+    if not hasattr(detector, "_model_shapes"):
+        raise ValueError("The detector was fitted by a version of vqad that could not save it: fit it again.")
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        twin = _rebuild(detector)
+    for (here, has), (there, makes) in zip(_settings(model), _settings(twin)):
+        if here != there or has != makes:
+            raise ValueError(
+                f"The detector's parameters were changed after fit: {here} of its model is {has}, and with the "
+                f"parameters as they are now {there} would be {makes}. Set them back with set_params, or fit again."
+            )
+
+
+def _settings(model: nn.Module) -> list[tuple[str, Any]]:
+    """What a module was made with, as far as it can be seen: sizes of tensors, public attributes."""
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    plain = (bool, int, float, str, tuple, list, type(None))
+    attributes = [
+        (f"{path}.{name}".lstrip("."), value)
+        for path, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name != "training" and isinstance(value, plain)
+    ]
+    return [*attributes, *shapes, ("number of parts", len(shapes) + len(attributes))]
+
+
+def _check_attribute(owner: Any, name: str) -> None:
+    """Raise where an attribute of a file would cover a method, or is a parameter that is not known here."""
+    covered = getattr(type(owner), name, None)
+    is_covered = callable(covered) or isinstance(covered, property)
+    if not name.isidentifier() or name.startswith("__") or name == LEFT_OUT or is_covered:
+        raise Refused(f"no file may set the attribute {name!r} of {type(owner).__name__}")
+    is_parameter = isinstance(owner, BaseEstimator) and not name.startswith("_") and not name.endswith("_")
+    if is_parameter and name not in owner.get_params(deep=False):
+        raise Refused(f"{type(owner).__name__} has no parameter {name!r}")
+
+
+def _requests(owner: Any, given: dict[str, dict[str, Any]]) -> MetadataRequest:
+    """What set_fit_request and its like have asked for."""
+    request = owner._get_metadata_request()
+    for method, parameters in given.items():
+        if method not in SIMPLE_METHODS:
+            raise Refused(f"no method {method!r} takes metadata")
+        for parameter, alias in parameters.items():
+            getattr(request, method).add_request(param=parameter, alias=alias)
+    return request
+
+
+def _axes(strides: tuple[int, ...], is_contiguous: bool) -> list[int]:
+    """Axes in the order that they have in memory, outermost first."""
+    axes = range(len(strides))
+    return [*axes] if is_contiguous else sorted(axes, key=lambda k: -abs(strides[k]))
+
+
+def _is_own(value: Any) -> bool:
+    return CLASSES.get(type(value).__name__) is type(value)
+
+
+def _is_kind(content: Any, name: str) -> bool:
+    return isinstance(content, dict) and content.keys() == {name}
+
+
+def dtype_name(value: Tensor | np.ndarray) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else value.dtype.name
+
+
+def _is_array(value: Any) -> bool:
+    return type(value) in (np.ndarray, np.memmap)
+
+
+def _is_text(value: Any) -> bool:
+    is_objects = _is_array(value) and value.dtype == object
+    return (_is_array(value) and value.dtype.kind == "U") or (is_objects and all(type(v) is str for v in value.flat))
+
+
+def _encode_text(value: np.ndarray) -> dict[str, Any]:
+    width = None if value.dtype == object else value.dtype.itemsize // 4
+    return {"items": value.ravel().tolist(), "shape": list(value.shape), "width": width}
+
+
+def _decode_text(data: dict[str, Any]) -> np.ndarray:
+    dtype = object if data["width"] is None else f"<U{int(data['width'])}"
+    return np.array([str(item) for item in data["items"]], dtype=dtype).reshape(data["shape"])
+
+
+def _decode_scalar(reader: Reader, data: dict[str, Any]) -> Any:
+    if data["dtype"] not in DTYPES:
+        raise Refused(f"it has a number of the type {data['dtype']!r}")
+    return np.dtype(data["dtype"]).type(reader.decode(data["value"]))
+
+
+def _encode_random_state(value: np.random.RandomState) -> dict[str, Any]:
+    state = value.get_state(legacy=False)
+    return {**state, "state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}}
+
+
+def _decode_random_state(data: dict[str, Any]) -> np.random.RandomState:
+    made = np.random.RandomState(0)
+    made.set_state({**data, "state": {**data["state"], "key": np.array(data["state"]["key"], np.uint32)}})
+    return made
+
+
+def _is_random_state(value: Any) -> bool:
+    return type(value) is np.random.RandomState and value.get_state(legacy=False)["bit_generator"] == "MT19937"
+
+
+KINDS: dict[str, _Kind] = {
+    # JSON has no nan and no infinity.
+    "float": _Kind(lambda v: type(v) is float, lambda w, v, at: repr(v), lambda r, d: float(d)),
+    "tuple": _Kind(
+        lambda v: type(v) in (tuple, torch.Size), lambda w, v, at: w.items(v, at), lambda r, d: tuple(r.items(d))
+    ),
+    "dict": _Kind(
+        lambda v: type(v) is dict,
+        lambda w, v, at: [[w.encode(k, at), w.encode(part, f"{at}.{k}")] for k, part in v.items()],
+        lambda r, d: {r.decode(k): r.decode(part) for k, part in d},
+    ),
+    "array": _Kind(
+        lambda v: _is_array(v) and v.dtype.name in DTYPES, lambda w, v, at: w.array(v, at), lambda r, d: r.array(d)
+    ),
+    "text": _Kind(_is_text, lambda w, v, at: _encode_text(v), lambda r, d: _decode_text(d)),
+    "tensor": _Kind(
+        lambda v: type(v) is Tensor and v.layout == torch.strided and dtype_name(v) in DTYPES,
+        lambda w, v, at: w.tensor(v, at),
+        lambda r, d: r.tensor(d),
+    ),
+    "number": _Kind(
+        lambda v: isinstance(v, np.generic) and v.dtype.name in DTYPES,
+        lambda w, v, at: {"dtype": v.dtype.name, "value": w.encode(v.item(), at)},
+        _decode_scalar,
+    ),
+    "str": _Kind(lambda v: type(v) is np.str_, lambda w, v, at: str(v), lambda r, d: np.str_(d)),
+    "path": _Kind(lambda v: isinstance(v, Path), lambda w, v, at: str(v), lambda r, d: Path(d)),
+    "device": _Kind(lambda v: isinstance(v, torch.device), lambda w, v, at: str(v), lambda r, d: torch.device(d)),
+    "random_state": _Kind(
+        _is_random_state, lambda w, v, at: _encode_random_state(v), lambda r, d: _decode_random_state(d)
+    ),
+    "object": _Kind(_is_own, lambda w, v, at: w.object(v, at), lambda r, d: r.object(d)),
+}

@@ -1,0 +1,70 @@
+"""FeatureCache: the feature maps of each image on disk, found again by what is on the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_memory
+from torch import Tensor
+
+# What joblib keeps of one image: the arrays, and torch's name of their type, since numpy has no bfloat16.
+Kept = tuple[str, list[np.ndarray]]
+
+
+class FeatureCache:
+    """Feature maps of images in a joblib cache, one entry an image.
+
+    The same image gives the same key in every fit, fold, form of X and process. Entries are written in one piece, so
+    processes may share the folder.
+
+    Parameters
+    ----------
+    memory : str, path or joblib.Memory
+        As in scikit-learn's `Pipeline`.
+    source : str
+        Digest of all that features depend on beside the image: backbone, options, precision, device.
+    """
+
+    def __init__(self, memory, source: str):
+        memory = check_memory(memory if hasattr(memory, "cache") else str(memory))
+        self._cached = memory.cache(_feature_maps, ignore=["make"])
+        self.source = source
+
+    def find(self, image: str) -> list[Tensor] | None:
+        """Maps (C, h, w) of the image with the digest ``image``, or None."""
+        if not self._cached.check_call_in_cache(image, self.source, _missing):
+            return None
+        try:
+            return _to_tensors(self._cached(image, self.source, _missing))
+        except _Missing:  # there, but damaged: joblib warns and asks for it anew
+            return None
+
+    def keep(self, image: str, maps: list[Tensor]) -> None:
+        """Write the maps (C, h, w) of the image with the digest ``image``."""
+        self._cached(image, self.source, lambda: _to_arrays(maps))
+
+
+def _feature_maps(image: str, source: str, make: Callable[[], Kept]) -> Kept:
+    return make()
+
+
+class _Missing(Exception):
+    pass
+
+
+def _missing() -> Kept:
+    raise _Missing
+
+
+def _to_arrays(maps: list[Tensor]) -> Kept:
+    dtype = maps[0].dtype
+    kept = [m.cpu().view(torch.int16) if dtype == torch.bfloat16 else m.cpu() for m in maps]
+    return str(dtype).removeprefix("torch."), [m.contiguous().numpy() for m in kept]
+
+
+def _to_tensors(kept: Kept) -> list[Tensor]:
+    name, arrays = kept
+    maps = [torch.from_numpy(np.array(array)) for array in arrays]  # a copy: joblib may give read-only memory maps
+    return [m.view(torch.bfloat16) for m in maps] if name == "bfloat16" else maps

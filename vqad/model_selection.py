@@ -1,0 +1,298 @@
+"""Splits and scorers for detectors that learn from normal images, with scikit-learn's search and validation tools.
+
+For example::
+
+    search = GridSearchCV(detector, {"n_codes": [64, 512]}, cv=InlierKFold(), scoring=image_auroc_scorer)
+    search.fit(images, y)
+
+Labels are +1 for normal images and -1 for anomalies. All scorers take anomalies as the positive class. Of
+scikit-learn's own, "roc_auc" gives the same with either class as the positive one and can be used too;
+"average_precision" and "f1" take normal images as the positive class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import UndefinedMetricWarning
+from sklearn.metrics import make_scorer
+from sklearn.model_selection import BaseCrossValidator
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_random_state, indexable
+from sklearn.utils.metadata_routing import UNUSED
+
+from vqad.metrics import (
+    aupro,
+    image_auroc,
+    image_average_precision,
+    image_f1_max,
+    pixel_auroc,
+    pixel_average_precision,
+    pixel_f1_max,
+)
+
+__all__ = [
+    "InlierKFold",
+    "PixelScorer",
+    "image_auroc_scorer",
+    "image_average_precision_scorer",
+    "image_f1_max_scorer",
+]
+
+
+class InlierKFold(BaseCrossValidator):
+    """K folds that train on normal samples alone and test on everything that is left out.
+
+    Normal samples are divided over the folds as in `KFold`, and so are anomalies: a fold is tested on its own share
+    of both, and trained on the normal samples of the other folds. So every sample is tested exactly once, as
+    `cross_val_predict` asks, and no sample counts more than another.
+
+    Parameters
+    ----------
+    n_splits : int, default=5
+        Number of folds, at least 2 and at most the number of normal samples.
+    shuffle : bool, default=True
+        Whether samples are drawn into the folds at random. Without, folds are runs of neighbours: of images that are
+        sorted by kind and come without `category`, a whole kind may be missing from training.
+    random_state : int, RandomState instance or None, default=None
+        Draws the folds; an int makes every call of `split` give the same ones. Only with ``shuffle=True``.
+
+    Notes
+    -----
+    Scores on training folds are undefined for want of anomalies: set ``return_train_score=False`` in
+    `HalvingGridSearchCV`, which computes them by default.
+
+    Given y, `cross_val_predict` with ``method="decision_function"`` wants classes, which no outlier detector has. Make
+    the folds beforehand and leave y out:
+    ``cross_val_predict(detector, X, cv=list(InlierKFold().split(X, y)), method="decision_function")``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqad.model_selection import InlierKFold
+    >>> y = np.array([1, 1, 1, 1, -1, -1])
+    >>> for train, test in InlierKFold(2, shuffle=False).split(np.zeros((6, 3)), y):
+    ...     print(train, test)
+    [2 3] [0 1 4]
+    [0 1] [2 3 5]
+    """
+
+    def __init__(self, n_splits: int = 5, *, shuffle: bool = True, random_state: Any = None) -> None:
+        if not isinstance(n_splits, Integral) or isinstance(n_splits, bool) or n_splits < 2:
+            raise ValueError(f"n_splits must be an int of at least 2; got {n_splits!r}.")
+        if not isinstance(shuffle, bool):
+            raise TypeError(f"shuffle must be True or False; got {shuffle!r}.")
+        if not shuffle and random_state is not None:
+            raise ValueError("random_state has no effect with shuffle=False: leave it None, or set shuffle=True.")
+        self.n_splits = int(n_splits)
+        self.shuffle = shuffle
+        self.random_state = random_state
+
+    def get_n_splits(self, X: Any = None, y: Any = None, groups: Any = None, *, category: Any = None) -> int:
+        """Return the number of folds; the arguments are not used."""
+        return self.n_splits
+
+    def split(
+        self, X: Any, y: Any = None, groups: Any = None, *, category: ArrayLike | None = None
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Give the rows to train on and the rows to test on, fold by fold.
+
+        Parameters
+        ----------
+        X : indexable of length n
+            Only its length is used.
+        y : array-like of shape (n,)
+            +1 for normal samples, -1 for anomalies.
+        groups : object, default=None
+            Not used, with a warning.
+        category : array-like of shape (n,), default=None
+            Kind of object of each sample: each is divided evenly over the folds, normal samples and anomalies
+            apart. Within `GridSearchCV` and the like it arrives by metadata routing, with
+            ``InlierKFold().set_split_request(category=True)``.
+
+        Yields
+        ------
+        train : ndarray of int
+            Normal samples of the other folds, in increasing order.
+        test : ndarray of int
+            Samples of the fold, normal ones and anomalies, in increasing order.
+
+        Raises
+        ------
+        ValueError
+            When y is missing or has other values, has fewer normal samples than there are folds, or when y or category
+            have another length than X.
+        """
+        if groups is not None:
+            warnings.warn("InlierKFold does not use groups.", UserWarning, stacklevel=2)
+        X, y, category = indexable(X, y, category)
+        y = self._check_y(y)
+        kind = np.zeros(len(y), dtype=int) if category is None else np.unique(category, return_inverse=True)[1]
+        folds = self._deal(y, kind)
+        for fold in range(self.n_splits):
+            yield np.flatnonzero((folds != fold) & (y == 1)), np.flatnonzero(folds == fold)
+
+    def _check_y(self, y: Any) -> NDArray[Any]:
+        if y is None:
+            raise ValueError("InlierKFold needs y: +1 for normal samples, -1 for anomalies.")
+        y = np.asarray(y)
+        if y.ndim != 1:
+            raise ValueError(f"y must have one label for each sample, shape (n,); got shape {y.shape}.")
+        if not np.isin(y, (-1, 1)).all():
+            raise ValueError(f"y must be +1 (normal) or -1 (anomaly); got {np.unique(y)[:5]}.")
+        n_normal = np.count_nonzero(y == 1)
+        if n_normal < self.n_splits:
+            raise ValueError(f"n_splits={self.n_splits} folds need as many normal samples (y = +1); got {n_normal}.")
+        return y
+
+    def _deal(self, y: NDArray[Any], kind: NDArray[Any]) -> NDArray[np.intp]:
+        """Fold of each sample: of every kind, and of all kinds together, the folds differ by one sample at most."""
+        rng = check_random_state(self.random_state)
+        folds = np.empty(len(y), dtype=np.intp)
+        for label in (1, -1):
+            rows = np.flatnonzero(y == label)
+            rows = rng.permutation(rows) if self.shuffle else rows
+            rows = rows[np.argsort(kind[rows], kind="stable")]
+            dealt = np.arange(len(rows)) % self.n_splits
+            # Within a kind the folds in order, so that unshuffled folds are runs of neighbours.
+            folds[rows] = dealt[np.lexsort((dealt, kind[rows]))]
+        return folds
+
+
+def _image_auroc(y_true, y_score):
+    return _with_both_labels(image_auroc, y_true, y_score)
+
+
+def _image_average_precision(y_true, y_score):
+    return _with_both_labels(image_average_precision, y_true, y_score)
+
+
+def _image_f1_max(y_true, y_score):
+    return _with_both_labels(image_f1_max, y_true, y_score)
+
+
+def _with_both_labels(metric, y_true, y_score):
+    """Anomaly metric of scores that are higher for normal images; nan, as scikit-learn has it, for want of a label."""
+    if len(np.unique(y_true)) == 1:
+        return _undefined(f"{metric.__name__} needs normal images and anomalies, but y is {y_true[0]:+g} throughout")
+    return metric(y_true, -y_score)
+
+
+def _undefined(reason: str) -> float:
+    message = (
+        f"{reason}: the score is nan. Training folds of InlierKFold hold no anomaly: set return_train_score=False."
+    )
+    warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
+    return float("nan")
+
+
+# For ``scoring=``: metrics of ``decision_function``, anomalies being the positive class; see `vqad.metrics`. Nan, with
+# an UndefinedMetricWarning, where y has one label only.
+image_auroc_scorer = make_scorer(_image_auroc, response_method="decision_function")
+image_average_precision_scorer = make_scorer(_image_average_precision, response_method="decision_function")
+image_f1_max_scorer = make_scorer(_image_f1_max, response_method="decision_function")
+
+_PIXEL_METRICS = {
+    "aupro": aupro,
+    "pixel_auroc": pixel_auroc,
+    "pixel_average_precision": pixel_average_precision,
+    "pixel_f1_max": pixel_f1_max,
+}
+
+
+class PixelScorer(BaseEstimator):
+    """Score ``anomaly_map`` against defect masks; for ``scoring=``.
+
+    Masks come with X, where X is a `vqad.datasets.ImageDataset` (splitting it splits its masks too). For other X they
+    are metadata: enable scikit-learn's routing, request them, and pass them to ``fit``::
+
+        with sklearn.config_context(enable_metadata_routing=True):
+            scorer = PixelScorer("aupro").set_score_request(masks=True)
+            GridSearchCV(detector, grid, cv=InlierKFold(), scoring=scorer).fit(images, y, masks=masks)
+
+    Parameters
+    ----------
+    metric : {"aupro", "pixel_auroc", "pixel_average_precision", "pixel_f1_max"}, default="aupro"
+        Function of `vqad.metrics`.
+    fpr_limit : float, default=0.3
+        In (0, 1]: where "aupro" stops; unused by the others.
+    """
+
+    # A scorer's request is that of its score method, whose first argument is no metadata.
+    __metadata_request__score = {"estimator": UNUSED}
+
+    def __init__(self, metric: str = "aupro", *, fpr_limit: float = 0.3) -> None:
+        self.metric = metric
+        self.fpr_limit = fpr_limit
+
+    def __call__(self, estimator: Any, X: Any, y: Any = None, *, masks: Any = None) -> float:
+        """Same as `score`."""
+        return self.score(estimator, X, y, masks=masks)
+
+    def score(self, estimator: Any, X: Any, y: Any = None, *, masks: Any = None) -> float:
+        """Measure the anomaly maps of a fitted detector.
+
+        Parameters
+        ----------
+        estimator : detector
+            Fitted, with a method ``anomaly_map``; or a `Pipeline` or a search over one.
+        X : images of length n
+        y : array-like of shape (n,), default=None
+            +1 for normal images, -1 for anomalies.
+        masks : array of shape (n, H, W), or sequence of n arrays of shape (H_i, W_i), default=None
+            True on defect pixels, of the size of the maps. A mask may be None: the image has no defect where y is +1,
+            and is left out otherwise. Taken from X when None.
+
+        Returns
+        -------
+        float
+            Higher is better; nan, with an `UndefinedMetricWarning`, where no mask marks a defect.
+
+        Raises
+        ------
+        ValueError
+            When there are no masks, when they have another length than X or another size than the maps, and for another
+            metric.
+        TypeError
+            When the estimator has no method ``anomaly_map``.
+        """
+        if self.metric not in _PIXEL_METRICS:
+            raise ValueError(f"metric must be one of {', '.join(map(repr, _PIXEL_METRICS))}; got {self.metric!r}.")
+        masks = self._masks_of(X) if masks is None else masks
+        if len(masks) != len(X):
+            raise ValueError(f"masks has {len(masks)} entries, but X has {len(X)} images.")
+        if not any(mask is not None and np.any(mask) for mask in masks):
+            return _undefined(f"{self.metric} needs a defect, but the masks mark none")
+        maps = _anomaly_map(estimator, X)
+        normal = np.zeros(len(X), dtype=bool) if y is None else np.asarray(y) == 1
+        masks = [
+            np.zeros(np.shape(values), dtype=bool) if mask is None and fine else mask
+            for mask, values, fine in zip(masks, maps, normal)
+        ]
+        options = {"fpr_limit": self.fpr_limit} if self.metric == "aupro" else {}
+        return _PIXEL_METRICS[self.metric](masks, maps, **options)
+
+    def _masks_of(self, X: Any) -> list[Any]:
+        if callable(getattr(X, "masks", None)):
+            return X.masks()
+        raise ValueError(
+            "PixelScorer needs defect masks: pass masks=, by metadata routing with set_score_request(masks=True) in a "
+            "search; or pass images as a vqad.datasets collection, which has them."
+        )
+
+
+def _anomaly_map(estimator: Any, X: Any) -> Any:
+    """Maps of a detector, also where it ends a pipeline or came out of a search."""
+    if hasattr(estimator, "best_estimator_"):
+        return _anomaly_map(estimator.best_estimator_, X)
+    if isinstance(estimator, Pipeline):
+        return _anomaly_map(estimator[-1], estimator[:-1].transform(X) if len(estimator) > 1 else X)
+    if not hasattr(estimator, "anomaly_map"):
+        raise TypeError(f"PixelScorer needs a detector with anomaly_map; {type(estimator).__name__} has none.")
+    return estimator.anomaly_map(X)

@@ -1,0 +1,237 @@
+"""save and load: a fitted detector as one safetensors file, from which nothing is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+import vqad
+from vqad._codec import CLASSES, Reader, Refused, Writer, WrongArgument, dtype_name
+from vqad._warn import warn
+from vqad.base import BaseImageDetector
+
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "timm", "scikit-learn", "numpy")
+
+
+def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
+    """Write a fitted detector to one ``.safetensors`` file, whole or not at all.
+
+    Parameters
+    ----------
+    detector : HVQTransDetector or VQFlowDetector
+        Fitted.
+    path : path-like
+        An older file is replaced once the new one is complete.
+    include_backbone : bool, default=False
+        Whether to write the backbone's weights too, so that the file opens on machines that do not have them. If not,
+        `load` takes them from where `fit` did and compares their digest. With ``weights="random"`` and ``"hub"`` they
+        are always written.
+
+    Raises
+    ------
+    NotFittedError
+        When the detector is not fitted.
+    TypeError
+        When it is no detector of vqad; when ``include_backbone=True`` and its backbone is a transformer of the
+        caller's own; or when it has an attribute of a kind that the format does not know.
+    ValueError
+        When its parameters were changed after `fit` in a way that another model would come of them.
+
+    Warns
+    -----
+    UserWarning
+        When its backbone is a transformer of the caller's own. The file does not hold it: `load` must be given it.
+
+    Notes
+    -----
+    Tensors and arrays are the file's tensors; everything else is JSON in its header, along with a format version, the
+    versions of the packages and a SHA-256 over all of it. A ``RandomState`` is kept in the state that it is in. The
+    parameter ``memory`` is not kept.
+    """
+    if type(detector) not in CLASSES.values() or not isinstance(detector, BaseImageDetector):
+        raise TypeError(
+            f"vqad.save takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}. "
+            "joblib.dump takes any object, but opening its file runs code that the file holds."
+        )
+    check_is_fitted(detector)
+    writer = Writer(include_backbone)
+    metadata = {
+        "format": "vqad",
+        "format_version": str(FORMAT_VERSION),
+        "packages": json.dumps(_packages()),
+        "detector": json.dumps(writer.encode(detector, "detector"), allow_nan=False, separators=(",", ":")),
+    }
+    metadata["checksum"] = _checksum(metadata, writer.tensors)
+    if writer.foreign:
+        warn(
+            f"The file does not hold the detector's backbone, a {writer.foreign} of your own: keep that too, fitted "
+            "(detector.features_), and give it to vqad.load(path, backbone=...)."
+        )
+    with _replacing(Path(path)) as unfinished:
+        # Where the disk is full, safetensors says so with an exception of its own.
+        save_file(writer.tensors, unfinished, metadata)
+
+
+def load(path: str | os.PathLike[str], *, backbone: Any = None, weights: str | os.PathLike[str] | None = None) -> Any:
+    """Read a detector that `save` wrote. Runs no code from the file, and downloads nothing.
+
+    Parameters
+    ----------
+    path : path-like
+    backbone : transformer, default=None
+        For a detector that was fitted with a transformer of the caller's own as backbone: that transformer, fitted as
+        it was (``detector.features_``). Not used otherwise.
+    weights : path-like, default=None
+        Where the weights of a timm backbone are now, if they are neither in the file nor where `fit` found them.
+
+    Returns
+    -------
+    detector : HVQTransDetector or VQFlowDetector
+        Fitted. On the same machine and versions its scores are those of the saved one to the last bit.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        When there is no such file, or the backbone's weights are not on this machine.
+    ValueError
+        When the file is no saved detector, is damaged or of a newer format; when the backbone's weights found here are
+        others than those of `fit`; when a ``backbone`` is needed and missing.
+    TypeError
+        When ``backbone`` is not the transformer that is needed.
+    """
+    path = Path(path)
+    with torch.inference_mode(False):
+        metadata, tensors = _read(path)
+        reader = Reader(tensors, backbone, None if weights is None else os.fspath(weights))
+        detector = _decode(path, metadata, reader)
+    if backbone is not None and not reader.foreign:
+        raise TypeError(f"model {str(path)!r} was not fitted with a transformer as backbone: leave backbone= out.")
+    return detector
+
+
+def _decode(path: Path, metadata: dict[str, str], reader: Reader) -> BaseImageDetector:
+    try:
+        # The models that are filled from the file start from random draws.
+        with torch.random.fork_rng(devices=[]):
+            detector = reader.decode(json.loads(metadata["detector"]))
+        if not isinstance(detector, BaseImageDetector):
+            raise Refused("it holds no detector")
+        check_is_fitted(detector)
+        return detector
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"model {str(path)!r} needs the weights of its backbone: {error} For vqad.load they may also be named by "
+            "weights=, or be in the file if it is saved with include_backbone=True."
+        ) from error
+    except WrongArgument as error:
+        raise error.kind(f"model {str(path)!r} {error}") from error
+    except Refused as error:
+        raise ValueError(f"model {str(path)!r} cannot be opened: {error}. {_versions(metadata)}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model {str(path)!r} cannot be opened: {type(error).__name__}: {error} {_versions(metadata)} "
+            "Open it with those versions, or fit it again."
+        ) from error
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def _packages() -> dict[str, str]:
+    return {"vqad": vqad.__version__, **{name: version(name) for name in PACKAGES}}
+
+
+def _versions(metadata: dict[str, str]) -> str:
+    """Which packages wrote a file and are others here, as a sentence."""
+    try:
+        wrote, here = dict(json.loads(metadata["packages"])), _packages()
+    except (KeyError, TypeError, ValueError):
+        return "It does not say what wrote it."
+    others = [f"{name} {wrote.get(name)} (here {here[name]})" for name in here if wrote.get(name) != here[name]]
+    return f"It was written with {', '.join(others)}." if others else "It was written with the same versions as here."
+
+
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over all that a file holds but this."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {"checksum"}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, dtype_name(tensor), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place at the end, or is deleted on an error."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        try:
+            yield unfinished
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{str(path)!r} could not be written: {error}") from error
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of ours, undamaged and of a format that this version knows."""
+    if path.is_dir():
+        raise IsADirectoryError(f"model {str(path)!r} is a folder; a file that vqad.save or vqad fit wrote is needed.")
+    if not path.is_file():
+        raise FileNotFoundError(f"model {str(path)!r} does not exist: make one with vqad fit or vqad.save.")
+    foreign = (
+        f"{str(path)!r} is no model that vqad.save or vqad fit wrote, or is damaged or truncated: copy or save it "
+        "again. (What joblib.dump wrote opens with joblib.load, which runs code that the file holds.)"
+    )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "vqad":
+                raise ValueError(foreign)
+            _check_version(path, metadata)
+            # Memory of torch's own: what a matrix product gives may depend on where in memory its numbers lie.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, LookupError, AttributeError, UnicodeError) as error:
+        raise ValueError(foreign) from error
+    if metadata.get("checksum") != _checksum(metadata, tensors):
+        raise ValueError(f"model {str(path)!r} is damaged: its content is not what was saved. Copy or save it again.")
+    return metadata, tensors
+
+
+def _check_version(path: Path, metadata: dict[str, str]) -> None:
+    found = metadata.get("format_version", "")
+    if not found.isdecimal():
+        raise ValueError(f"model {str(path)!r} is damaged: it has no format version. Copy or save it again.")
+    if int(found) > FORMAT_VERSION:
+        raise ValueError(
+            f"model {str(path)!r} has format version {found}, which is newer than this vqad {vqad.__version__} knows "
+            f"({FORMAT_VERSION}). {_versions(metadata)} Install a newer vqad."
+        )
