@@ -1,4 +1,4 @@
-"""Draw the README's picture from the model of `vqad demo`: python docs/make_pictures.py [MODEL] [--seed N] [--quick].
+"""Draw the README's picture from a model of `vqad demo`: python docs/make_pictures.py [MODEL] [--seed N] [--quick].
 
 The cells are not chosen by hand: of each kind the picture shows the defective test cells at three quantiles of
 the score, so that the least convincing are among them, and the sound one in the middle.
@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from vqad.cli import DEMO_FOLDER, DEMO_MODEL, load_model
+import vqad
+from vqad.cli import DEMO_FOLDER
 from vqad.datasets import load_elpv
-from vqad.demo import FULL, QUICK, split_cells
+from vqad.demo import DETECTOR_MODEL, FULL, QUICK, split_cells
 from vqad.report import judge, overlay
 
 PICTURE = Path(__file__).parent / "images" / "solar-cells.png"
@@ -26,7 +27,7 @@ DPI = 120
 
 def main() -> None:
     arguments = _arguments()
-    detector = load_model(arguments.model)
+    detector = vqad.load(arguments.model)
     _, cells = split_cells(load_elpv(), QUICK if arguments.quick else FULL, arguments.seed)
     verdicts = judge(detector, cells)
     rows = [row for kind in np.unique(cells.category) for row in _chosen(cells, verdicts.score, kind)]
@@ -60,7 +61,9 @@ def _chosen(cells, score, kind) -> list[int]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=f"{DEMO_FOLDER}/{DEMO_MODEL}", help="of vqad demo")
+    parser.add_argument(
+        "model", nargs="?", default=f"{DEMO_FOLDER}/{DETECTOR_MODEL.format('hvq-trans')}", help="of vqad demo"
+    )
     parser.add_argument("--out", type=Path, default=PICTURE)
     parser.add_argument("--seed", type=int, default=0, help="as given to vqad demo")
     parser.add_argument("--quick", action="store_true", help="the model is that of vqad demo --quick")

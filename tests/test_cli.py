@@ -1,6 +1,8 @@
 """The vqad command, run as a user runs it but in this process; and the demonstration behind `vqad demo`."""
 
+import contextlib
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -13,15 +15,26 @@ from scipy.spatial.distance import cdist
 import vqad.cli
 import vqad.demo
 from vqad import BackboneFeatures, HVQTransDetector
+from vqad._memory_bank import PatchMemoryBank
 from vqad.cli import main
 from vqad.datasets import load_elpv, load_mvtec, make_textured_parts
-from vqad.demo import FULL, QUICK, DemoSize, PatchMemoryBank, split_cells
-from vqad.metrics import evaluate
+from vqad.demo import FULL, QUICK, DemoSize, split_cells
+from vqad.metrics import bootstrap_interval, evaluate, image_auroc
 from vqad.training import Trainer
 
 TINY = ["--image-size", "64", "--max-iter", "1", "--false-alarm-rate", "0.2"]
 TINY += ["--set", "d_model=32", "--set", "n_codes=16"]
 ROOT = Path(__file__).parents[1]
+TINY_DEMO = DemoSize(
+    20,
+    8,
+    8,
+    100,
+    {
+        "hvq-trans": {"image_size": 64, "d_model": 32, "n_codes": 16, "max_iter": 1, "false_alarm_rate": 0.2},
+        "vq-flow": {"image_size": 64, "hidden": 8, "n_patterns": 16, "max_iter": 2, "false_alarm_rate": 0.25},
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -351,37 +364,88 @@ def test_memory_bank_keeps_as_many_patches_of_each_category():
     assert bank.bank.shape == (100, 152)
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Folder and printed lines of a small demonstration, and the cells that it measured on."""
+    folder, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(vqad.demo, "QUICK", TINY_DEMO)
+        assert main(["demo", "--quick", "--out", str(folder)]) == 0
+    return folder, printed.getvalue(), split_cells(load_elpv(), TINY_DEMO, 0)[1]
+
+
 @pytest.mark.slow
-def test_demo_prints_its_result_and_writes_page_and_model(tmp_path, monkeypatch, capsys):
-    parameters = {"image_size": 64, "d_model": 32, "n_codes": 16, "max_iter": 1, "false_alarm_rate": 0.2}
-    monkeypatch.setattr(vqad.demo, "QUICK", DemoSize(20, 8, 8, 100, parameters))
-    assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
+def test_demo_prints_what_the_saved_models_say_side_by_side(demo):
+    folder, printed, test = demo
     assert "Learning from 20 sound solar cells (8 mono, 12 poly)" in printed
-    page = tmp_path / "out" / "solar-cells.html"
-    assert str(page) in printed
-    assert page.read_text(encoding="utf-8").count("data:image/jpeg") == 2 * 16
-    _, test = split_cells(load_elpv(), vqad.demo.QUICK, 0)
-    detector = vqad.load(tmp_path / "out" / "model.safetensors")
-    found = evaluate(test.target, -detector.score_samples(test), test.category)
-    for name in ("mono", "poly"):
-        assert re.search(rf"{name} +{found.per_category[name]['image_auroc']:.3f} +[01]\.\d{{3}}", printed)
-    assert f"Threshold of the anomaly score: {-detector.offset_:.3f}" in printed
-    for target, what in ((1, "False alarms on held-out sound cells"), (-1, "Defective cells found at that threshold")):
-        alarms = (detector.predict(test[test.target == target]) == -1).sum()
-        assert f"{what}: {alarms} of 8" in printed
+    head, *lines = printed[printed.index("Learned from 20") :].splitlines()[1:]
+    assert head.split() == ["HVQTransDetector", "VQFlowDetector", "memory", "bank"]
+    cells = [re.split(r"  +", line.strip()) for line in lines if line.startswith("  ")]
+    table = {what: values for what, *values in cells}
+    for k, name in enumerate(("hvq-trans", "vq-flow")):
+        detector = vqad.load(folder / f"model-{name}.safetensors")
+        assert TINY_DEMO.parameters[name].items() <= detector.get_params().items()
+        score = -detector.score_samples(test)
+        found = evaluate(test.target, score, test.category)
+        parts = {**found.per_category, "mean": found.mean, "pooled": found.pooled}
+        assert parts.keys() == {"mono", "poly", "mean", "pooled"}
+        for part, row in parts.items():
+            assert table[f"image AUROC, {part}"][k] == f"{row['image_auroc']:.3f}"
+        right = np.mean(detector.predict_category(test) == test.category)
+        assert table["kind of cell inferred right"][k] == f"{right:.1%}"
+        assert table["threshold of the anomaly score"][k] == f"{-detector.offset_:.3f}"
+        for target, what in ((1, "false alarms on held-out sound cells"), (-1, "defective cells found")):
+            alarms = (detector.predict(test[test.target == target]) == -1).sum()
+            assert table[what][k] == f"{alarms} of 8 ({alarms / 8:.1%})"
+    assert table["set for false alarms of"] == ["20.0%", "25.0%", "-"]
+    for what in ("seconds to fit", "cells scored per second"):
+        assert all(float(value) > 0 for value in table[what])
 
 
-def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+@pytest.mark.slow
+def test_demo_prints_the_memory_banks_column(demo):
+    _, printed, test = demo
+    train = split_cells(load_elpv(), TINY_DEMO, 0)[0]
+    score = PatchMemoryBank(100, random_state=0).fit(train, train.category).anomaly_score(test)
+    low, high = bootstrap_interval(image_auroc, test.target, score, random_state=0)
+    pooled = image_auroc(test.target, score)
+    assert re.search(rf"image AUROC, pooled .* {pooled:.3f}\n", printed)
+    assert re.search(rf"95 % interval over test cells .* {low:.3f} to {high:.3f}\n", printed)
+    assert re.search(r"threshold of the anomaly score .* -\n", printed)
+
+
+@pytest.mark.slow
+def test_demo_writes_heatmaps_of_each_detector_and_a_page_that_links_them(demo):
+    folder, printed, _ = demo
+    names = ["solar-cells.html", "solar-cells-hvq-trans.html", "solar-cells-vq-flow.html"]
+    pages = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    assert str(folder / names[0]) in printed
+    for name, page in pages.items():
+        assert set(re.findall(r'href="(.*?)"', page)) == {*names} - {name}
+        assert page.count("data:image/jpeg") == (0 if name == names[0] else 2 * 16)
+    _, *rows = re.findall(r"<tr>(.*?)</tr>", pages[names[0]])
+    for row in rows:
+        values = re.findall(r">([^<]+)</t[hd]>", row)
+        assert re.search(" +".join(map(re.escape, values)), printed)
+    assert len(rows) == 12
+
+
+@pytest.mark.parametrize("interrupted_fit", [1, 2])
+def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path, interrupted_fit):
+    one_pass, trained = Trainer._one_pass, []
+
+    def interrupted(self, *args):
+        trained.append(self)
+        if len({*map(id, trained)}) == interrupted_fit:
+            raise KeyboardInterrupt
+        return one_pass(self, *args)
 
     monkeypatch.setattr(Trainer, "_one_pass", interrupted)
-    monkeypatch.setattr(vqad.demo, "judge", never)
-    parameters = {"image_size": 64, "d_model": 32, "n_codes": 16, "false_alarm_rate": 0.2}
-    monkeypatch.setattr(vqad.demo, "QUICK", DemoSize(20, 8, 8, 100, parameters))
+    monkeypatch.setattr(vqad.demo, "PatchMemoryBank", never)
+    monkeypatch.setattr(vqad.demo, "QUICK", TINY_DEMO)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 130
     assert "vqad: interrupted" in capsys.readouterr().err
+    assert len({*map(id, trained)}) == interrupted_fit
 
 
 # ---- README --------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def docstring_examples():
                 yield pytest.param(test, id=test.name)
 
 
-@pytest.mark.parametrize("test", docstring_examples())
+@pytest.mark.parametrize("test", list(docstring_examples()))
 def test_the_examples_of_docstrings_run(test):
     run(test)
 

@@ -39,6 +39,7 @@ from vqad.store import (
     describe,
     in_chunks,
     pad_chunk,
+    side_by_side,
 )
 from vqad.thresholds import calibrate
 from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
@@ -373,7 +374,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         data = self._check_X(X)
         device = pick_device(self.device)
-        parts = [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device)]
+
+        def route(part: np.ndarray) -> list[np.ndarray]:
+            return [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device, part)]
+
+        parts = [each for routed in side_by_side(route, np.arange(len(data)), device) for each in routed]
         return self.categories_[np.concatenate(parts)]
 
     def anomaly_map(self, X):
@@ -407,16 +412,20 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _judge_data(self, data, rows, keep_maps=True) -> Judgement:
         """One pass over some images, chunk by chunk."""
         device = pick_device(self.device)
-        parts = []
         model = self.model_.to(device)
         scorer = self._scorer(model, native_precision(device, self.precision))
-        try:
-            for _, maps in self._iter_features(data, device, rows):
+
+        def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+            judged = []
+            for _, maps in self._iter_features(data, device, part):
                 category, excess = self._route(describe(maps))
-                terms = self._model_terms(scorer, maps, category, device)
-                combined = self.map_calibration_.combine(terms, category)
+                combined = self.map_calibration_.combine(self._model_terms(scorer, maps, category, device), category)
                 score = self._image_score(combined, category, excess)
-                parts.append((score, category, combined if keep_maps else combined[:0]))
+                judged.append((score, category, combined if keep_maps else combined[:0]))
+            return judged
+
+        try:
+            parts = [each for judged in side_by_side(judge, rows, device) for each in judged]
         finally:
             model.to("cpu")
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
@@ -469,16 +478,21 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _store_terms(self, store, rows, category, device) -> dict[str, np.ndarray]:
         """Map terms of stored images."""
-        parts = []
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
         model = self.model_.to(device)
         scorer = self._scorer(model, native_precision(device, self.precision))
-        try:
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
+
+        def terms_of(places: np.ndarray) -> list[dict[str, np.ndarray]]:
+            out = []
+            for part in np.split(places, range(size, len(places), size)):
                 maps = store.batch(rows[part])
                 maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
-                parts.append(self._model_terms(scorer, maps, category[part], device))
+                out.append(self._model_terms(scorer, maps, category[part], device))
+            return out
+
+        try:
+            places = np.arange(len(rows))
+            parts = [each for terms in side_by_side(terms_of, places, device) for each in terms]
         finally:
             model.to("cpu")
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -499,16 +513,20 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         is_own = not isinstance(data, FeatureArray) and isinstance(self.features_, BackboneFeatures)
         dtype = native_precision(device, self.precision) if is_own else torch.float32
         store = FeatureStore(len(rows), dtype)
-        descriptor, done = [], 0
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not self.verbose)
-        for _, maps in self._iter_features(data, device, rows):
-            n = len(maps[0])
-            bar.update(n)
-            store.write(np.arange(done, done + n), maps)
-            descriptor.append(describe(maps))
-            done += n
-        bar.close()
-        return store, np.concatenate(descriptor)
+
+        def keep(places: np.ndarray) -> list[np.ndarray]:
+            descriptor, done = [], 0
+            for part, maps in self._iter_features(data, device, rows[places]):
+                store.write(places[done : done + len(part)], maps)
+                descriptor.append(describe(maps))
+                done += len(part)
+                bar.update(len(part))
+            return descriptor
+
+        with bar:
+            parts = [each for kept in side_by_side(keep, np.arange(len(rows)), device) for each in kept]
+        return store, np.concatenate(parts)
 
     def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         rows = np.arange(len(data)) if rows is None else rows

@@ -226,7 +226,7 @@ class DemoResult:
             self.cells,
             y=self.cells.target,
             category=self.cells.category,
-            title=TITLE,
+            title=f"{TITLE} ({mine.name})",
             n_images=PAGE_IMAGES,
             verdicts=mine.verdicts,
             facts={

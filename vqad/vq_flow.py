@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from vqad.backbones import DEFAULT_BACKBONE
 from vqad.base import BaseImageDetector
 from vqad.nn.vq_flow import VQFlow
+from vqad.store import side_by_side
 from vqad.training import TrainingPlan, pick_device
 
 
@@ -272,16 +273,20 @@ class VQFlowDetector(BaseImageDetector):
         data = self._check_X(X)
         device = pick_device(self.device)
         model = self.model_.to(device)
+
+        def concepts(part: np.ndarray) -> list[np.ndarray]:
+            found = []
+            with torch.inference_mode():
+                for _, maps in self._iter_features(data, device, part):
+                    scaled = self._scaled(maps, device)
+                    found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled).cpu().numpy())
+            return found
+
         try:
-            parts = [self._concepts(model, maps, device) for _, maps in self._iter_features(data, device)]
+            parts = [each for found in side_by_side(concepts, np.arange(len(data)), device) for each in found]
         finally:
             model.to("cpu")
         return np.concatenate(parts)
-
-    def _concepts(self, model, maps, device) -> np.ndarray:
-        with torch.inference_mode():
-            maps = self._scaled(maps, device)
-            return model.concept(maps[0] if len(maps) == 1 else maps).cpu().numpy()
 
     def _feature_options(self):
         if len(self.stages) != 4:

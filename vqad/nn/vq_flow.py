@@ -312,14 +312,15 @@ class VQFlow(nn.Module):
             self._tables.clear()
             self._tables_state = state
         key = (k, *condition.index.shape[1:])
-        if key not in self._tables:
+        table = self._tables.get(key)
+        if table is None:
             concepts = self.hierarchy.concept_codebook.embed[0]
-            self._tables[key] = projection.table(condition.codes, condition.position, concepts)
-        return projection.from_table(self._tables[key], condition, codes.concept_index)
+            table = self._tables[key] = projection.table(condition.codes, condition.position, concepts)
+        return projection.from_table(table, condition, codes.concept_index)
 
 
 def _pyramid(finest: Tensor) -> list[Tensor]:
-    """Four stages from one map, as a backbone's are: the last two on one grid after pooling, each half the one before."""
+    """Four stages from one map, each of half the grid of the one before, as a backbone's are."""
     stages = [finest]
     for _ in range(3):
         stages.append(F.avg_pool2d(stages[-1], 3, 2, 1, count_include_pad=False))
