@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 
 import vqad.cli
 import vqad.demo
-from vqad import BackboneFeatures, HVQTransDetector
+from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad._memory_bank import PatchMemoryBank
 from vqad.cli import main
 from vqad.datasets import load_elpv, load_mvtec, make_textured_parts
@@ -117,6 +117,15 @@ def test_interrupted_training_keeps_what_was_learned(folders, tmp_path, monkeypa
     detector = vqad.load(path)
     assert detector.n_iter_ == 1
     assert detector.predict([str(folders / "good" / "disc" / "0.png")]).shape == (1,)
+
+
+def test_the_detector_can_be_chosen(folders, tmp_path, capsys):
+    path = tmp_path / "flow.safetensors"
+    small = ["--image-size", "64", "--max-iter", "1", "--false-alarm-rate", "0.2", "--set", "hidden=8"]
+    assert main(["fit", str(folders / "good"), "-o", str(path), "--detector", "vq-flow", *small]) == 0
+    assert isinstance(vqad.load(path), VQFlowDetector)
+    assert main(["score", str(path), str(folders / "good" / "disc")]) == 0
+    assert "images are anomalous" in capsys.readouterr().out
 
 
 def test_too_few_images_for_the_rate_are_warned_of_in_one_line(folders, tmp_path, capsys):

@@ -27,7 +27,7 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vqad import BackboneFeatures, HVQTransDetector
+from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad.datasets import ImageDataset, make_textured_parts
 from vqad.metrics import (
     aupro,
@@ -51,6 +51,10 @@ DETECTORS = [
     HVQTransDetector(
         backbone=None, image_size=64, n_codes=16, d_model=32, n_layers=1, n_heads=4, dim_feedforward=32, max_iter=1,
         false_alarm_rate=0.3, random_state=0,
+    ),
+    VQFlowDetector(
+        backbone=None, image_size=64, n_concepts=4, n_patterns=8, d_concept=8, d_position=4, n_blocks=(1, 1, 1),
+        hidden=8, max_iter=1, false_alarm_rate=0.3, random_state=0,
     ),
 ]  # fmt: skip
 
@@ -365,11 +369,11 @@ def test_training_sees_normal_samples_alone(rows):
 
 
 def test_grid_search_is_a_loop_over_folds(detector, rows):
-    cv, grid = InlierKFold(2, random_state=0), {"n_codes": [4, 16], "max_iter": [1]}
+    cv, grid = InlierKFold(2, random_state=0), {"learning_rate": [1e-4, 1e-2], "max_iter": [1]}
     search = GridSearchCV(detector, grid, cv=cv, scoring=image_auroc_scorer, error_score="raise").fit(rows, Y)
-    for k, n_codes in enumerate(grid["n_codes"]):
+    for k, rate in enumerate(grid["learning_rate"]):
         for fold, (train, test) in enumerate(cv.split(rows, Y)):
-            made = clone(detector).set_params(n_codes=n_codes).fit(rows[train])
+            made = clone(detector).set_params(learning_rate=rate).fit(rows[train])
             expected = image_auroc(Y[test], -made.decision_function(rows[test]))
             assert search.cv_results_[f"split{fold}_test_score"][k] == expected
     assert search.best_score_ > 0.8
@@ -380,7 +384,7 @@ def test_grid_search_is_a_loop_over_folds(detector, rows):
 
 def test_randomized_search(detector, rows):
     search = RandomizedSearchCV(
-        detector, {"n_codes": range(4, 32), "learning_rate": [1e-3, 1e-2]}, n_iter=2, random_state=0,
+        detector, {"batch_size": range(4, 32), "learning_rate": [1e-3, 1e-2]}, n_iter=2, random_state=0,
         cv=InlierKFold(2, random_state=0), scoring=image_average_precision_scorer, error_score="raise",
     ).fit(rows, Y)  # fmt: skip
     assert len(search.cv_results_["params"]) == 2
@@ -389,7 +393,7 @@ def test_randomized_search(detector, rows):
 
 def test_halving_search_over_passes(detector, rows):
     search = HalvingGridSearchCV(
-        detector, {"n_codes": [4, 16]}, resource="max_iter", min_resources=1, max_resources=2, factor=2,
+        detector, {"learning_rate": [1e-4, 1e-2]}, resource="max_iter", min_resources=1, max_resources=2, factor=2,
         cv=InlierKFold(2, random_state=0), scoring=image_auroc_scorer, error_score="raise",
         return_train_score=False,
     ).fit(rows, Y)  # fmt: skip
@@ -399,7 +403,7 @@ def test_halving_search_over_passes(detector, rows):
 
 def test_halving_search_over_samples(detector, rows):
     search = HalvingGridSearchCV(
-        clone(detector).set_params(false_alarm_rate=0.5), {"n_codes": [4, 16]}, min_resources=30, factor=2,
+        clone(detector).set_params(false_alarm_rate=0.5), {"learning_rate": [1e-4, 1e-2]}, min_resources=30, factor=2,
         random_state=0, cv=InlierKFold(2, random_state=0), scoring=image_auroc_scorer, error_score="raise",
         return_train_score=False,
     ).fit(rows, Y)  # fmt: skip
@@ -432,8 +436,8 @@ def test_cross_val_predict_in_parallel(detector, rows):
 @pytest.mark.slow
 def test_grid_search_in_parallel(detector, rows):
     search = GridSearchCV(
-        detector, {"n_codes": [4, 16]}, cv=InlierKFold(2, random_state=0), scoring=image_auroc_scorer, n_jobs=2,
-        error_score="raise",
+        detector, {"learning_rate": [1e-4, 1e-2]}, cv=InlierKFold(2, random_state=0), scoring=image_auroc_scorer,
+        n_jobs=2, error_score="raise",
     ).fit(rows, Y)  # fmt: skip
     alone = clone(search).set_params(n_jobs=1).fit(rows, Y)
     np.testing.assert_allclose(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
@@ -446,7 +450,7 @@ def test_search_over_a_pipeline(detector, rows):
     made = make_pipeline(StandardScaler(), detector)
     cv, name = InlierKFold(2, random_state=0), type(detector).__name__.lower()
     search = GridSearchCV(
-        made, {f"{name}__n_codes": [4, 16], "standardscaler": [StandardScaler(), "passthrough"]}, cv=cv,
+        made, {f"{name}__learning_rate": [1e-4, 1e-2], "standardscaler": [StandardScaler(), "passthrough"]}, cv=cv,
         scoring=image_auroc_scorer, error_score="raise",
     ).fit(rows, Y)  # fmt: skip
     assert len(search.cv_results_["params"]) == 4

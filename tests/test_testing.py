@@ -11,7 +11,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vqad import HVQTransDetector
+from vqad import HVQTransDetector, VQFlowDetector
 from vqad.images import check_images
 from vqad.testing import check_image_detector, image_detector_checks, parametrize_with_image_checks
 
@@ -35,6 +35,10 @@ DETECTORS = [
     HVQTransDetector(
         backbone=Thumbnails(), n_codes=16, d_model=32, n_layers=1, n_heads=4, dim_feedforward=32, max_iter=2,
         false_alarm_rate=0.2,
+    ),
+    VQFlowDetector(
+        backbone=Thumbnails(), n_concepts=8, n_patterns=16, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=8,
+        max_iter=6, false_alarm_rate=0.2,
     ),
 ]  # fmt: skip
 
@@ -70,8 +74,12 @@ class HVQTransOfRows(OfRows, HVQTransDetector):
     pass
 
 
+class VQFlowOfRows(OfRows, VQFlowDetector):
+    pass
+
+
 # A further detector is a class and one more pair.
-OF_ROWS = [(HVQTransOfRows, DETECTORS[0])]
+OF_ROWS = [(HVQTransOfRows, DETECTORS[0]), (VQFlowOfRows, DETECTORS[1])]
 
 
 @pytest.mark.slow

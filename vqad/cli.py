@@ -22,7 +22,7 @@ import vqad
 from vqad.base import BaseImageDetector
 from vqad.datasets import ImageDataset, load_folder, load_mvtec
 from vqad.datasets.mvtec import find_categories
-from vqad.hvq_trans import HVQTransDetector
+from vqad.demo import DETECTORS, FULL, QUICK, run_demo
 from vqad.images import check_images
 from vqad.metrics import evaluate
 from vqad.report import Verdicts, judge, overlay, write_report
@@ -169,8 +169,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from vqad.demo import FULL, QUICK, run_demo
-
     started = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = run_demo(
@@ -192,11 +190,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 # ---- models --------------------------------------------------------------------------------------
 
 
-def _detector(arguments: argparse.Namespace) -> HVQTransDetector:
+def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
     """A detector with the parameters that were given, the defaults for the rest."""
     named = ("max_iter", "image_size", "batch_size", "false_alarm_rate", "device")
     given = {name: value for name in named if (value := getattr(arguments, name)) is not None}
-    detector = HVQTransDetector(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
+    detector = DETECTORS[arguments.detector](random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
     detector.set_params(**{**given, **dict(arguments.set or ())})
     return detector
 
@@ -384,7 +382,8 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "examples:\n"
         "  vqad fit good-parts/ -o model.safetensors\n"
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
-        "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64",
+        "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64\n"
+        "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow",
     )
     command.add_argument("directory", metavar="DIR", help="folder of normal images")
     command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
@@ -402,6 +401,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         action="store_false",
         help="find the categories in the images, whatever the folders are",
     )
+    command.add_argument("--detector", choices=sorted(DETECTORS), default="hvq-trans", help="hvq-trans by default")
     command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
     command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
     command.add_argument("--batch-size", type=int, metavar="N", help="images per training step")
@@ -413,7 +413,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         type=_assignment,
         action="append",
         metavar="NAME=VALUE",
-        help="any other parameter of HVQTransDetector; may be repeated",
+        help="any other parameter of the detector; may be repeated",
     )
     _add_running(command)
     return command

@@ -132,7 +132,7 @@ class VQFlowDetector(BaseImageDetector):
 
     References
     ----------
-    .. [1] Zhou, Xu, Song, Shen, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
+    .. [1] Zhou, Xu, Sun, Song, Cichocki, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
        Hierarchical Vector Quantization, arXiv:2409.00942.
 
     Examples

@@ -6,7 +6,7 @@ No labels.
 
 References
 ----------
-Zhou, Xu, Song, Shen, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
+Zhou, Xu, Sun, Song, Cichocki, Shen: VQ-Flow: Taming Normalizing Flows for Multi-Class Anomaly Detection via
 Hierarchical Vector Quantization, arXiv 2409.00942.
 """
 
