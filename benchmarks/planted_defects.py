@@ -15,7 +15,6 @@ import argparse
 
 import numpy as np
 from scipy import ndimage
-from sklearn.utils import check_random_state
 
 import vqad
 from vqad import VQFlowDetector
@@ -122,15 +121,15 @@ def hvq_trans_terms(detector, transport):
     def terms(model, features, category):
         model.transport = transport
         own = type(detector)._map_terms(detector, model, features, category)
-        own["error of single cells"] = model.anomaly_map(features, category, levels=[])["reconstruction"]
+        own["single_cells"] = model.anomaly_map(features, category, levels=[])["reconstruction"].square()
         return own
 
     costs = [f"transport_{level}" for level in range(detector.n_layers + 1)]
-    choices = {name: {name: 1.0} for name in ("error of single cells", "reconstruction", *costs)}
+    choices = {name: {name: 1.0} for name in ("single_cells", "averaged_reconstruction", *costs)}
     for share in (0.25, 0.5, 0.75):
-        mixture = {"reconstruction": 1 - share, **{k: share / len(costs) for k in costs}}
+        mixture = {"averaged_reconstruction": 1 - share, **{k: share / len(costs) for k in costs}}
         choices[f"{share:g} transport"] = mixture
-    both = {"reconstruction": 0.25, "error of single cells": 0.25, **{k: 0.5 / len(costs) for k in costs}}
+    both = {"averaged_reconstruction": 0.25, "single_cells": 0.25, **{k: 0.5 / len(costs) for k in costs}}
     choices["0.5 transport, both errors"] = both
     return terms, choices
 
@@ -160,9 +159,9 @@ def main() -> None:
     args = parser.parse_args()
     detector = vqad.load(args.model)
     train = load_mvtec(args.root)
-    labels = np.searchsorted(detector.categories_, train.category)
-    seed = int(check_random_state(detector.random_state).randint(np.iinfo(np.int32).max))
-    _, held_out = split_rows(labels, detector.calibration_fraction, seed)
+    # As the detector numbers the categories, which it may have found by itself.
+    labels = np.searchsorted(detector.categories_, detector.predict_category(train))
+    _, held_out = split_rows(labels, detector.calibration_fraction, detector._split_seed)
     images = check_images(train)
     rng = np.random.default_rng(0)
     reference = np.setdiff1d(np.arange(len(train)), held_out)[::2]

@@ -12,9 +12,6 @@ from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.training import TrainingPlan
 
-# The error of single cells and of the average over 3 x 3 of them.
-ERRORS = ("reconstruction", "averaged_reconstruction")
-
 
 class HVQTransDetector(BaseImageDetector):
     """Hierarchical vector-quantised transformer for multi-class anomaly detection.
@@ -37,7 +34,7 @@ class HVQTransDetector(BaseImageDetector):
     stages : tuple of int or None, default=(2, 3)
         Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
         takes all but the last of five.
-    image_size : int or (int, int), default=320
+    image_size : int or (int, int), default=224
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
@@ -106,7 +103,8 @@ class HVQTransDetector(BaseImageDetector):
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        "auto" takes bfloat16 where the hardware has it natively.
+        Of the training and of the model. "auto" takes bfloat16 where the hardware has it natively. The backbone
+        computes in bfloat16 only where "bfloat16" is asked for.
     n_jobs : int or None, default=None
         Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
         when it is its turn. Results are the same.
@@ -174,7 +172,7 @@ class HVQTransDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=(2, 3),
-        image_size=320,
+        image_size=224,
         image_shape=None,
         standardize=True,
         patch_size=2,
@@ -335,13 +333,13 @@ class HVQTransDetector(BaseImageDetector):
         return model if dtype == torch.float32 else model.scoring_copy(dtype)
 
     def _map_terms(self, model, features, category):
-        """Errors of the reconstruction and costs of the transport, all as squared distances."""
+        """Error of the reconstruction, averaged over 3 x 3 cells, and costs of the transport, as squared distances."""
         terms = model.anomaly_map(features, category, window=3)
-        for name in ERRORS:
-            terms[name] = terms[name].square()
+        del terms["reconstruction"]
+        terms["averaged_reconstruction"] = terms["averaged_reconstruction"].square()
         return terms
 
     def _map_weights(self):
         """Half for the reconstruction, half for the transport on all levels."""
         levels = range(self.n_layers + 1)
-        return {**dict.fromkeys(ERRORS, 0.25), **{f"transport_{j}": 0.5 / len(levels) for j in levels}}
+        return {"averaged_reconstruction": 0.5, **{f"transport_{j}": 0.5 / len(levels) for j in levels}}

@@ -38,7 +38,7 @@ class VQFlowDetector(BaseImageDetector):
     stages : tuple of 4 int, default=(1, 2, 3, 4)
         Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
         the concept.
-    image_size : int or (int, int), default=320
+    image_size : int or (int, int), default=224
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
@@ -100,7 +100,8 @@ class VQFlowDetector(BaseImageDetector):
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        "auto" takes bfloat16 where the hardware has it natively.
+        Of the training and of the model. "auto" takes bfloat16 where the hardware has it natively. The backbone
+        computes in bfloat16 only where "bfloat16" is asked for.
     n_jobs : int or None, default=None
         Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
         when it is its turn. Results are the same.
@@ -167,7 +168,7 @@ class VQFlowDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=(1, 2, 3, 4),
-        image_size=320,
+        image_size=224,
         image_shape=None,
         standardize=True,
         n_concepts=32,
