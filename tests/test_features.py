@@ -5,6 +5,7 @@ import pickle
 import socket
 import sys
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,15 @@ def test_features_do_not_depend_on_company(fitted, images):
     np.testing.assert_array_equal(fitted.transform(images[order]), together[order])
     for i in range(6):
         np.testing.assert_array_equal(fitted.transform(images[[i]])[0], together[i])
+
+
+@pytest.mark.parametrize("backbone", [DEFAULT_BACKBONE, "resnet18"])
+def test_threads_may_ask_at_the_same_time(images, backbone):
+    for _ in range(3):
+        made = BackboneFeatures(backbone, weights="random", image_size=64).fit()
+        with ThreadPool(4) as pool:
+            found = pool.map(made.transform, [images[[i]] for i in range(8)])
+        np.testing.assert_allclose(np.concatenate(found), made.transform(images[:8]), rtol=1e-4, atol=1e-4)
 
 
 def test_images_of_other_sizes_are_resized(fitted, images):

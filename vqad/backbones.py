@@ -8,6 +8,7 @@ import importlib
 import itertools
 import logging
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
     return network.eval()
 
 
+_PREPARING = threading.Lock()
 _READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
 
 
@@ -95,17 +97,22 @@ def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     convolutions and linear maps are in the type that autocast would cast them to at every call. Other networks are
     returned as they are.
     """
-    if type(network).__module__ not in _EFFICIENTNETS:
-        return network.to(memory_format=torch.channels_last)
-    copies = _READY.setdefault(network, {})
-    if dtype not in copies:
-        ready = copy.deepcopy(network)
-        _fold_normalization(ready)
-        for module in ready.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(dtype)
-        copies[dtype] = ready.to(memory_format=torch.channels_last)
-    return copies[dtype]
+    # Threads ask at the same time; none may touch a network that another one uses.
+    with _PREPARING:
+        copies = _READY.get(network)
+        if copies is None:
+            network.to(memory_format=torch.channels_last)
+            copies = _READY[network] = {}
+        if type(network).__module__ not in _EFFICIENTNETS:
+            return network
+        if dtype not in copies:
+            ready = copy.deepcopy(network)
+            _fold_normalization(ready)
+            for module in ready.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
+            copies[dtype] = ready.to(memory_format=torch.channels_last)
+        return copies[dtype]
 
 
 def _fold_normalization(network: nn.Module) -> None:

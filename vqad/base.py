@@ -378,7 +378,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         def route(part: np.ndarray) -> list[np.ndarray]:
             return [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device, part)]
 
-        parts = [each for routed in side_by_side(route, np.arange(len(data)), device) for each in routed]
+        parts = [each for routed in self._side_by_side(route, data, np.arange(len(data)), device) for each in routed]
         return self.categories_[np.concatenate(parts)]
 
     def anomaly_map(self, X):
@@ -425,7 +425,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return judged
 
         try:
-            parts = [each for judged in side_by_side(judge, rows, device) for each in judged]
+            parts = [each for judged in self._side_by_side(judge, data, rows, device) for each in judged]
         finally:
             model.to("cpu")
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
@@ -525,8 +525,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return descriptor
 
         with bar:
-            parts = [each for kept in side_by_side(keep, np.arange(len(rows)), device) for each in kept]
+            parts = [each for kept in self._side_by_side(keep, data, np.arange(len(rows)), device) for each in kept]
         return store, np.concatenate(parts)
+
+    def _side_by_side(self, work, data, rows, device) -> Iterator:
+        """``work`` on parts of ``rows``, in threads unless a caller's own code reads or describes the images."""
+        own = not isinstance(data, FeatureArray) and not isinstance(self.features_, BackboneFeatures)
+        return side_by_side(work, rows, device, wanted=data.reads_in_threads and not own)
 
     def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         rows = np.arange(len(data)) if rows is None else rows

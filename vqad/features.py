@@ -181,8 +181,11 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         size = chunk_size(device)
         cache = None if memory is None else FeatureCache(memory, self._source(device, dtype, size))
-        moved = self.network_.to(device=device, memory_format=torch.channels_last)
-        network = ready_network(moved, dtype) if device.type == "cpu" else moved
+        on_cpu = device.type == "cpu"
+        if on_cpu:
+            network = ready_network(self.network_, dtype)
+        else:
+            network = self.network_.to(device=device, memory_format=torch.channels_last)
 
         def read(i: int) -> Tensor:
             return images.load([i], self.size_)
@@ -198,7 +201,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         try:
             yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
         finally:
-            moved.to("cpu")
+            if not on_cpu:
+                network.to("cpu")
 
     def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
         """All that an image's maps depend on, to the last bit, beside the image."""

@@ -132,6 +132,11 @@ class ImageSequence:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def reads_in_threads(self) -> bool:
+        """Whether several threads may read at a time: not from a caller's own collection."""
+        return isinstance(self._items, list) or _is_array(self._items)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} images>"
 

@@ -53,13 +53,15 @@ def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
             start += len(part)
 
 
-def side_by_side(work, rows: np.ndarray, device: torch.device) -> Iterator[Any]:
+def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = True) -> Iterator[Any]:
     """``work(part)`` for consecutive parts of ``rows``, in their order; on a CPU in as many threads as torch has.
+
+    Where that is not ``wanted``, or on another device, ``work(rows)``.
 
     Images of the size that a network wants keep one core busy and two cores waiting for each other: every thread works
     on its own images with one core. How many threads there are then does not change a bit of what comes out.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not wanted:
         yield work(rows)
         return
     threads = torch.get_num_threads()
@@ -140,6 +142,8 @@ class FeatureArray:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    reads_in_threads = True
 
     def size(self, i: int) -> tuple[int, int]:
         return self.values.shape[1:3]

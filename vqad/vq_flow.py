@@ -13,7 +13,6 @@ from sklearn.utils.validation import check_is_fitted
 from vqad.backbones import DEFAULT_BACKBONE
 from vqad.base import BaseImageDetector
 from vqad.nn.vq_flow import VQFlow
-from vqad.store import side_by_side
 from vqad.training import TrainingPlan, pick_device
 
 
@@ -284,7 +283,9 @@ class VQFlowDetector(BaseImageDetector):
             return found
 
         try:
-            parts = [each for found in side_by_side(concepts, np.arange(len(data)), device) for each in found]
+            parts = [
+                each for found in self._side_by_side(concepts, data, np.arange(len(data)), device) for each in found
+            ]
         finally:
             model.to("cpu")
         return np.concatenate(parts)
