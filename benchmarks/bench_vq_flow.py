@@ -15,12 +15,14 @@ import argparse
 import statistics
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
 from vqad import BackboneFeatures, VQFlowDetector
+from vqad.backbones import ready_network
 from vqad.nn.vq_flow import VQFlow
-from vqad.store import chunk_size
+from vqad.store import chunk_size, side_by_side
 from vqad.training import native_precision, pick_device
 
 BATCH, CHANNELS = 16, (24, 40, 112, 320)
@@ -36,16 +38,15 @@ class System:
 
     def __init__(self, model, device, dtype, plain):
         self.model, self.device, self.dtype, self.plain = model.to(device), device, dtype, plain
-        precision = "float32" if dtype == torch.float32 else "bfloat16"
-        self.backbone = BackboneFeatures(
-            weights="random", stages=(1, 2, 3, 4), merge=False, device=device, precision=precision
-        ).fit()
-        self.network = self.backbone.network_.to(device=device, memory_format=torch.channels_last)
+        self.backbone = BackboneFeatures(weights="random", stages=(1, 2, 3, 4), merge=False, device=device).fit()
+        network = self.backbone.network_.to(device=device, memory_format=torch.channels_last)
+        self.network = ready_network(network, torch.float32) if device.type == "cpu" and not plain else network
         self.optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=not plain)
 
     def extract(self, pixels):
-        with torch.inference_mode(), self.autocast():
-            return [m.float() for m in self.network(pixels)]
+        """Features in float32, as the detectors compute them."""
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return self.network(pixels)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -62,11 +63,16 @@ class System:
 
     def score(self, pixels):
         self.model.eval()
-        # Ours scores chunks of a fixed size, so that an image's score does not depend on its company.
+        # Ours scores chunks of a fixed size, so that an image's score does not depend on its company, a core each.
         size = len(pixels) if self.plain else min(len(pixels), chunk_size(self.device, 49))
-        with torch.inference_mode(), self.autocast(), self.model.prepared():
-            for part in pixels.split(size):
-                self.model.anomaly_map(self.extract(part))
+
+        def some(rows):
+            with torch.inference_mode(), self.autocast():
+                for part in pixels[rows].split(size):
+                    self.model.anomaly_map(self.extract(part.contiguous(memory_format=torch.channels_last)))
+
+        with self.model.prepared():
+            list(side_by_side(some, np.arange(len(pixels)), self.device, wanted=not self.plain))
 
 
 def seconds(run, device) -> float:

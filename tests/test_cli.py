@@ -378,7 +378,7 @@ def demo(tmp_path_factory):
     """Folder and printed lines of a small demonstration, and the cells that it measured on."""
     folder, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(vqad.demo, "QUICK", TINY_DEMO)
+        patch.setattr(vqad.cli, "QUICK", TINY_DEMO)
         assert main(["demo", "--quick", "--out", str(folder)]) == 0
     return folder, printed.getvalue(), split_cells(load_elpv(), TINY_DEMO, 0)[1]
 
@@ -451,7 +451,7 @@ def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path, interrupted_fit):
 
     monkeypatch.setattr(Trainer, "_one_pass", interrupted)
     monkeypatch.setattr(vqad.demo, "PatchMemoryBank", never)
-    monkeypatch.setattr(vqad.demo, "QUICK", TINY_DEMO)
+    monkeypatch.setattr(vqad.cli, "QUICK", TINY_DEMO)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 130
     assert "vqad: interrupted" in capsys.readouterr().err
     assert len({*map(id, trained)}) == interrupted_fit
