@@ -90,6 +90,15 @@ class Brightness(OutlierMixin, BaseEstimator):
         return np.asarray(X, dtype=np.float32)
 
 
+@pytest.fixture
+def one_thread():
+    """As joblib's processes have it: last bits of a training, and what becomes of them, depend on the threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=DETECTORS, ids=lambda detector: type(detector).__name__)
 def detector(request):
     return request.param
@@ -427,14 +436,14 @@ def test_cross_val_predict_tests_every_sample_once(detector, rows, method):
 
 
 @pytest.mark.slow
-def test_cross_val_predict_in_parallel(detector, rows):
+def test_cross_val_predict_in_parallel(detector, rows, one_thread):
     folds = list(InlierKFold(2, random_state=0).split(rows, Y))
     one, two = (cross_val_predict(detector, rows, cv=folds, method="decision_function", n_jobs=n) for n in (1, 2))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_grid_search_in_parallel(detector, rows):
+def test_grid_search_in_parallel(detector, rows, one_thread):
     search = GridSearchCV(
         detector, {"learning_rate": [1e-4, 1e-2]}, cv=InlierKFold(2, random_state=0), scoring=image_auroc_scorer,
         n_jobs=2, error_score="raise",
