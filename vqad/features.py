@@ -51,8 +51,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        "auto" is float32: bfloat16 is up to twice as fast where the hardware has it, but moves features by several
-        percent, which hides small defects.
+        "auto" is float32: bfloat16 moves features by several percent, which hides small defects.
 
     Attributes
     ----------
