@@ -3,6 +3,10 @@
 import contextlib
 import logging
 import math
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -483,3 +487,41 @@ def test_perplexity_is_the_mean_over_all_codebooks():
     model[1][0].cluster_size.copy_(torch.tensor([[2.0, 2, 0, 0]]))
     assert codebook_perplexity(model) == pytest.approx((4 + 1 + 2) / 3)
     assert math.isnan(codebook_perplexity(nn.Linear(2, 2)))
+
+
+# ------------------------------------------------------------------ freed memory
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from vqad._heap import keep_freed_memory
+
+def take_and_free():
+    del [torch.ones(2**21) for _ in range(8)][:]
+
+wanted = sys.argv[1] == "kept"
+assert not wanted or keep_freed_memory()
+take_and_free()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    take_and_free()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep freed memory")
+def test_freed_memory_is_taken_again_without_page_faults():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    faults = {}
+    for case in ("as it is", "kept"):
+        command = [sys.executable, "-c", PAGE_FAULTS, case]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        faults[case] = int(done.stdout)
+    assert faults["kept"] < 0.2 * faults["as it is"]
+
+
+def test_an_allocator_that_the_user_chose_is_left_alone(monkeypatch):
+    from vqad._heap import keep_freed_memory
+
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert not keep_freed_memory.__wrapped__()

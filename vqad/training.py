@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vqad._heap import keep_freed_memory
 from vqad._warn import warn
 from vqad.checkpoint import Checkpoint
 from vqad.nn.quantize import VectorQuantizer
@@ -216,6 +217,8 @@ class Trainer:
         log : TrainingLog
         """
         plan, started = self.plan, time.monotonic()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model.to(self.device)
         with _frozen(self.model, self.parts):
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dropout import random_signs, rounded
+from .packed import PackedLinear
 
 _CACHED = 2**20
 """Attention weights that are worked on at a time."""
@@ -42,9 +43,16 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj: nn.Linear | PackedLinear = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
+        self.packed: nn.ModuleList | None = None
+
+    def pack(self, rows: int) -> None:
+        """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image."""
+        parts = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        self.packed = nn.ModuleList(PackedLinear(weight, bias, rows) for weight, bias in parts)
+        self.out_proj = PackedLinear(self.out_proj.weight, self.out_proj.bias, rows)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_heads={self.n_heads}, dropout={self.dropout}"
@@ -68,9 +76,11 @@ class Attention(nn.Module):
         located = x + position
         key = located if memory is x else memory + position
         # Three products, though two would do: the gradient of a wide one takes longer than those of its parts.
-        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
-        q, k, v = F.linear(located, w_q, b_q), F.linear(key, w_k, b_k), F.linear(memory, w_v, b_v)
+        if self.packed is None:
+            parts = zip((located, key, memory), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+            q, k, v = (F.linear(inputs, weight, bias) for inputs, weight, bias in parts)
+        else:
+            q, k, v = (packed(inputs) for packed, inputs in zip(self.packed, (located, key, memory)))
         p = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and (torch.is_grad_enabled() or p):
             attended: Tensor = _Attend.apply(q, k, v, self.n_heads, p)

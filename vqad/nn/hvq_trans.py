@@ -7,6 +7,7 @@ NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
+from .packed import can_pack
 from .quantize import VectorQuantizer
-from .transformer import Decoder, Encoder, LearnedPosition
+from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
 
 _SAMPLE_NUMBERS = 2**28
@@ -226,17 +228,37 @@ class HVQTrans(nn.Module):
             terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
         return terms
 
+    @torch.no_grad()
+    def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
+        """Levels 0, 1, ..., n_layers of the tokens, row by row; nothing is rebuilt from them.
+
+        Parameters
+        ----------
+        features : Tensor of shape (N, C, h, w)
+        category : Tensor of shape (N,), int64
+        """
+        states = self.encoder(self.input_projection(self._tokens(features)), self.position())
+        return self._quantise(states, category)[0]
+
     def scoring_copy(self, dtype: torch.dtype) -> HVQTrans:
         """A copy for inference under autocast to ``dtype``: it gives the same, and nothing is cast at every call.
 
-        It shares the codebooks and all else that autocast leaves alone with this model.
+        It shares the codebooks and all else that autocast leaves alone with this model, which must not change from then
+        on: what can be worked out beforehand, is.
         """
         shared: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
         for module in self.modules():
             if isinstance(module, (nn.Linear, Attention)):
                 for parameter in module.parameters(recurse=False):
                     shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        return copy.deepcopy(self, shared)
+        scorer = copy.deepcopy(self, shared)
+        for quantizer in scorer.quantizers:
+            quantizer.freeze()
+        if can_pack(scorer.input_projection.weight):
+            for module in scorer.modules():
+                if isinstance(module, (Attention, FeedForward)):
+                    module.pack(math.prod(self.token_grid))
+        return scorer
 
     @torch.no_grad()
     def initialise_projection(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

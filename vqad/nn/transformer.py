@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .dropout import add_dropped, relu_dropped
+from .packed import PackedLinear
 
 
 class FeedForward(nn.Module):
@@ -21,13 +22,21 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.linear1: nn.Linear | PackedLinear = nn.Linear(dim, dim_feedforward)
+        self.linear2: nn.Linear | PackedLinear = nn.Linear(dim_feedforward, dim)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
+    def pack(self, rows: int) -> None:
+        """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image."""
+        self.linear1 = PackedLinear(self.linear1.weight, self.linear1.bias, rows, relu=True)
+        self.linear2 = PackedLinear(self.linear2.weight, self.linear2.bias, rows)
+
     def feed_forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear2(relu_dropped(self.linear1(x), self.dropout, self.training))
+        hidden = self.linear1(x)
+        if not isinstance(self.linear1, PackedLinear):
+            hidden = relu_dropped(hidden, self.dropout, self.training)
+        output: Tensor = self.linear2(hidden)
         return output
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
