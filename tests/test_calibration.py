@@ -199,20 +199,33 @@ def test_constant_terms_give_finite_maps():
 
 def test_left_out_maps_are_those_of_a_calibration_without_the_image():
     rng = np.random.default_rng(3)
-    reference, held_out = np.arange(60) % 3, np.array([0] * 5 + [1] * 25 + [2])
+    reference, held_out = np.arange(60) % 3, np.array([0] * 5 + [1] * 101 + [2])
     terms, held = make_terms(rng, reference), make_terms(rng, held_out)
     calibration = MapCalibration().fit(terms, reference, held, held_out, 3)
     left_out = calibration.leave_one_out(held, held_out)
     combined = calibration.combine(held, held_out)
     for i in range(5):
-        others = np.arange(31) != i
+        others = np.arange(107) != i
         without = {name: term[others] for name, term in held.items()}
         again = MapCalibration().fit(terms, reference, without, held_out[others], 3)
         one = {name: term[[i]] for name, term in held.items()}
         np.testing.assert_allclose(left_out[i], again.combine(one, held_out[[i]])[0], rtol=1e-4, atol=1e-5)
     assert np.abs(left_out[:5] - combined[:5]).max() > 1e-3
-    np.testing.assert_array_equal(left_out[5:30], combined[5:30])  # one of many changes nothing
-    assert np.isfinite(left_out[30]).all()
+    np.testing.assert_array_equal(left_out[5:106], combined[5:106])  # one of many changes nothing
+    assert np.isfinite(left_out[106]).all()
+
+
+def test_few_feature_rows_set_no_scale_of_their_own():
+    """Of two numbers the median and the deviation say nothing: the unit stays that of the places."""
+    rng, category = np.random.default_rng(0), np.repeat([0, 1], [19, 20])
+    terms = {"t": rng.standard_normal((39, 1, 1)).astype(np.float32)}
+    calibration = MapCalibration().fit(terms, category, terms, category, 2)
+    assert (calibration.center_[0, 0], calibration.scale_[0, 0]) == (0, 1)
+    located = (terms["t"][19:, 0, 0] - calibration.mean_[1, 0, 0, 0]) / calibration.spread_[1, 0, 0, 0]
+    np.testing.assert_allclose(calibration.center_[1, 0], np.median(located), atol=1e-6)
+    np.testing.assert_allclose(calibration.scale_[1, 0], robust_deviation(located), rtol=1e-4)
+    left_out = calibration.leave_one_out(terms, category)
+    np.testing.assert_array_equal(left_out[:19], calibration.combine(terms, category)[:19])
 
 
 # ---- image scores --------------------------------------------------------------------------------
@@ -290,5 +303,5 @@ def test_pooling_is_the_mean_of_the_highest_cells(maps, fraction):
 
 def test_pooling_does_not_depend_on_company():
     maps = np.random.default_rng(0).standard_normal((20, 14, 14)).astype(np.float32)
-    together = pool_map(maps)
-    np.testing.assert_array_equal([pool_map(maps[[i]])[0] for i in range(20)], together)
+    together = pool_map(maps, 0.03)
+    np.testing.assert_array_equal([pool_map(maps[[i]], 0.03)[0] for i in range(20)], together)

@@ -4,6 +4,7 @@ import inspect
 import io
 import pickle
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import joblib
@@ -18,8 +19,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 from sklearn.utils._param_validation import InvalidParameterError
-from sklearn.utils.estimator_checks import check_estimator
+from sklearn.utils.estimator_checks import (
+    check_estimator,
+    check_fit_non_negative,
+    check_positive_only_tag_during_fit,
+    check_valid_tag_types,
+)
 
 from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad.datasets import ImageDataset, make_textured_parts
@@ -214,7 +221,8 @@ def test_wrong_image_size_is_explained(detector, images):
 
 
 @pytest.mark.parametrize(
-    "method", ["score_samples", "decision_function", "predict", "p_values", "anomaly_map", "predict_category"]
+    "method",
+    ["score_samples", "decision_function", "predict", "p_values", "anomaly_map", "predict_category", "explain"],
 )
 def test_not_fitted(detector, images, method):
     with pytest.raises(NotFittedError, match="not fitted yet"):
@@ -335,10 +343,12 @@ def test_fit_takes_paths_and_flattened_rows_too(detector, images, labels, tmp_pa
     np.testing.assert_array_equal(flat.score_samples(images[:5]), expected)
 
 
-def test_fit_reads_every_normal_image_once_and_no_other(detector, parts):
+def test_fit_reads_every_normal_image_at_most_twice_and_no_other(detector, parts):
     X = Counting(parts.images)
     thumbnails(detector).fit(X, parts.target)
-    assert sorted(X.asked) == list(np.flatnonzero(parts.target == 1))
+    n_read = np.bincount(X.asked, minlength=len(parts.images))
+    assert np.isin(n_read[parts.target == 1], (1, 2)).all()  # again for the thumbnails of its prototypes
+    assert (n_read[parts.target == -1] == 0).all()
 
 
 def test_X_is_not_written_to(detector, images, labels):
@@ -926,6 +936,53 @@ def test_paths_are_split_by_grid_search(detector, parts, tmp_path):
         search.fit(data, data.target)
     assert set(search.best_params_) == {"backbone__cells"}
     assert Path(data.paths[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "accepted"),
+    [
+        ({"backbone": None}, {"two_d_array"}),
+        ({"backbone": None, "image_shape": (2, 2)}, {"two_d_array"}),
+        ({}, {"three_d_array", "string", "positive_only"}),
+        ({"image_shape": (2, 2)}, {"two_d_array", "three_d_array", "string", "positive_only"}),
+    ],
+)
+def test_tags_say_what_is_accepted(detector, form, accepted):
+    tags = get_tags(clone(detector).set_params(**form))
+    assert {name for name, value in asdict(tags.input_tags).items() if value} == accepted
+    assert (tags.non_deterministic, tags.no_validation, tags.target_tags.required) == (False, False, False)
+
+
+def test_tags_are_true(detector, images, rows, tmp_path):
+    """What each form takes and refuses, as its tags say."""
+    flat, paths = images.reshape(len(images), -1), np.array([str(path) for path in save_all(tmp_path, images)])
+    of_rows = features_only(detector, max_iter=1)
+    of_images = thumbnails(detector, max_iter=1)
+    of_flat = thumbnails(detector, max_iter=1, image_shape=(64, 64, 3))
+    for made, X in ((of_rows, rows), (of_images, paths), (of_images, images[..., 0]), (of_flat, flat), (of_flat, paths),
+                    (of_flat, images[..., 0])):  # fmt: skip
+        made.fit(X)
+    negative, missing = np.array(images / 255), np.array(images / 255)
+    negative[3, 0, 0], missing[3, 0, 0] = -0.5, np.nan
+    of_rows.fit(rows - 100)
+    for made, X in ((of_rows, images[..., 0] / 255), (of_images, flat / 255)):
+        with pytest.raises(ValueError, match=r"dim 3|image_shape"):
+            made.fit(X)
+    for made, shape in ((of_images, images.shape), (of_flat, flat.shape)):
+        with pytest.raises(ValueError, match=r"^Negative values in data: image 3 of X has float pixels"):
+            made.fit(negative.reshape(shape))
+        with pytest.raises(ValueError, match="NaN"):
+            made.fit(missing.reshape(shape))
+
+
+@pytest.mark.filterwarnings("ignore:y has values other than")
+def test_scikit_learns_checks_of_positive_data(detector):
+    """They take the tags at their word."""
+    check_positive_only_tag_during_fit("of rows", features_only(detector, max_iter=1))
+    for check, shape in ((check_positive_only_tag_during_fit, (1, 4)), (check_fit_non_negative, (1, 2))):
+        made = thumbnails(detector, image_shape=shape, max_iter=1)
+        check("of flattened images", made)
+        check_valid_tag_types("of flattened images", made)
 
 
 @pytest.mark.slow

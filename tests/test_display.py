@@ -8,9 +8,9 @@ import pytest
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from vqad import HVQTransDetector
+from vqad import HVQTransDetector, VQFlowDetector
 from vqad.datasets import make_textured_parts
-from vqad.display import AnomalyMapDisplay, ScoreDistributionDisplay
+from vqad.display import AnomalyMapDisplay, CodebookDisplay, ScoreDistributionDisplay
 from vqad.report import overlay
 
 matplotlib.use("agg")
@@ -175,6 +175,89 @@ def test_a_histogram_goes_on_the_axes_that_are_given():
 def test_scores_that_cannot_be_drawn_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ScoreDistributionDisplay.from_predictions(**{"anomaly_score": [0.0, 1.0], "threshold": 0.5, **arguments})
+
+
+# ---- prototypes ----------------------------------------------------------------------------------
+
+
+def test_the_most_used_codes_are_drawn_for_each_category(detector):
+    display = CodebookDisplay.from_estimator(detector, codebook="level_1", n_codes=5, n_columns=3)
+    prototypes = detector.prototypes_
+    assert len(display.axes_) == len(detector.categories_) == 2
+    for group, axis in enumerate(display.axes_):
+        codes = prototypes.most_used("level_1", group)[:5]
+        assert len(axis.images) == 5
+        for drawn, code in zip(axis.images, codes):
+            np.testing.assert_array_equal(drawn.get_array(), prototypes.get("level_1", code, group).thumbnail)
+        share = prototypes.usage["level_1"][group, codes] / prototypes.usage["level_1"][group].sum()
+        assert [text.get_text() for text in axis.texts] == [f"{s:.1%}" if s < 0.0995 else f"{s:.0%}" for s in share]
+        title = axis.get_title(loc="left")
+        assert title.startswith(f"{detector.categories_[group]}, level_1: 5 of ")
+        assert title.endswith(f"{share.sum():.0%} of the cells")
+
+
+def test_pictures_do_not_overlap_and_lie_on_the_axes(detector):
+    (axis,) = CodebookDisplay.from_estimator(detector, category="disc", n_codes=7, n_columns=4).axes_
+    boxes = np.array([image.get_extent() for image in axis.images])  # left, right, bottom, top
+    assert len({tuple(box) for box in boxes}) == 7
+    for a in boxes:
+        apart = (boxes[:, 0] >= a[1]) | (boxes[:, 1] <= a[0]) | (boxes[:, 3] >= a[2]) | (boxes[:, 2] <= a[3])
+        assert (~apart).sum() == 1, "each but itself"
+    assert boxes[:, 1].max() <= axis.get_xlim()[1]
+    assert boxes[:, 2].max() <= axis.get_ylim()[0]
+
+
+def test_one_category_is_drawn_on_the_axes_that_are_given(detector):
+    _, axis = plt.subplots()
+    display = CodebookDisplay.from_estimator(detector, category="weave", ax=axis)
+    assert display.axes_[0] is axis
+    assert display.figure_ is axis.figure
+    assert axis.get_title(loc="left").startswith("weave, level_0")
+    with pytest.raises(ValueError, match="one Axes for each of 2 groups of codes; got 1"):
+        CodebookDisplay.from_estimator(detector, ax=axis)
+
+
+def test_codes_that_all_categories_share_are_drawn_once(parts):
+    normal = parts.target == 1
+    flow = VQFlowDetector(
+        image_size=64, n_concepts=4, n_patterns=8, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=4, max_iter=1,
+        false_alarm_rate=0.2, random_state=0,
+    ).fit(parts.images[normal], category=parts.category[normal])  # fmt: skip
+    for category in (None, "disc"):
+        (axis,) = CodebookDisplay.from_estimator(flow, codebook="concept", category=category).axes_
+        assert axis.get_title(loc="left").startswith("all categories, concept: ")
+
+
+def test_codes_that_there_are_not_are_refused(detector):
+    with pytest.raises(ValueError, match="category must be one of 'disc', 'weave'; got 'tile'"):
+        CodebookDisplay.from_estimator(detector, category="tile")
+    with pytest.raises(ValueError, match=r"codebook must be one of 'level_0', .*; got 'concept'"):
+        CodebookDisplay.from_estimator(detector, codebook="concept")
+    rows = np.random.default_rng(0).normal(size=(30, 5))
+    with pytest.raises(ValueError, match="no thumbnails of its prototypes: it was fitted on features"):
+        CodebookDisplay.from_estimator(HVQTransDetector(**TINY, backbone=None).fit(rows))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shares": [[0.5]]}, "thumbnails and shares must have the same lengths"),
+        ({"thumbnails": [], "shares": []}, "thumbnails and shares must have the same lengths"),
+        ({"titles": ["a", "b"]}, "titles must have one entry a group, 1; got 2"),
+    ],
+)
+def test_prototypes_that_cannot_be_drawn_are_refused(arguments, message):
+    fine = {"thumbnails": [np.zeros((2, 4, 4, 3), np.uint8)], "shares": [[0.5, 0.5]]}
+    with pytest.raises(ValueError, match=message):
+        CodebookDisplay(**{**fine, **arguments})
+
+
+def test_codes_are_drawn_of_the_detector_at_the_end_of_a_pipeline_or_a_search(detector):
+    pipeline = make_pipeline(FunctionTransformer(), detector)
+    shown = CodebookDisplay.from_estimator(Search(pipeline), n_codes=3)
+    np.testing.assert_array_equal(shown.thumbnails, CodebookDisplay.from_estimator(detector, n_codes=3).thumbnails)
+    with pytest.raises(TypeError, match=r"CodebookDisplay.from_estimator takes a detector of vqad; got \w+\.$"):
+        CodebookDisplay.from_estimator(FunctionTransformer())
 
 
 # ---- both ----------------------------------------------------------------------------------------

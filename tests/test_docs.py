@@ -21,6 +21,7 @@ PUBLIC = (
     "vqad",
     "vqad.datasets",
     "vqad.display",
+    "vqad.explain",
     "vqad.metrics",
     "vqad.model_selection",
     "vqad.report",

@@ -69,6 +69,11 @@ class OfRows:
         X = validate_data(self, X, reset=reset, dtype=np.float64)
         return check_images(1 / (1 + np.exp(-X)), image_shape=(1, X.shape[1]))
 
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.positive_only = False
+        return tags
+
 
 class HVQTransOfRows(OfRows, HVQTransDetector):
     pass

@@ -24,6 +24,7 @@ from vqad.training import (
     codebook_perplexity,
     free_memory_limit,
     native_precision,
+    one_pass,
     pick_device,
     seeded,
     to_device,
@@ -487,6 +488,45 @@ def test_perplexity_is_the_mean_over_all_codebooks():
     model[1][0].cluster_size.copy_(torch.tensor([[2.0, 2, 0, 0]]))
     assert codebook_perplexity(model) == pytest.approx((4 + 1 + 2) / 3)
     assert math.isnan(codebook_perplexity(nn.Linear(2, 2)))
+
+
+# ------------------------------------------------------------------ categories of different sizes
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    balance=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_a_pass_draws_categories_by_their_share(sizes, balance, seed):
+    with seeded(seed, CPU):
+        category = torch.repeat_interleave(torch.tensor(sizes)).mul(3)[torch.randperm(sum(sizes))]
+        order = one_pass(category, balance)
+    assert order.shape == category.shape
+    often = torch.bincount(order, minlength=len(category))
+    shares = torch.tensor(sizes).double().pow(1 - balance)
+    expected = shares / shares.sum() * sum(sizes)
+    for k, (size, wanted) in enumerate(zip(sizes, expected.tolist())):
+        own = often[category == 3 * k]
+        assert own.sum() >= 1
+        assert abs(int(own.sum()) - wanted) <= 2 + wanted * len(sizes) / sum(sizes)
+        assert own.max() - own.min() <= 1
+        if not balance:
+            assert own.sum() == size
+
+
+def test_categories_of_equal_size_are_drawn_once_each():
+    assert sorted(one_pass(torch.arange(60) % 4, 0.5).tolist()) == list(range(60))
+
+
+def test_the_loop_draws_by_the_balance_of_its_plan():
+    source = Source(torch.randn(40, 4))
+    category = torch.tensor([0] * 36 + [1] * 4)
+    plan = TrainingPlan(max_iter=1, batch_size=8, category_balance=1.0)
+    Trainer(Regression(), source, category, plan, device=CPU).fit(torch.arange(40))
+    drawn = [i for batch in source.batches for i in batch]
+    assert len(drawn) == 40
+    assert sum(i >= 36 for i in drawn) == 20
 
 
 # ------------------------------------------------------------------ freed memory

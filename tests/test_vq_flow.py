@@ -1,14 +1,19 @@
 """What is VQFlowDetector's own; the contract is in test_common.py."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 
+import vqad
 from vqad import BackboneFeatures, VQFlowDetector
 from vqad.backbones import load_backbone
 from vqad.datasets import make_textured_parts
+from vqad.metrics import image_auroc
 from vqad.nn.vq_flow import VQFlow
 
 SMALL = VQFlowDetector(
@@ -177,3 +182,137 @@ def test_other_than_four_stages_are_refused():
     parts = make_textured_parts(4, 0, image_size=64, random_state=0)
     with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(1, 2\)"):
         VQFlowDetector(stages=(1, 2), image_size=64).fit(parts.images)
+
+
+# ---- categories that partial_fit adds
+
+
+def kinds_of_maps(n, seed, n_odd=0):
+    """``n`` maps (8, 8, 6) of three kinds in turn, the last ``n_odd`` of them with a spot.
+
+    The channels of the third kind vary together: half of their directions hardly do, and its spots are along those.
+    """
+    rng = np.random.default_rng(seed)
+    pattern = 3 * np.random.default_rng(5).standard_normal((3, 8, 8, 6))
+    directions = np.linalg.qr(np.random.default_rng(6).standard_normal((6, 6)))[0]
+    mixing = np.stack([np.eye(6), np.eye(6), np.repeat([1.4, 0.1], 3)[:, None] * directions])
+    kind = np.arange(n) % 3
+    made = pattern[kind] + np.einsum("nhwc,ncd->nhwd", rng.standard_normal((n, 8, 8, 6)), mixing[kind])
+    if n_odd:
+        made[-n_odd:, 2:5, 2:5] += 2 * directions[4]
+    return made.astype(np.float32), np.array(["a", "b", "c"])[kind]
+
+
+@pytest.fixture(scope="module")
+def of_two():
+    """Knows the kinds a and b; not to be changed."""
+    maps, kind = kinds_of_maps(60, 0)
+    return clone(SMALL).set_params(max_iter=8).fit(maps[kind != "c"], category=kind[kind != "c"])
+
+
+@pytest.fixture(scope="module")
+def of_three(of_two):
+    """The same that learned c afterwards; not to be changed."""
+    maps, kind = kinds_of_maps(60, 1)
+    return copy.deepcopy(of_two).set_params(max_iter=20).partial_fit(maps[kind == "c"], category=kind[kind == "c"])
+
+
+def test_a_new_category_moves_no_score_of_the_old_ones(of_two, of_three):
+    maps, kind = kinds_of_maps(48, 2, n_odd=9)
+    old = maps[(kind != "c") & (of_two.predict_category(maps) == of_three.predict_category(maps))]
+    assert len(old) >= 30
+    np.testing.assert_array_equal(of_three.score_samples(old), of_two.score_samples(old))
+    np.testing.assert_array_equal(of_three.anomaly_map(old), of_two.anomaly_map(old))
+    np.testing.assert_array_equal(of_three.predict_concept(old), of_two.predict_concept(old))
+    before = of_two.model_.state_dict()
+    for name, value in of_three.model_.state_dict().items():
+        if name in before:
+            assert torch.equal(value[: len(before[name])] if "codebook" in name else value, before[name]), name
+
+
+def untrained(detector, monkeypatch):
+    """What learns routing and thresholds of a new category alone."""
+
+    def share(self, n, batches):
+        self._n_first = self.model_.n_categories = self.model_.n_categories + n
+
+    monkeypatch.setattr(VQFlowDetector, "_add_categories", share)
+    monkeypatch.setattr(VQFlowDetector, "_parts_of", lambda *args: [])
+    maps, kind = kinds_of_maps(60, 1)
+    return copy.deepcopy(detector).partial_fit(maps[kind == "c"], category=kind[kind == "c"])
+
+
+def test_the_parts_of_a_new_category_learn_it(of_two, of_three, monkeypatch):
+    """They raise the likelihood of its normal images that were never seen, and find its defects better."""
+    curve = of_three.loss_curve_[8:]
+    assert len(curve) == 20
+    assert curve[-1] < curve[0] - 0.3
+    maps, kind = kinds_of_maps(240, 3, n_odd=120)
+    is_odd = (np.arange(240) >= 120)[kind == "c"]
+    maps = maps[kind == "c"]
+    assert set(of_three.predict_category(maps)) == {"c"}
+    features = of_three._scaled([torch.from_numpy(maps[~is_odd]).movedim(3, 1)], torch.device("cpu"))[0]
+    with torch.no_grad():
+        own, shared = (of_three.model_(features, torch.full((40,), c)).latents for c in (2, 0))
+    assert own.log_prob.mean() > shared.log_prob.mean() + 0.1 * own.n_dimensions
+    plain = untrained(of_two, monkeypatch)
+    with_parts, without = (image_auroc(np.where(is_odd, -1, 1), -d.score_samples(maps)) for d in (of_three, plain))
+    assert with_parts > without + 0.1
+
+
+def test_concepts_of_a_new_category_are_numbered_on(of_three):
+    maps, kind = kinds_of_maps(30, 4)
+    concept = of_three.predict_concept(maps)
+    assert ((concept // 4 == 1) == (kind == "c")).all()
+
+
+def test_more_images_of_a_category_train_what_it_alone_has(of_three):
+    maps, kind = kinds_of_maps(60, 5)
+    state = {name: value.clone() for name, value in of_three.model_.state_dict().items()}
+    made = copy.deepcopy(of_three).partial_fit(maps[kind == "a"], category=kind[kind == "a"])
+    assert made.n_iter_ == of_three.n_iter_
+    assert all(torch.equal(value, state[name]) for name, value in made.model_.state_dict().items())
+    made.partial_fit(maps, category=kind)
+    assert made.n_iter_ == of_three.n_iter_ + 1
+    after = made.model_.state_dict()
+    moved = {name for name, value in state.items() if not torch.equal(after[name], value)}
+    assert {name.split(".")[0] for name in moved} == {"hierarchy", "added_flow", "added_mixture"}
+    for name in moved:
+        assert "hierarchy" not in name or torch.equal(after[name][0], state[name][0])
+
+
+@pytest.mark.parametrize("way", ["save", "pickle"])
+def test_a_model_with_added_categories_is_kept(of_three, way, tmp_path):
+    maps, kind = kinds_of_maps(30, 6)
+    if way == "save":
+        vqad.save(of_three, tmp_path / "model.safetensors")
+        again = vqad.load(tmp_path / "model.safetensors")
+    else:
+        again = pickle.loads(pickle.dumps(of_three))
+    np.testing.assert_array_equal(again.score_samples(maps), of_three.score_samples(maps))
+    again.partial_fit(maps[kind == "c"], category=np.full(10, "d"))
+    assert again.model_.n_added == 2
+    np.testing.assert_array_equal(again.score_samples(maps[kind == "a"]), of_three.score_samples(maps[kind == "a"]))
+
+
+def test_a_category_added_by_a_version_without_own_parts_goes_on_without(of_two, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        made = untrained(of_two, patch)
+    del made._n_first
+    vqad.save(made, tmp_path / "model.safetensors")
+    again = vqad.load(tmp_path / "model.safetensors")
+    maps, kind = kinds_of_maps(30, 6)
+    np.testing.assert_array_equal(again.score_samples(maps), made.score_samples(maps))
+    again.partial_fit(10 - maps[kind == "c"], category=np.full(10, "d"))
+    assert (again.model_.n_categories, again.model_.n_added) == (3, 1)
+    np.testing.assert_array_equal(again.score_samples(maps), made.score_samples(maps))
+
+
+def test_another_fit_has_no_added_categories_and_a_warm_one_keeps_them(of_three):
+    maps, kind = kinds_of_maps(45, 7)
+    warm = copy.deepcopy(of_three).set_params(warm_start=True, max_iter=1).fit(maps, category=kind)
+    assert warm.model_.n_added == 1
+    fresh = copy.deepcopy(of_three).set_params(max_iter=1).fit(maps, category=kind)
+    assert fresh.model_.n_added == 0
+    plain = clone(of_three).set_params(max_iter=1).fit(maps, category=kind)
+    np.testing.assert_array_equal(fresh.score_samples(maps), plain.score_samples(maps))

@@ -333,8 +333,8 @@ def test_an_image_is_scored_the_same_in_any_company():
         torch.testing.assert_close(term[0], together[name][3], rtol=1e-10, atol=1e-10)
 
 
-def test_categories_are_not_used():
-    module, features = small(hidden=6).eval(), features_like(4)
+def test_categories_that_share_everything_do_not_matter():
+    module, features = small(hidden=6, n_categories=4).eval(), features_like(4)
     with torch.no_grad():
         without = module.anomaly_map(features)
         within = module.anomaly_map(features, torch.tensor([3, 1, 0, 2]))
@@ -409,3 +409,131 @@ def test_the_positional_encoding_tells_all_cells_apart():
     cells = positional_encoding(8, 6, 5).flatten(1).T
     distance = torch.cdist(cells, cells) + torch.eye(30).double()
     assert distance.min() > 1e-2
+
+
+# ---- categories that were added
+
+
+ADDED = torch.tensor([0, 2, 1, 3, 2])
+
+
+def with_added(**parameters) -> VQFlow:
+    """Categories 0 and 1 share everything, 2 and 3 have parts of their own that do something."""
+    module = small(hidden=6, n_categories=2, **parameters)
+    assert [module.add_category(), module.add_category()] == [2, 3]
+    module.initialise_codes([(features_like(12), torch.arange(12) % 2 + 2)])
+    for added in module.added_mixture:
+        for parameter in added.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return awake(module).eval()
+
+
+def test_an_added_category_leaves_every_bit_of_the_others_as_it_was():
+    module, features = awake(small(hidden=6, n_categories=2)).eval(), features_like(3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    maps = []
+    for _ in range(2):
+        with torch.no_grad(), module.prepared():
+            maps.append(module.anomaly_map(features, torch.tensor([0, 1, 1])))
+        module.add_category()
+        module.initialise_codes([(features_like(6), torch.full((6,), 2)), (features_like(2), torch.full((2,), 2))])
+    for name, value in before.items():
+        after = module.state_dict()[name]
+        assert torch.equal(after[: len(value)] if "codebook" in name else after, value), name
+    assert all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
+
+
+def test_the_parts_of_an_added_category_learn_and_no_other_moves():
+    module, features = with_added(), features_like(8)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    parts = module.parts_of(2)
+    assert not module.parts_of(1)
+    learning = [p for part in parts for p in part.parameters()]
+    for p in module.parameters():
+        p.requires_grad_(any(p is q for q in learning))
+    for part in parts:
+        part.train()
+    optimizer = torch.optim.Adam(learning, 1e-2)
+    losses = []
+    for _ in range(20):
+        loss = module.loss(features, torch.full((8,), 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    after = module.state_dict()
+    for name, value in before.items():
+        if "codebook" in name:
+            assert torch.equal(after[name][[0, 2]], value[[0, 2]]), name
+            assert not torch.equal(after[name][1], value[1]), name
+        else:
+            learns = name.startswith(("added_flow.0", "added_mixture.0")) and not name.endswith("rotation")
+            assert torch.equal(after[name], value) != learns, name
+
+
+def test_codes_are_numbered_group_by_group():
+    module, features = with_added(), features_like(5)
+    with torch.no_grad():
+        codes = module(features, ADDED).codes
+        concept = module.concept(features, ADDED)
+    assert torch.equal(concept, codes.concept_index)
+    assert (concept // 4).tolist() == [0, 1, 0, 2, 1]
+    for condition, quantizer in zip(codes.conditions, module.hierarchy.pattern_codebook):
+        assert (condition.index // 8 == (concept // 4)[:, None, None]).all()
+        assert torch.equal(condition.codes[condition.index].permute(0, 3, 1, 2), condition.pattern)
+        assert torch.equal(quantizer.embed[2][condition.index[3] - 16].permute(2, 0, 1), condition.pattern[3])
+
+
+@pytest.mark.parametrize("category", [ADDED, torch.full((5,), 2), torch.full((5,), 1)])
+def test_added_categories_are_looked_up_and_convolved_alike(category):
+    module, features = with_added(), features_like(5)
+    plain = with_added(condition_path="convolution")
+    plain.load_state_dict(module.state_dict())
+    losses = [each.train().loss(features, category) for each in (module, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)
+    plain.load_state_dict(module.state_dict())
+    plain.eval()
+    module.eval()
+    with torch.no_grad():
+        expected = plain.anomaly_map(features, category)
+        looked_up = [module.anomaly_map(features, category)]
+        with module.prepared():
+            looked_up += [module.anomaly_map(features, category) for _ in range(2)]
+    for maps in looked_up:
+        for name, term in expected.items():
+            torch.testing.assert_close(maps[name], term, rtol=1e-10, atol=1e-10)
+
+
+def test_categories_of_a_batch_do_not_mix():
+    module, features = with_added(), features_like(5)
+    with torch.no_grad():
+        together = module.anomaly_map(features, ADDED)
+        for i, c in enumerate(ADDED.tolist()):
+            alone = module.anomaly_map([f[i : i + 1] for f in features], torch.tensor([c]))
+            for name, term in alone.items():
+                torch.testing.assert_close(term[0], together[name][i], rtol=1e-10, atol=1e-10)
+
+
+def test_latents_of_added_categories_are_taken_back_to_features_and_count_their_volume():
+    channels = (2, 2, 2, 4)
+    sizes = {**SIZES, "d_concept": 4, "d_position": 4, "hidden": 6}
+    module = awake(VQFlow(channels, **sizes, n_categories=2).double()).eval()
+    module.add_category()
+    for parameter in module.added_mixture.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        stages = module.pool(features_like(1, ((3, 3), (2, 2), (1, 1), (1, 1)), channels))
+        codes = module.hierarchy(stages, torch.tensor([1]))
+        latents = module.transform(stages[:3], codes)
+        for ours, stage in zip(module.restore(latents.z, codes), stages):
+            torch.testing.assert_close(ours, stage, rtol=1e-5, atol=1e-5)
+
+    def flat(x: Tensor) -> Tensor:
+        parts = x.split([stage.numel() for stage in stages[:3]])
+        z = module.transform([part.view_as(stage) for part, stage in zip(parts, stages)], codes).z
+        return torch.cat([each.flatten() for each in z])
+
+    x = torch.cat([stage.flatten() for stage in stages[:3]])
+    jacobian = torch.autograd.functional.jacobian(flat, x)
+    torch.testing.assert_close(latents.log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
 from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration
+from vqad.explain import Prototypes
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
 from vqad.routing import CategoryRouter
@@ -37,6 +38,7 @@ CLASSES: dict[str, type] = {
         ScoreCalibration,
         ConformalCalibration,
         TrainingLog,
+        Prototypes,
     )
 }
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")

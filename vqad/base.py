@@ -21,10 +21,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqad._checks import check_category, check_features, normal_rows, split_rows
+from vqad._checks import both_labels, check_category, check_features, normal_rows, split_rows
 from vqad.backbones import state_digest
-from vqad.calibration import pool_map
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.explain import add_prototypes, explain_images, learn_prototypes
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
 from vqad.incremental import learn_more, same_categories, take_over
@@ -41,7 +41,7 @@ from vqad.store import (
     pad_chunk,
     side_by_side,
 )
-from vqad.thresholds import calibrate
+from vqad.thresholds import calibrate, labelled_offset, threshold_rule
 from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
 
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
@@ -77,9 +77,11 @@ class Judgement(NamedTuple):
 class BaseImageDetector(OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
-    A detector adds its parameters and four hooks: ``_make_model(channels, shapes, n_categories)`` returns the
+    A detector adds its parameters and six hooks: ``_make_model(channels, shapes, n_categories)`` returns the
     module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
-    ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up.
+    ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up;
+    ``_codebooks()`` names its codebooks, and ``_look_up(model, features, category)`` gives of each the code of every
+    cell and its distance to it, (n, h, w) each.
     One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``.
     """
 
@@ -93,6 +95,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "category_balance": [Interval(Real, 0, 1, closed="both")],
         "early_stopping": ["boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
@@ -148,7 +151,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             )
         category = None if category is None else category[rows]
         if not warm:
-            vars(self).pop("map_threshold_", None)  # a fit that fails leaves nothing that looks fitted
+            for name in ("map_threshold_", "_prototypes"):  # a fit that fails leaves nothing that looks fitted
+                vars(self).pop(name, None)
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device):
             if self.backbone is not None and not warm:
@@ -161,17 +165,19 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         checkpoint = self._open_checkpoint(descriptor, category, device, seed, warm)
         seed = seed if checkpoint is None else checkpoint.seed
         with seeded(seed, device), self._all_or_nothing(warm):
-            self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
+            index = self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
+            self._prototypes = learn_prototypes(self, store, index, data, rows, device)
         return self
 
     def partial_fit(self, X, y=None, *, category=None):
         """Go on learning, with more images of known categories or with categories that were never seen.
 
-        What the model has for each category alone, as HVQ-Trans has codes and a last layer, is trained: of a new
-        category for ``max_iter`` passes, of a known one for one. (VQ-Flow has no such parts: there only routing and
-        thresholds learn.) Held-out images set the scale of a new category's scores; of a known one they join the ones
-        of before. All that the categories share stays as it is: scores of a category that gets no image here do not
-        change by a bit. ``offset_`` and p-values do, where all categories share one threshold.
+        What the model has for each category alone is trained: of a new category for ``max_iter`` passes, of a known
+        one for one. In HVQ-Trans these are codes and a last layer; in VQ-Flow codes and a short flow behind the shared
+        ones, which only categories have that were added here (of those that `fit` learned together, only routing and
+        thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one they join
+        the ones of before. All that the categories share stays as it is: scores of a category that gets no image here
+        do not change by a bit. ``offset_`` and p-values do, where all categories share one threshold.
 
         The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
 
@@ -205,7 +211,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device), self._all_or_nothing():
             store, descriptor = self._extract(data, rows, device)
-            learn_more(self, store, descriptor, None if category is None else category[rows], device, seed)
+            index = learn_more(self, store, descriptor, None if category is None else category[rows], device, seed)
+            add_prototypes(self, store, index, data, rows, device)
         return self
 
     def fit_predict(self, X, y=None, *, category=None):
@@ -216,6 +223,63 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         label : ndarray of shape (n,), int
         """
         return self.fit(X, y, category=category).predict(X)
+
+    def set_threshold(self, X, y, target="f1", *, recall=0.95, miss_cost=1.0, false_alarm_cost=1.0):
+        """Set ``offset_`` by labelled images, where some defects are at hand.
+
+        With ``threshold="category"`` each category gets its own, from the images that are judged as it; categories
+        without both labels keep theirs. Scores, p-values and ``map_threshold_`` stay as they are. `fit` and
+        `partial_fit` set ``offset_`` anew.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            None that `fit` has seen: those it trained on score too well.
+        y : array-like of shape (n,) of +1 / -1
+            +1 normal, -1 anomaly; both must occur.
+        target : {"f1", "recall", "cost"}, default="f1"
+            What the threshold is best for: the largest F1, anomalies being the positive class; the fewest false alarms
+            with at least the share ``recall`` of the anomalies found; or the smallest total cost. Where several serve
+            equally well it is the one with the fewest false alarms. It lies midway between two scores.
+        recall : float in (0, 1], default=0.95
+            Least share of the anomalies to find, of ``target="recall"``.
+        miss_cost, false_alarm_cost : float, default=1.0
+            What one missed anomaly and one false alarm cost, of ``target="cost"``.
+
+        Returns
+        -------
+        self : object
+
+        Raises
+        ------
+        NotFittedError
+            When the detector is not fitted.
+        ValueError
+            When y has other values, only one of the two or the wrong length, or a parameter is out of its range.
+
+        Warns
+        -----
+        UserWarning
+            Of categories that keep their offset.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from vqad import HVQTransDetector
+        >>> rng = np.random.default_rng(0)
+        >>> good, bad = rng.normal(0, 1, (120, 8)), rng.normal(9, 1, (10, 8))
+        >>> detector = HVQTransDetector(backbone=None, max_iter=1, false_alarm_rate=0.1, random_state=0)
+        >>> detector = detector.fit(good[:80]).set_threshold(np.vstack([good[80:], bad]), np.repeat([1, -1], [40, 10]))
+        >>> detector.predict(bad[:3])
+        array([-1, -1, -1])
+        """
+        check_is_fitted(self)
+        rule = threshold_rule(target, recall, miss_cost, false_alarm_cost)
+        data = self._check_X(X)
+        y = both_labels(y, len(data))
+        judged = self._judge_data(data, np.arange(len(data)), keep_maps=False)
+        self.offset_ = labelled_offset(self, -judged.score, judged.category, y, rule)
+        return self
 
     def _draw_seed(self) -> int:
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
@@ -252,13 +316,15 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             checkpoint.forget(seed)  # the next fit is another one
         return checkpoint
 
-    def _fit_from_features(self, store, descriptor, category, device, seed, checkpoint, warm) -> None:
+    def _fit_from_features(self, store, descriptor, category, device, seed, checkpoint, warm) -> np.ndarray:
+        """Everything that comes after the backbone; the category of each image."""
         if warm:
             index = same_categories(self, descriptor, category)
         else:
             self.router_ = CategoryRouter()
             index = self.router_.fit(descriptor, category, random_state=seed)
             self._split_seed = seed  # a second fit on the same images must hold out the same
+            self._n_first = len(self.router_.categories_)
         self.categories_ = self.router_.categories_
         n_categories = len(self.categories_)
         self._distance_limit = self._far_limits(descriptor, index)
@@ -294,6 +360,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         calibrate(self, store, descriptor, index, train, held_out, device)
         if checkpoint is not None and not log.interrupted:
             checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
+        return index
 
     def _note(self, log, add: bool) -> None:
         """Keep what happened in training; add it to what happened before."""
@@ -303,6 +370,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _add_categories(self, n: int, batches) -> None:
         """Make room in the model for ``n`` more categories, and start it from their batches; no model needs to."""
+
+    def _code_groups(self, category: np.ndarray) -> np.ndarray:
+        """Which group of the codes each image uses, of its category's number: by default one group a category."""
+        return category
 
     def _parts_of(self, categories: list[int]) -> list[nn.Module]:
         """Parts of the model that serve these categories and no others: what `partial_fit` trains."""
@@ -401,6 +472,28 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         same = len({m.shape for m in out}) == 1
         return np.stack(out) if same else out
 
+    def explain(self, X):
+        """What each image's map is made of: codes, distances and terms of every cell.
+
+        Returns
+        -------
+        explanations : list of vqad.explain.Explanation
+            One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
+            into.
+        """
+        check_is_fitted(self)
+        return explain_images(self, self._check_X(X))
+
+    @property
+    def prototypes_(self):
+        """Of every code the nearest patch of the normal images; see `vqad.explain.Prototypes`."""
+        check_is_fitted(self)
+        if "_prototypes" not in vars(self):
+            raise AttributeError(
+                "The detector has no prototypes_: it was fitted by a version of vqad that kept none. Fit it again."
+            )
+        return self._prototypes
+
     def _offset_of(self, category):
         return self.offset_ if np.isscalar(self.offset_) else self.offset_[category]
 
@@ -409,18 +502,21 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         data = self._check_X(X)
         return self._judge_data(data, np.arange(len(data)), keep_maps=False)
 
-    def _judge_data(self, data, rows, keep_maps=True) -> Judgement:
-        """One pass over some images, chunk by chunk."""
+    def _judge_data(self, data, rows, keep_maps=True, note=None) -> Judgement:
+        """One pass over some images, chunk by chunk; ``note`` is told what is known of each chunk."""
         device = pick_device(self.device)
         model = self.model_.to(device)
         scorer = self._scorer(model, native_precision(device, self.precision))
 
         def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             judged = []
-            for _, maps in self._iter_features(data, device, part):
+            for chunk, maps in self._iter_features(data, device, part):
                 category, excess = self._route(describe(maps))
-                combined = self.map_calibration_.combine(self._model_terms(scorer, maps, category, device), category)
+                terms = self._model_terms(scorer, maps, category, device)
+                combined = self.map_calibration_.combine(terms, category)
                 score = self._image_score(combined, category, excess)
+                if note is not None:
+                    note(scorer, chunk, maps, category, excess, terms, combined, score)
                 judged.append((score, category, combined if keep_maps else combined[:0]))
             return judged
 
@@ -431,7 +527,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
 
     def _image_score(self, maps, category, excess) -> np.ndarray:
-        score = self.score_calibration_.transform(pool_map(maps, self._pool_fraction), category)
+        score = self.score_calibration_.transform(self.score_calibration_.pool(maps), category)
         return score + FAR_WEIGHT * excess
 
     def _route(self, descriptor) -> tuple[np.ndarray, np.ndarray]:
@@ -439,8 +535,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         category, distance = self.router_.predict(descriptor)
         return category, np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
 
-    def _model_terms(self, model: nn.Module, maps: list[Tensor], category, device) -> dict[str, np.ndarray]:
-        """The model's map terms of one chunk.
+    def _model_terms(
+        self, model: nn.Module, maps: list[Tensor], category, device, compute=None
+    ) -> dict[str, np.ndarray]:
+        """The model's map terms of one chunk, or what ``compute`` gives of it.
 
         One category at a time, filled up to a fixed number of images, in one layout: the last bits of a matrix
         product depend on its size and strides, and which products are formed on the categories.
@@ -448,19 +546,21 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         size = chunk_size(device, math.prod(maps[-1].shape[-2:]))
         maps = self._scaled(maps, device)
         dtype = native_precision(device, self.precision)
+        compute = self._map_terms if compute is None else compute
         out: dict[str, np.ndarray] = {}
 
         def judge(part: Tensor, size: int) -> dict[str, Tensor]:
             chunk = [pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps]
             number = torch.full((size,), int(category[part[0]]), device=device)
             with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return self._map_terms(model, chunk[0] if len(chunk) == 1 else chunk, number)
+                return compute(model, chunk[0] if len(chunk) == 1 else chunk, number)
 
         for c in np.unique(category):
             for part, terms in in_chunks(judge, torch.from_numpy(np.flatnonzero(category == c)), size):
                 for name, term in terms.items():
-                    rows = out.setdefault(name, np.empty((len(category), *term.shape[1:]), np.float32))
-                    rows[part.numpy()] = term[: len(part)].float().cpu().numpy()
+                    values = (term.float() if term.is_floating_point() else term)[: len(part)].cpu().numpy()
+                    kept = out.setdefault(name, np.empty((len(category), *values.shape[1:]), values.dtype))
+                    kept[part.numpy()] = values
         return out
 
     def _scaled(self, maps: list[Tensor], device) -> list[Tensor]:
@@ -476,8 +576,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """Terms of the anomaly map, all (n, h, w) on one grid; a detector says which."""
         return model.anomaly_map(features, category)
 
-    def _store_terms(self, store, rows, category, device) -> dict[str, np.ndarray]:
-        """Map terms of stored images."""
+    def _store_terms(self, store, rows, category, device, compute=None) -> dict[str, np.ndarray]:
+        """Map terms of stored images, or what ``compute`` gives of them."""
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
         model = self.model_.to(device)
         scorer = self._scorer(model, native_precision(device, self.precision))
@@ -487,7 +587,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             for part in np.split(places, range(size, len(places), size)):
                 maps = store.batch(rows[part])
                 maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
-                out.append(self._model_terms(scorer, maps, category[part], device))
+                out.append(self._model_terms(scorer, maps, category[part], device, compute))
             return out
 
         try:
@@ -552,9 +652,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        is_table = self.backbone is None or self.image_shape is not None
-        tags.input_tags.two_d_array = is_table
-        tags.input_tags.three_d_array = not is_table
+        inputs, takes_images = tags.input_tags, self.backbone is not None
+        inputs.two_d_array = not takes_images or self.image_shape is not None
+        inputs.three_d_array = inputs.string = takes_images  # strings are paths
+        inputs.positive_only = takes_images
         tags.non_deterministic = False
         return tags
 

@@ -11,6 +11,10 @@ from vqad._warn import warn
 
 # A category's statistics count as much as its pooled or location-free ones when it has this many images.
 SHRINKAGE_IMAGES = 20
+# Of fewer cells than these in all no scale of a category's terms is learned: two feature rows would give any.
+MIN_SCALE_CELLS = 20
+# Up to so many held-out images of a category, each is left out of its scale of maps; of more, one hardly counts.
+MAX_LEFT_OUT = 100
 # Standard deviations become comparable to a location's neighbours by this blur, in cells.
 LOCATION_BLUR = 1.5
 NORMAL_CONSISTENCY = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
@@ -25,8 +29,9 @@ class MapCalibration:
 
     where :math:`\mu, \sigma` are the mean and standard deviation over normal images at that place, blurred, and
     shrunk to the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation
-    over the cells of held-out normal images. Without the location, what always looks odd about a product (its border,
-    an edge in the background) would hide what is odd about one piece of it. The map is the mean of the terms.
+    over the cells of held-out normal images, or 0 and 1 where these are fewer than 20 cells in all. Without the
+    location, what always looks odd about a product (its border, an edge in the background) would hide what is odd about
+    one piece of it. The map is the mean of the terms.
 
     Attributes
     ----------
@@ -88,7 +93,9 @@ class MapCalibration:
         for c in grown:
             own = located[held_out_category == c]
             own = own if len(own) else located[held_out_category >= n_known]
-            self.center_[c], self.scale_[c] = _robust(own.transpose(1, 0, 2, 3).reshape(n_terms, -1))
+            cells = own.transpose(1, 0, 2, 3).reshape(n_terms, -1)
+            if cells.shape[1] >= MIN_SCALE_CELLS:
+                self.center_[c], self.scale_[c] = _robust(cells)
         return self
 
     def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
@@ -102,12 +109,14 @@ class MapCalibration:
         """The maps of the held-out images of `fit`, each as if it had taken no part in its category's center and scale.
 
         Where a category has many held-out images one of them makes no difference, and the map is that of `combine`;
-        and so it is for the first ``n_known`` categories, whose scales `extend` did not learn from these images.
+        and so it is where too few cells gave no scale, and for the first ``n_known`` categories, whose scales `extend`
+        did not learn from these images.
         """
         maps = self.combine(held_out, category)
         located = self._locate(self._stack(held_out), category)
         count = np.bincount(category)[category]
-        for i in np.flatnonzero((count <= SHRINKAGE_IMAGES) & (category >= n_known)):
+        is_scaled = count * maps[0].size >= MIN_SCALE_CELLS
+        for i in np.flatnonzero(is_scaled & (count <= MAX_LEFT_OUT) & (category >= n_known)):
             others = (category == category[i]) | ((count[i] == 1) & (category >= n_known))
             others[i] = False
             if others.any():
@@ -152,7 +161,21 @@ class ScoreCalibration:
     """Standardises image scores per category, so that one image's score means the same whatever it shows.
 
     A category's median and spread over held-out normal images, pulled towards the pooled spread when they are few.
+
+    Parameters
+    ----------
+    fraction : float, default=0.01
+        An image's raw score is the mean of this share of the highest cells of its map (docs/choices.md).
     """
+
+    fraction = 0.005  # of detectors that were saved before it was kept with them
+
+    def __init__(self, fraction: float = 0.01):
+        self.fraction = fraction
+
+    def pool(self, maps: np.ndarray) -> np.ndarray:
+        """Raw image scores (n,) of maps (n, h, w)."""
+        return pool_map(maps, self.fraction)
 
     def fit(self, score: np.ndarray, category: np.ndarray, n_categories: int) -> ScoreCalibration:
         self.center_ = np.full(n_categories, np.median(score))
@@ -285,7 +308,7 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
     return float(scores[max(rank, 1) - 1])
 
 
-def pool_map(maps: np.ndarray, fraction: float = 0.03) -> np.ndarray:
+def pool_map(maps: np.ndarray, fraction: float) -> np.ndarray:
     """Image score of maps (n, h, w): the mean of the highest ``fraction`` of the cells, at least one."""
     flat = maps.reshape(len(maps), -1)
     k = max(1, round(fraction * flat.shape[1]))

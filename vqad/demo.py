@@ -51,7 +51,7 @@ class DemoSize:
     parameters: dict[str, dict[str, Any]]
 
 
-# Half of the passes and two thirds of the pixels that are the defaults, to stay within minutes.
+# A quarter of the passes that are the default, to stay within minutes.
 FULL = DemoSize(
     n_train=600,
     n_test_normal=300,

@@ -62,7 +62,7 @@ class HVQTransDetector(BaseImageDetector):
         "nearest" is the plan when only the cells' marginal is fixed.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
-    max_iter : int, default=24
+    max_iter : int, default=48
         Passes over the training images.
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
@@ -73,6 +73,10 @@ class HVQTransDetector(BaseImageDetector):
         over the last fifth of the passes.
     weight_decay : float, default=1e-4
         Of AdamW.
+    category_balance : float in [0, 1], default=0.5
+        How far training makes up for categories of different sizes: a pass draws as many images as there are, those of
+        a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once, as published; 1 draws
+        all categories equally often.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
         back to the best pass.
@@ -132,6 +136,8 @@ class HVQTransDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
+    prototypes_ : vqad.explain.Prototypes
+        Of every code the nearest patch of the normal images.
 
     References
     ----------
@@ -163,9 +169,6 @@ class HVQTransDetector(BaseImageDetector):
         "schedule": [StrOptions({"cosine", "step"})],
     }
 
-    # Chosen on defects planted into held-out normal images (docs/choices.md).
-    _pool_fraction = 0.005
-
     def __init__(
         self,
         *,
@@ -184,11 +187,12 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=24,
+        max_iter=48,
         batch_size=16,
         learning_rate=1e-3,
         schedule="cosine",
         weight_decay=1e-4,
+        category_balance=0.5,
         early_stopping=False,
         validation_fraction=0.1,
         n_iter_no_change=10,
@@ -226,6 +230,7 @@ class HVQTransDetector(BaseImageDetector):
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.category_balance = category_balance
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
@@ -267,6 +272,7 @@ class HVQTransDetector(BaseImageDetector):
             "batch_size": 16,
             "learning_rate": 1e-4,
             "schedule": "step",
+            "category_balance": 0.0,
             "weight_decay": 1e-4,
         }
         return cls(**{**published, **overrides})
@@ -323,6 +329,7 @@ class HVQTransDetector(BaseImageDetector):
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             clip_norm=0.1,
+            category_balance=self.category_balance,
             early_stopping=self.early_stopping,
             n_iter_no_change=self.n_iter_no_change,
             tol=self.tol,
@@ -338,6 +345,16 @@ class HVQTransDetector(BaseImageDetector):
         del terms["reconstruction"]
         terms["averaged_reconstruction"] = terms["averaged_reconstruction"].square()
         return terms
+
+    def _codebooks(self):
+        return {f"level_{j}": quantizer for j, quantizer in enumerate(self.model_.quantizers)}
+
+    def _look_up(self, model, features, category):
+        found = {}
+        for j, level in enumerate(model.look_up(features, category)):
+            distance = (level.input.float() - level.quantized.float()).norm(dim=-1)
+            found[f"level_{j}"] = tuple(cells.view(-1, *model.token_grid) for cells in (level.indices, distance))
+        return found
 
     def _map_weights(self):
         """Half for the reconstruction, half for the transport on all levels."""

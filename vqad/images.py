@@ -496,8 +496,9 @@ def _to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{_is(name, 'contains')} NaN or infinite pixels.")
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
+        negative = "Negative values in data: " if low < -FLOAT_TOLERANCE else ""  # scikit-learn's words
         raise ValueError(
-            f"{_is(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If the "
+            f"{negative}{_is(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If the "
             "values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
         )
     return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)

@@ -44,13 +44,19 @@ def take_over(model, before) -> None:
         ) from error
 
 
-def learn_more(detector, store, descriptor, category, device, seed) -> None:
-    """Teach a fitted detector the images of ``store``; ``category`` are their labels, or None."""
+def learn_more(detector, store, descriptor, category, device, seed) -> np.ndarray:
+    """Teach a fitted detector the images of ``store``; ``category`` are their labels, or None.
+
+    Returns
+    -------
+    index : ndarray of shape (n,)
+        Category of each image; -1 for those left out.
+    """
     n_known = len(detector.categories_)
     index = _place(detector, descriptor, category, seed)
     placed = np.flatnonzero(index >= 0)
     if not len(placed):
-        return
+        return index
     detector.categories_ = detector.router_.categories_
     detector.n_images_ += len(placed)
     _set_limits(detector, descriptor[placed], index[placed], n_known)
@@ -58,6 +64,7 @@ def learn_more(detector, store, descriptor, category, device, seed) -> None:
     _train(detector, store, index, train, n_known, device)
     if len(held_out):
         calibrate(detector, store, descriptor, index, train, held_out, device, n_known)
+    return index
 
 
 def _place(detector, descriptor, category, seed) -> np.ndarray:
@@ -119,8 +126,10 @@ def _train(detector, store, index, train, n_known, device) -> None:
         batches = TrainingBatches(scaled, category, torch.from_numpy(train[is_new]), detector.batch_size)
         detector._add_categories(len(detector.categories_) - n_known, batches)
     for rows, n_passes in ((train[~is_new], 1), (train[is_new], detector.max_iter)):
-        parts = detector._parts_of(np.unique(index[rows]).tolist())
-        if len(rows) and parts:
+        learning = [c for c in np.unique(index[rows]).tolist() if detector._parts_of([c])]
+        rows = rows[np.isin(index[rows], learning)]
+        if len(rows):
+            parts = detector._parts_of(learning)
             trainer = Trainer(
                 detector.model_, scaled, category, replace(detector._plan(), max_iter=n_passes),
                 device=device, dtype=native_precision(device, detector.precision), parts=parts,

@@ -1,12 +1,16 @@
-"""What fit and partial_fit set from normal images that were held out: the scales of maps and scores, and thresholds."""
+"""Scales and thresholds that fit and partial_fit set from held-out normal images; and thresholds from labelled ones."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from numbers import Real
 
 import numpy as np
+from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
-from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile, pool_map
+from vqad._warn import warn
+from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile
 
 # Normal images of a category that say where its maps are high.
 MAX_REFERENCE_IMAGES = 200
@@ -37,18 +41,21 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
         detector._seen = {"score": np.empty(0), "category": np.empty(0, dtype=np.int64)}
     learn = detector.map_calibration_.extend if n_known else detector.map_calibration_.fit
     learn(terms, index[reference], held_terms, category, n_categories)
-    score = pool_map(detector.map_calibration_.combine(held_terms, category), detector._pool_fraction)
+    if not n_known:
+        detector.score_calibration_ = ScoreCalibration()
+    pool = detector.score_calibration_.pool
+    score = pool(detector.map_calibration_.combine(held_terms, category))
     maps = detector.map_calibration_.leave_one_out(held_terms, category, n_known)
     found = {
         "category": category,
         "score": score,
-        "unseen": pool_map(maps, detector._pool_fraction),
+        "unseen": pool(maps),
         "peak": maps.reshape(len(maps), -1).max(1).astype(np.float64),
         "standard": np.zeros(len(score)),
     }
     held = detector._held_out = {name: np.append(kept, found[name]) for name, kept in detector._held_out.items()}
     if not n_known:
-        detector.score_calibration_ = ScoreCalibration().fit(score, category, n_categories)
+        detector.score_calibration_.fit(score, category, n_categories)
     else:
         detector.score_calibration_.extend(held["score"], held["category"], np.unique(category), n_categories)
     standard = detector.score_calibration_.leave_one_out(held["score"], held["unseen"], held["category"])
@@ -92,3 +99,120 @@ def _set_thresholds(detector) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
         detector.map_threshold_ = conformal_quantile(np.sort(held["peak"]), rate)
+
+
+# ---- from labelled images ------------------------------------------------------------------------
+
+_RULE_CONSTRAINTS = {
+    "target": [StrOptions({"f1", "recall", "cost"})],
+    "recall": [Interval(Real, 0, 1, closed="right")],
+    "miss_cost": [Interval(Real, 0, None, closed="neither")],
+    "false_alarm_cost": [Interval(Real, 0, None, closed="neither")],
+}
+
+
+def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cost: float) -> Callable:
+    """The function of (score, y) that gives the threshold for ``target``.
+
+    Raises
+    ------
+    InvalidParameterError
+        A ValueError, when an argument is out of its range.
+    """
+    given = {"target": target, "recall": recall, "miss_cost": miss_cost, "false_alarm_cost": false_alarm_cost}
+    validate_parameter_constraints(_RULE_CONSTRAINTS, given, caller_name="set_threshold")
+    return {
+        "f1": f1_threshold,
+        "recall": lambda score, y: recall_threshold(score, y, recall),
+        "cost": lambda score, y: cost_threshold(score, y, miss_cost, false_alarm_cost),
+    }[target]
+
+
+def f1_threshold(score: np.ndarray, y: np.ndarray) -> float:
+    """Threshold of the largest F1, anomalies being the positive class.
+
+    Parameters
+    ----------
+    score : ndarray of shape (n,)
+        Finite; higher is more normal.
+    y : ndarray of shape (n,) of +1 / -1
+        With at least one of each.
+
+    Returns
+    -------
+    threshold : float
+        Scores under it are called anomalous. Midway between two scores; of several that serve equally well it is the
+        lowest, which raises the fewest false alarms.
+    """
+    threshold, found, false_alarms = _cuts(score, y)
+    # The quotients are of whole numbers, so that equal ones are equal to the last bit.
+    return float(threshold[np.argmax(2 * found / (found + false_alarms + found[-1]))])
+
+
+def recall_threshold(score: np.ndarray, y: np.ndarray, recall: float) -> float:
+    """The lowest threshold that finds at least the share ``recall`` of the anomalies; otherwise as `f1_threshold`."""
+    threshold, found, _ = _cuts(score, y)
+    return float(threshold[np.argmax(found >= recall * found[-1] * (1 - 1e-12))])
+
+
+def cost_threshold(score: np.ndarray, y: np.ndarray, miss_cost: float, false_alarm_cost: float) -> float:
+    """Threshold of the smallest total cost of missed anomalies and false alarms; otherwise as `f1_threshold`."""
+    threshold, found, false_alarms = _cuts(score, y)
+    cost = miss_cost * (found[-1] - found) + false_alarm_cost * false_alarms
+    # Rounding may part equal costs, and must not decide between thresholds.
+    return float(threshold[np.argmax(cost <= cost.min() * (1 + 1e-12))])
+
+
+def _cuts(score: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All thresholds that differ in what is under them, rising, with the numbers of anomalies and normal images there.
+
+    Under the first is nothing, under the last everything.
+    """
+    value, place = np.unique(score, return_inverse=True)
+    found, false_alarms = (
+        np.append(0, np.cumsum(np.bincount(place[y == label], minlength=len(value)))) for label in (-1, 1)
+    )
+    above = np.nextafter(value, np.inf)
+    midway = np.maximum(value[:-1] / 2 + value[1:] / 2, above[:-1])  # of adjacent floats the mean may be the lower one
+    return np.concatenate([value[:1], midway, above[-1:]]), found, false_alarms
+
+
+def labelled_offset(detector, score, category, y, rule) -> float | np.ndarray:
+    """``offset_`` by ``rule``: one number, or with ``threshold="category"`` one for each category that has both labels.
+
+    Parameters
+    ----------
+    score : ndarray of shape (n,)
+        Higher is more normal.
+    category : ndarray of shape (n,) of int
+        What the images are judged as.
+
+    Raises
+    ------
+    ValueError
+        When with ``threshold="category"`` no category has images of both labels.
+
+    Warns
+    -----
+    UserWarning
+        Of categories without both, which keep their offset.
+    """
+    if detector.threshold == "global":
+        return rule(score, y)
+    n_categories = len(detector.categories_)
+    offset = np.array(np.broadcast_to(detector.offset_, n_categories))
+    lacking = []
+    for c in range(n_categories):
+        own = category == c
+        if len(np.unique(y[own])) == 2:
+            offset[c] = rule(score[own], y[own])
+        else:
+            lacking.append(str(detector.categories_[c]))
+    if len(lacking) == n_categories:
+        raise ValueError(
+            "threshold='category' needs normal images and anomalies that are judged as the same category; there is "
+            "none with both. Give more images, or set threshold='global'."
+        )
+    if lacking:
+        warn(f"No threshold is set for categories without both normal images and anomalies: {', '.join(lacking)}.")
+    return offset

@@ -56,6 +56,8 @@ class TrainingPlan:
         "step": constant, times 0.1 at 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
     clip_norm : float
         Gradients are scaled down to this norm; infinity leaves them alone.
+    category_balance : float in [0, 1]
+        How far a pass makes up for categories of different sizes, see `one_pass`.
     """
 
     max_iter: int = 50
@@ -68,6 +70,7 @@ class TrainingPlan:
     n_iter_no_change: int = 10
     tol: float = 1e-4
     verbose: int = 0
+    category_balance: float = 0.0
 
     def rate(self, step: int, n_steps: int) -> float:
         """Factor on the learning rate at ``step`` of ``n_steps``."""
@@ -269,7 +272,7 @@ class Trainer:
         """Train on every image once, or on those that are left of a pass that a kill cut short."""
         self._set_training_mode()
         if run.order is None:
-            run.start_pass(train)
+            run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
         for indices in torch.split(order[run.n_done :], self.plan.batch_size):
             run.optimizer.zero_grad(set_to_none=True)
@@ -342,6 +345,33 @@ class Trainer:
         return self.evaluate(indices)
 
 
+def one_pass(category: Tensor, balance: float) -> Tensor:
+    r"""Random order of a pass: n places in a list of n images, in which small categories may come more often.
+
+    Of :math:`n` draws a category of :math:`n_c` images gets a share in proportion to :math:`n_c^{1 - b}`, and at least
+    one: with a balance b of 0 each image is drawn once, with 1 each category equally often. Within a category no image
+    is drawn twice more than another.
+
+    Parameters
+    ----------
+    category : Tensor of shape (n,), int64
+    balance : float in [0, 1]
+    """
+    n = len(category)
+    if not balance:
+        return torch.randperm(n)
+    kinds, sizes = torch.unique(category.cpu(), return_counts=True)
+    shares = sizes.double().pow(1 - balance)
+    bounds = (shares.cumsum(0) / shares.sum() * (n - len(kinds))).round().long()
+    counts = 1 + torch.diff(bounds, prepend=bounds.new_zeros(1))
+    drawn = []
+    for kind, count in zip(kinds, counts.tolist()):
+        own = (category == kind).nonzero().squeeze(1)
+        rounds = [own[torch.randperm(len(own))] for _ in range(-(-count // len(own)))]
+        drawn.append(torch.cat(rounds)[:count])
+    return torch.cat(drawn)[torch.randperm(n)]
+
+
 def codebook_perplexity(model: nn.Module) -> float:
     """Effective number of codes in use, the mean over all codebooks of a model."""
     books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
@@ -392,6 +422,7 @@ class _Run:
 
     def __init__(self, model: nn.Module, plan: TrainingPlan, n_steps: int, device: torch.device) -> None:
         self.model = model
+        self.plan = plan
         self.device = device
         learning = [p for p in model.parameters() if p.requires_grad]
         fused = device.type in ("cpu", "cuda")
@@ -403,8 +434,8 @@ class _Run:
         self.n_done = 0
         self.total = torch.zeros((), device=device)
 
-    def start_pass(self, train: Tensor) -> None:
-        self.order = train[torch.randperm(len(train))]
+    def start_pass(self, train: Tensor, category: Tensor) -> None:
+        self.order = train[one_pass(category[train], self.plan.category_balance)]
         self.n_done = 0
         self.total = torch.zeros((), device=self.device)
 

@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from vqad.backbones import DEFAULT_BACKBONE
 from vqad.base import BaseImageDetector
 from vqad.nn.vq_flow import VQFlow
+from vqad.store import describe
 from vqad.training import TrainingPlan, pick_device
 
 
@@ -23,7 +24,8 @@ class VQFlowDetector(BaseImageDetector):
     Given both, normalizing flows on three stages of a frozen backbone, with a Gaussian for each concept, give the
     likelihood of every cell's features. What is unlikely is anomalous [1]_.
 
-    One model serves many kinds of object, and no label of them enters the flows or codes.
+    One model serves many kinds of object, and no label of them enters the flows or codes. A kind that `partial_fit`
+    adds later has codes of its own, and a short flow behind the shared ones.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ class VQFlowDetector(BaseImageDetector):
         Width of the coupling blocks' subnets; None takes the published one, that of their input.
     clamp : float, default=1.9
         Largest log-scale of a coupling.
-    max_iter : int, default=24
+    max_iter : int, default=48
         Passes over the training images.
     batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
@@ -69,6 +71,10 @@ class VQFlowDetector(BaseImageDetector):
         or constant and a tenth of it over the last fifth of the passes.
     weight_decay : float, default=1e-4
         Of AdamW.
+    category_balance : float in [0, 1], default=0.5
+        How far training makes up for categories of different sizes: a pass draws as many images as there are, those of
+        a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once, as published; 1 draws
+        all categories equally often.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
         back to the best pass.
@@ -129,6 +135,8 @@ class VQFlowDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
+    prototypes_ : vqad.explain.Prototypes
+        Of every code the nearest patch of the normal images; of a concept, the nearest image.
 
     References
     ----------
@@ -158,9 +166,6 @@ class VQFlowDetector(BaseImageDetector):
         "schedule": [StrOptions({"cosine", "constant", "step"})],
     }
 
-    # Chosen on defects planted into held-out normal images (docs/choices.md).
-    _pool_fraction = 0.005
-
     def __init__(
         self,
         *,
@@ -177,11 +182,12 @@ class VQFlowDetector(BaseImageDetector):
         n_blocks=(2, 3, 4),
         hidden=64,
         clamp=1.9,
-        max_iter=24,
+        max_iter=48,
         batch_size=8,
         learning_rate=2e-3,
         schedule="cosine",
         weight_decay=1e-4,
+        category_balance=0.5,
         early_stopping=False,
         validation_fraction=0.1,
         n_iter_no_change=10,
@@ -217,6 +223,7 @@ class VQFlowDetector(BaseImageDetector):
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.category_balance = category_balance
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
@@ -257,6 +264,7 @@ class VQFlowDetector(BaseImageDetector):
             "batch_size": 16,
             "learning_rate": 1e-4,
             "schedule": "constant",
+            "category_balance": 0.0,
             "weight_decay": 0.0,
         }
         return cls(**{**published, **overrides})
@@ -267,7 +275,8 @@ class VQFlowDetector(BaseImageDetector):
         Returns
         -------
         concept : ndarray of shape (n,), int64
-            In 0..n_concepts - 1. A kind of object may have several concepts.
+            In 0..n_concepts - 1. A kind of object may have several concepts. Each category that `partial_fit` added has
+            n_concepts of its own, which are numbered on from there.
         """
         check_is_fitted(self)
         data = self._check_X(X)
@@ -279,7 +288,8 @@ class VQFlowDetector(BaseImageDetector):
             with torch.inference_mode():
                 for _, maps in self._iter_features(data, device, part):
                     scaled = self._scaled(maps, device)
-                    found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled).cpu().numpy())
+                    category = torch.from_numpy(self._route(describe(maps))[0]).to(device)
+                    found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled, category).cpu().numpy())
             return found
 
         try:
@@ -302,7 +312,9 @@ class VQFlowDetector(BaseImageDetector):
             raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
         if min(channels) < 2:
             raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
-        return VQFlow(
+        # A detector that was saved by a version without parts for added categories does not say.
+        n_first = getattr(self, "_n_first", n_categories)
+        model = VQFlow(
             channels * 4 if len(channels) == 1 else channels,
             n_concepts=self.n_concepts,
             n_patterns=self.n_patterns,
@@ -311,7 +323,20 @@ class VQFlowDetector(BaseImageDetector):
             n_blocks=self.n_blocks,
             hidden=self.hidden,
             clamp=self.clamp,
+            n_categories=n_first,
         )
+        for _ in range(n_categories - n_first):
+            model.add_category()
+        return model
+
+    def _add_categories(self, n, batches):
+        self._n_first = self.model_.n_categories
+        for _ in range(n):
+            self.model_.add_category()
+        self.model_.initialise_codes(batches)
+
+    def _parts_of(self, categories):
+        return list(dict.fromkeys(part for c in categories for part in self.model_.parts_of(c)))
 
     def _plan(self):
         return TrainingPlan(
@@ -321,6 +346,7 @@ class VQFlowDetector(BaseImageDetector):
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             clip_norm=2.0,
+            category_balance=self.category_balance,
             early_stopping=self.early_stopping,
             n_iter_no_change=self.n_iter_no_change,
             tol=self.tol,
@@ -344,6 +370,23 @@ class VQFlowDetector(BaseImageDetector):
             terms[f"energy_{k}"] = resize(energy, grid)
             terms[f"density_{k}"] = resize(energy + raw[f"volume_{k}"].float(), grid)
         return terms
+
+    def _codebooks(self):
+        hierarchy = self.model_.hierarchy
+        patterns = {f"pattern_{k}": quantizer for k, quantizer in enumerate(hierarchy.pattern_codebook, 1)}
+        return {**patterns, "concept": hierarchy.concept_codebook}
+
+    def _code_groups(self, category):
+        return np.maximum(category - self.model_.n_categories + 1, 0)
+
+    def _look_up(self, model, features, category):
+        codes = model.look_up(features, category)
+        found = {
+            f"pattern_{k}": (at.index % self.n_patterns, (at.distance * at.encoded.shape[1]).sqrt())
+            for k, at in enumerate(codes.conditions, 1)
+        }
+        index, distance = codes.concept_index % self.n_concepts, (codes.concept_distance * self.d_concept).sqrt()
+        return {**found, "concept": (index.view(-1, 1, 1), distance.view(-1, 1, 1))}
 
     def _map_weights(self):
         return {f"{kind}_{k}": 1.0 for kind in ("energy", "density") for k in (1, 2, 3)}

@@ -9,7 +9,7 @@ made of codes, it gives the same numbers as sums of table rows, without a convol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ class Condition:
     pattern : Tensor of shape (N, D, h, w)
         The code of every cell, with straight-through gradients to the encoder; D = d_position + d_concept.
     index : Tensor of shape (N, h, w), int64
-        Which code that is.
+        Which of ``codes`` that is.
     encoded : Tensor of shape (N, D, h, w)
         What the encoder asked for, without gradient.
     codes : Tensor of shape (K, D)
-        The codebook that it was looked up in.
+        The codebooks of all groups that it was looked up in, one after the other: code ``i`` is code
+        ``i % n_patterns`` of group ``i // n_patterns``.
     position : Tensor of shape (d_position, h, w)
     concept : Tensor of shape (N, d_concept)
         ŷ, with straight-through gradients.
@@ -47,6 +48,11 @@ class Condition:
     def distance(self) -> Tensor:
         """Mean squared difference between what was encoded and its code, (N, h, w)."""
         return (self.pattern.detach() - self.encoded).square().mean(1)
+
+    def of_images(self, rows: Tensor) -> Condition:
+        """The same of some images, given by a mask (N,) or numbers."""
+        own = {name: getattr(self, name)[rows] for name in ("pattern", "index", "encoded", "concept")}
+        return replace(self, **own)
 
     def dense(self) -> Tensor:
         """[pattern + base ; ŷ] with base = [position ; ŷ], (N, D + d_concept, h, w)."""

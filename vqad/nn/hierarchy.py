@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class Codes:
     concept : Tensor of shape (N, d_concept)
         ŷ, with straight-through gradients to its encoder.
     concept_index : Tensor of shape (N,), int64
+        Number of its code, group by group: ``group * n_concepts + code``.
     concept_distance : Tensor of shape (N,)
         Mean squared difference between the encoded concept and its code.
     conditions : list of 4 Condition
@@ -54,6 +55,11 @@ class Codes:
     conditions: list[Condition]
     commitment: Tensor
 
+    def of_images(self, rows: Tensor) -> Codes:
+        """The same of some images, given by a mask (N,) or numbers; the commitment is that of all."""
+        own = {name: getattr(self, name)[rows] for name in ("concept", "concept_index", "concept_distance")}
+        return replace(self, **own, conditions=[condition.of_images(rows) for condition in self.conditions])
+
 
 class CodeHierarchy(nn.Module):
     r"""Encoders and codebooks of the concept and of the four stages' patterns.
@@ -65,11 +71,13 @@ class CodeHierarchy(nn.Module):
         g_4 = \mathrm{MLP}_4(h_4) \\
         \text{pattern}_k &= b + \mathrm{VQ}_k(g_k - b)
 
+    There is one group of codebooks, and one more for each call of :meth:`add_group`.
+
     Parameters
     ----------
     channels : sequence of 4 int
     n_concepts, n_patterns : int
-        Codes in the concept codebook, and in each stage's pattern codebook.
+        Codes of a group in the concept codebook, and in each stage's pattern codebook.
     d_concept, d_position : int
         Width of a concept, and of the positional encoding (a multiple of 4). A pattern has both.
     revive_threshold : float
@@ -105,10 +113,11 @@ class CodeHierarchy(nn.Module):
             VectorQuantizer(n_patterns, d_pattern, revive_threshold=revive_threshold) for _ in channels
         )
 
-    def forward(self, stages: Sequence[Tensor]) -> Codes:
-        """Encode and quantise the four (pooled) stages, (N, C_k, h_k, w_k)."""
+    def forward(self, stages: Sequence[Tensor], group: Tensor | None = None) -> Codes:
+        """Encode and quantise the four (pooled) stages, (N, C_k, h_k, w_k), each image with the codes of its group."""
         encoded = self._encode_concept(stages[3])
-        concept, index, loss = _quantise(self.concept_codebook, encoded[:, None])
+        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device) if group is None else group
+        concept, index, loss = _quantise(self.concept_codebook, encoded[:, None], group)
         concept, commitment = concept[:, 0], loss.mean()
         distance = (concept - encoded).detach().square().mean(1)
         conditions = []
@@ -116,9 +125,10 @@ class CodeHierarchy(nn.Module):
             n, d, h, w = g.shape
             position = positional_encoding(self.d_position, h, w).to(concept)
             # In training the look-up moves the codes: keep those that it read.
-            codes = quantizer.embed[0].clone() if self.training else quantizer.embed[0]
+            codes = quantizer.embed.flatten(0, 1)
+            codes = codes.clone() if quantizer.training else codes
             tokens = _residual(g.permute(0, 2, 3, 1), position.permute(1, 2, 0), concept[:, None, None])
-            code, of_cell, loss = _quantise(quantizer, tokens.flatten(1, 2))
+            code, of_cell, loss = _quantise(quantizer, tokens.flatten(1, 2), group)
             commitment = commitment + loss.mean()
             conditions.append(
                 Condition(
@@ -132,14 +142,23 @@ class CodeHierarchy(nn.Module):
             )
         return Codes(concept, index[:, 0], distance, conditions, commitment)
 
-    def concept(self, top: Tensor) -> Tensor:
-        """Concept code of each image (N,) from its coarsest stage (N, C_4, h, w)."""
+    def concept(self, top: Tensor, group: Tensor | None = None) -> Tensor:
+        """Number of each image's concept code (N,) from its coarsest stage (N, C_4, h, w)."""
         encoded = self._encode_concept(top)[:, None]
-        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device)
-        return self.concept_codebook.nearest(encoded, group)[:, 0]
+        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device) if group is None else group
+        return self.concept_codebook.nearest(encoded, group)[:, 0] + group * self.concept_codebook.n_codes
+
+    def add_group(self) -> None:
+        """Append a group of codebooks, which want :meth:`initialise`; the others keep every bit."""
+        for quantizer in self.codebooks():
+            quantizer.add_groups(1)
+
+    def codebooks(self) -> list[VectorQuantizer]:
+        """The concept codebook and each stage's pattern codebook."""
+        return [self.concept_codebook, *self._pattern_codebooks()]
 
     def perplexity(self) -> dict[str, Tensor]:
-        """Effective number of codes in use, of the concept codebook and of each stage's patterns."""
+        """Effective number of codes of the first group in use, of the concept codebook and of each stage's patterns."""
         of_patterns = {f"pattern_{k}": q.perplexity()[0] for k, q in enumerate(self._pattern_codebooks(), 1)}
         return {"concept": self.concept_codebook.perplexity()[0], **of_patterns}
 
@@ -167,34 +186,36 @@ class CodeHierarchy(nn.Module):
     @torch.no_grad()
     def initialise(
         self,
-        batches: Iterable[Sequence[Tensor]],
+        batches: Iterable[tuple[Sequence[Tensor], Tensor | None]],
         *,
         generator: torch.Generator | None = None,
         cells_per_image: int = 64,
     ) -> None:
-        """Start all codebooks from what the encoders make of data.
+        """Start the codebooks of the groups in ``batches`` from what the encoders make of data.
 
-        The encoders normalise by the statistics of each batch, as in the first step of training; their
-        running statistics stay as they were.
+        For the first group the encoders normalise by the statistics of each batch, as in the first step of training;
+        their running statistics stay as they were. Groups that were added go by those, as encoders that learn no more.
 
         Parameters
         ----------
-        batches : iterable of sequences of 4 Tensor (N, C_k, h_k, w_k)
-            Read once.
+        batches : iterable of (stages, group)
+            Four Tensor (N, C_k, h_k, w_k), and the group of each image (N,), the first if it is None. Read once.
         generator : torch.Generator, optional
             CPU generator of all draws; torch's default generator when left out.
         cells_per_image : int, default=64
             Cells that are drawn from each image and stage.
         """
         concepts: list[Tensor] = []
+        groups: list[Tensor] = []
         tokens: list[list[Tensor]] = [[] for _ in self.pattern_codebook]
         positions: list[list[Tensor]] = [[] for _ in self.pattern_codebook]
         cells: list[int] = [0 for _ in self.pattern_codebook]
         n_batches = 0
-        with _batch_statistics(self):
-            for stages in batches:
+        with _statistics(self, of_batch=self.concept_codebook.n_groups == 1):
+            for stages, group in batches:
                 n_batches += 1
                 concepts.append(self._encode_concept(stages[3]))
+                groups.append(concepts[-1].new_zeros(len(concepts[-1])).long() if group is None else group)
                 for k, g in enumerate(self._encode_patterns(stages)):
                     n, _, h, w = g.shape
                     drawn = [torch.randperm(h * w, generator=generator)[:cells_per_image] for _ in range(n)]
@@ -205,13 +226,15 @@ class CodeHierarchy(nn.Module):
                     cells[k] += n * h * w
         if not n_batches:
             raise ValueError("the codes are started from features: expected at least one batch, got none.")
-        encoded = torch.cat(concepts)[:, None]
-        self.concept_codebook.initialise(encoded, generator=generator, update_size=len(encoded) / n_batches)
-        index = self.concept_codebook.nearest(encoded, torch.zeros(len(encoded)).long().to(encoded.device))
-        concept = F.embedding(index, self.concept_codebook.embed[0])
-        for k, quantizer in enumerate(self._pattern_codebooks()):
-            residual = _residual(torch.cat(tokens[k]), torch.cat(positions[k]), concept)
-            quantizer.initialise(residual, generator=generator, update_size=cells[k] / n_batches)
+        encoded, of_image = torch.cat(concepts)[:, None], torch.cat(groups).to(concepts[0].device)
+        for g in torch.unique(of_image).tolist():
+            rows = of_image == g
+            share, group, own = float(rows.float().mean()), of_image[rows], encoded[rows]
+            self.concept_codebook.initialise(own, group, generator=generator, update_size=len(own) / n_batches)
+            concept = F.embedding(self.concept_codebook.nearest(own, group), self.concept_codebook.embed[g])
+            for k, quantizer in enumerate(self._pattern_codebooks()):
+                residual = _residual(torch.cat(tokens[k])[rows], torch.cat(positions[k])[rows], concept)
+                quantizer.initialise(residual, group, generator=generator, update_size=share * cells[k] / n_batches)
 
 
 def _linear(width_in: int, width: int) -> list[nn.Module]:
@@ -237,21 +260,21 @@ def _residual(tokens: Tensor, position: Tensor, concept: Tensor) -> Tensor:
     return torch.cat([tokens[..., :d_position] - position, tokens[..., d_position:] - concept], -1)
 
 
-def _quantise(quantizer: VectorQuantizer, x: Tensor) -> Quantized:
-    """Quantise in full precision: rounding would change which code is nearest."""
+def _quantise(quantizer: VectorQuantizer, x: Tensor, group: Tensor) -> Quantized:
+    """Quantise in full precision: rounding would change which code is nearest. Codes are numbered group by group."""
     with torch.autocast(x.device.type, enabled=False):
-        quantized: Quantized = quantizer(x.to(quantizer.embed.dtype))
-    return quantized
+        code, index, loss = quantizer(x.to(quantizer.embed.dtype), group)
+    return Quantized(code, index + group[:, None] * quantizer.n_codes, loss)
 
 
 @contextmanager
-def _batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms use the statistics of the batch, and leave the running ones as they are."""
+def _statistics(module: nn.Module, of_batch: bool) -> Iterator[None]:
+    """Let batch norms use the statistics of the batch or the running ones, and leave these as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
         for m in norms:
-            m.training, m.track_running_stats = True, False
+            m.training, m.track_running_stats = of_batch, not of_batch
         yield
     finally:
         for m, (training, track) in zip(norms, before):

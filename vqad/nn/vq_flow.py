@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
 from vqad.nn.hierarchy import CodeHierarchy, Codes
+
+# Coupling blocks that an added category has of its own in each stage.
+_ADDED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class VQFlow(nn.Module):
     condition_path : {"table", "convolution"}
         How the condition reaches the subnets: looked up by code, or written out and convolved. The same
         numbers; the second is for comparison and for export.
+    n_categories : int
+        Categories, numbered from 0, that share everything. Each further one gets parts of its own by
+        :meth:`add_category`.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class VQFlow(nn.Module):
         commitment_weight: float = 1.0,
         revive_threshold: float = 0.03,
         condition_path: Literal["table", "convolution"] = "table",
+        n_categories: int = 1,
     ) -> None:
         super().__init__()
         if len(channels) != 4 or len(n_blocks) != 3:
@@ -147,6 +154,9 @@ class VQFlow(nn.Module):
         self.likelihood = likelihood
         self.commitment_weight = commitment_weight
         self.condition_path = condition_path
+        self.n_categories = n_categories
+        self.hidden = hidden
+        self.clamp = clamp
         self.hierarchy = CodeHierarchy(
             channels,
             n_concepts=n_concepts,
@@ -160,6 +170,7 @@ class VQFlow(nn.Module):
             ConditionalFlow(c, width, n, hidden=hidden, clamp=clamp) for c, n in zip(channels, n_blocks)
         )
         self.mixture = nn.ModuleList(MixtureComponent(c, d_concept, exact=exact) for c in channels[:3])
+        self.added_flow, self.added_mixture = nn.ModuleList(), nn.ModuleList()
         self.fusion = FusionFlow(channels[:3], width, clamp=clamp)
         self._tables: dict[tuple[int, ...], Tensor] | None = None
         self._tables_state: list[tuple[int, int]] = []
@@ -167,18 +178,20 @@ class VQFlow(nn.Module):
     # ---- what the floors above call
 
     def loss(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
-        """Minus the log-likelihood plus the commitment, a scalar; ``category`` is not used.
+        """Minus the log-likelihood plus the commitment, a scalar.
 
         Parameters
         ----------
         features : sequence of 4 Tensor (N, C_k, H_k, W_k)
             The backbone's stages, from the finest, before any pooling.
+        category : Tensor of shape (N,), int64, optional
+            Category of each image, which matters for those that were added.
         """
-        output: VQFlowOutput = self(features)
+        output: VQFlowOutput = self(features, category)
         return output.loss
 
     def anomaly_map(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> dict[str, Tensor]:
-        r"""Terms of the likelihood of every cell, higher = more anomalous; ``category`` is not used.
+        r"""Terms of the likelihood of every cell, higher = more anomalous; arguments as for :meth:`loss`.
 
         Returns
         -------
@@ -188,7 +201,7 @@ class VQFlow(nn.Module):
             :math:`\frac12 \log 2\pi` is minus the exact log-density in nats per channel: summed over
             channels, cells and stages, minus :attr:`Latents.log_prob`.
         """
-        output: VQFlowOutput = self(features)
+        output: VQFlowOutput = self(features, category)
         latents = output.latents
         terms = {f"log_likelihood_{k}": 0.5 * z.square().mean(1) for k, z in enumerate(latents.z, 1)}
         for k, (log_det, c) in enumerate(zip(latents.log_det_cells, self.channels), 1):
@@ -201,22 +214,59 @@ class VQFlow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start all codebooks from what the encoders make of data, by k-means++.
+        """Start codebooks from what the encoders make of data, by k-means++.
 
         Parameters
         ----------
         batches : iterable of (features, category)
-            As for :meth:`loss`, of normal images, two or more in a batch. Read once; ``category`` is not
-            used.
+            As for :meth:`loss`, of normal images, two or more in a batch. Read once. Only the codebooks of these
+            categories start anew.
         generator : torch.Generator, optional
             CPU generator of all draws; torch's default generator when left out.
         """
-        self.hierarchy.initialise((self.pool(features) for features, _ in batches), generator=generator)
+        pooled = ((self.pool(features), self._group(category)) for features, category in batches)
+        self.hierarchy.initialise(pooled, generator=generator)
+
+    def add_category(self) -> int:
+        """Append the own parts of one more category, whose number is returned.
+
+        They are codebooks, which want :meth:`initialise_codes`, and for each stage a short flow that goes on from the
+        latent of the shared one, and a mixture component. Everything that was there keeps every bit.
+        """
+        self.hierarchy.add_group()
+        like = self.hierarchy.concept_codebook.embed
+        width, exact = self.fusion.project.weight.shape[1], self.likelihood == "exact"
+        flows = [
+            ConditionalFlow(c, width, _ADDED_BLOCKS, hidden=self.hidden, clamp=self.clamp) for c in self.channels[:3]
+        ]
+        mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
+        self.added_flow.append(nn.ModuleList(flows).to(like))
+        self.added_mixture.append(nn.ModuleList(mixtures).to(like))
+        return self.n_categories + self.n_added - 1
+
+    @property
+    def n_added(self) -> int:
+        """Number of categories that were added."""
+        return len(self.added_mixture)
+
+    def parts_of(self, category: int) -> list[nn.Module]:
+        """What can be trained for one category and moves no other; nothing of categories that share everything.
+
+        All codebooks are part of it: each learns from images of its own group alone.
+        """
+        g = category - self.n_categories
+        return [*self.hierarchy.codebooks(), self.added_flow[g], self.added_mixture[g]] if g >= 0 else []
 
     @torch.no_grad()
-    def concept(self, features: Sequence[Tensor] | Tensor) -> Tensor:
-        """Concept code of each image, (N,) int64."""
-        return self.hierarchy.concept(self.pool(features)[3])
+    def concept(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
+        """Number of each image's concept code, (N,) int64: ``group * n_concepts + code``, the shared group being 0."""
+        return self.hierarchy.concept(self.pool(features)[3], self._group(category))
+
+    @torch.no_grad()
+    def look_up(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Codes:
+        """The codes of each image and cell; nothing else is computed. Arguments as for :meth:`loss`."""
+        codes: Codes = self.hierarchy(self.pool(features), self._group(category))
+        return codes
 
     def perplexity(self) -> dict[str, Tensor]:
         """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
@@ -237,16 +287,10 @@ class VQFlow(nn.Module):
 
     # ---- the computation
 
-    def forward(self, features: Sequence[Tensor] | Tensor) -> VQFlowOutput:
-        """Encode, quantise, transform.
-
-        Parameters
-        ----------
-        features : sequence of 4 Tensor (N, C_k, H_k, W_k)
-            The backbone's stages, from the finest, before any pooling.
-        """
+    def forward(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> VQFlowOutput:
+        """Encode, quantise, transform; arguments as for :meth:`loss`."""
         stages = self.pool(features)
-        codes: Codes = self.hierarchy(stages)
+        codes: Codes = self.hierarchy(stages, self._group(category))
         latents = self.transform(stages[:3], codes)
         objective, dimensions = -latents.log_prob.mean(), latents.n_dimensions
         if self.likelihood == "release":
@@ -275,48 +319,96 @@ class VQFlow(nn.Module):
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
         """Pooled stages 1 to 3 to latents, given the codes."""
         flow_z, flow_cells, mixed, cells = [], [], [], []
-        for k, (x, flow, mixture) in enumerate(zip(stages, self._flows(), self._mixtures())):
-            z, of_flow = flow.transform(x, self._project(k, codes))
-            standard, of_mixture = mixture(z, codes.concept)
+        for k, (x, flow) in enumerate(zip(stages, self._flows())):
+            z, of_flow = flow.transform(x, self._project(flow, k, codes))
+            standard, of_own = self._standardise(k, z, codes)
             flow_z.append(z)
             flow_cells.append(of_flow)
             mixed.append(standard)
-            cells.append(of_flow + of_mixture[:, None, None])
-        z_all, of_fusion = self.fusion.transform(mixed, self._project(3, codes))
+            cells.append(of_flow + of_own)
+        z_all, of_fusion = self.fusion.transform(mixed, self._project(self.fusion, 3, codes))
         return Latents(flow_z, flow_cells, z_all, [a + b for a, b in zip(cells, of_fusion)])
 
     def restore(self, z: Sequence[Tensor], codes: Codes) -> list[Tensor]:
         """The pooled stages 1 to 3 that :meth:`transform` maps to ``z``, given the same codes."""
         stages = []
-        mixed = self.fusion.restore(z, self._project(3, codes))
-        for k, (x, flow, mixture) in enumerate(zip(mixed, self._flows(), self._mixtures())):
-            stages.append(flow.restore(mixture.inverse(x, codes.concept), self._project(k, codes)))
+        mixed = self.fusion.restore(z, self._project(self.fusion, 3, codes))
+        for k, (x, flow) in enumerate(zip(mixed, self._flows())):
+            latent = torch.empty_like(x)
+            for rows, g, own_codes in self._by_group(codes):
+                part = self._mixture(g, k).inverse(x[rows], own_codes.concept)
+                if g:
+                    own = self._added_flow(g, k)
+                    part = own.restore(part, self._project(own, k, own_codes))
+                latent[rows] = part
+            stages.append(flow.restore(latent, self._project(flow, k, codes)))
         return stages
+
+    def _standardise(self, k: int, z: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+        """Latents of stage k + 1 through the own parts of their groups; log-determinant of each cell, (N, h, w)."""
+        parts = []
+        for rows, g, own_codes in self._by_group(codes):
+            x, cells = z[rows], z.new_zeros(())
+            if g:
+                flow = self._added_flow(g, k)
+                x, cells = flow.transform(x, self._project(flow, k, own_codes))
+            x, of_mixture = self._mixture(g, k)(x, own_codes.concept)
+            parts.append((rows, x, cells + of_mixture[:, None, None].expand(-1, *x.shape[2:])))
+        if len(parts) == 1:
+            return parts[0][1:]
+        standard, log_det = torch.empty_like(z), z.new_empty(len(z), *z.shape[2:])
+        for rows, x, cells in parts:
+            standard[rows], log_det[rows] = x, cells
+        return standard, log_det
+
+    def _by_group(self, codes: Codes) -> list[tuple[Tensor | slice, int, Codes]]:
+        """Groups that the images are of: which images these are, the group, and their codes."""
+        group = self._group_of(codes)
+        present = torch.unique(group).tolist() if self.n_added else [0]
+        if len(present) == 1:
+            return [(slice(None), present[0], codes)]
+        return [(group == g, g, codes.of_images(group == g)) for g in present]
+
+    def _group(self, category: Tensor | None) -> Tensor | None:
+        """Group of each category: 0, or from 1 on that of an added one."""
+        return None if category is None or not self.n_added else (category - self.n_categories + 1).clamp_min(0)
+
+    def _group_of(self, codes: Codes) -> Tensor:
+        return codes.concept_index // self.hierarchy.concept_codebook.n_codes
 
     def _flows(self) -> list[ConditionalFlow]:
         return [cast(ConditionalFlow, flow) for flow in self.scale_flow]
 
-    def _mixtures(self) -> list[MixtureComponent]:
-        return [cast(MixtureComponent, mixture) for mixture in self.mixture]
+    def _mixture(self, g: int, k: int) -> MixtureComponent:
+        return cast(MixtureComponent, (cast(nn.ModuleList, self.added_mixture[g - 1]) if g else self.mixture)[k])
 
-    def _project(self, k: int, codes: Codes) -> list[Tensor]:
-        """What the condition of stage k + 1 adds to the first convolution of each subnet that sees it."""
-        condition = codes.conditions[k]
-        projection = (self.fusion if k == 3 else self._flows()[k]).project
+    def _added_flow(self, g: int, k: int) -> ConditionalFlow:
+        return cast(ConditionalFlow, cast(nn.ModuleList, self.added_flow[g - 1])[k])
+
+    def _project(self, flow: ConditionalFlow | FusionFlow, k: int, codes: Codes) -> list[Tensor]:
+        """What the condition of stage k + 1 adds to the first convolution of each subnet of a flow that sees it."""
+        condition, projection = codes.conditions[k], flow.project
         if self.condition_path == "convolution":
-            return projection(condition.dense())  # type: ignore[no-any-return]
+            return cast(list[Tensor], projection(condition.dense()))
         if self._tables is None or torch.is_grad_enabled():
+            return projection.from_codes(condition)
+        group = self._group_of(codes)
+        one = int(group[0])
+        if (group != one).any():
             return projection.from_codes(condition)
         state = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
         if state != self._tables_state:
             self._tables.clear()
             self._tables_state = state
-        key = (k, *condition.index.shape[1:])
+        # Of each group alone: the last bits of a matrix product depend on how many rows there are.
+        concepts, n_codes = self.hierarchy.concept_codebook.embed[one], condition.codes.shape[0] // (self.n_added + 1)
+        own = slice(one * n_codes, (one + 1) * n_codes)
+        condition = replace(condition, codes=condition.codes[own], index=condition.index - own.start)
+        key = (id(projection), one, *condition.index.shape[1:])
         table = self._tables.get(key)
         if table is None:
-            concepts = self.hierarchy.concept_codebook.embed[0]
             table = self._tables[key] = projection.table(condition.codes, condition.position, concepts)
-        return projection.from_table(table, condition, codes.concept_index)
+        return projection.from_table(table, condition, codes.concept_index - one * len(concepts))
 
 
 def _pyramid(finest: Tensor) -> list[Tensor]:
