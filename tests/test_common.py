@@ -256,10 +256,12 @@ def test_shapes_and_types(fitted, parts, scores):
 
 
 def test_decision_is_score_minus_offset_and_its_sign_is_the_label(quick, parts):
-    decision = quick.decision_function(parts.images)
-    np.testing.assert_array_equal(decision, quick.score_samples(parts.images) - quick.offset_)
-    np.testing.assert_array_equal(quick.predict(parts.images), np.where(decision < 0, -1, 1))
-    assert -1 in quick.predict(parts.images)
+    red = np.zeros((64, 64, 3), dtype=np.uint8) + np.array([255, 0, 0], dtype=np.uint8)
+    images = [*parts.images, red]
+    decision = quick.decision_function(images)
+    np.testing.assert_array_equal(decision, quick.score_samples(images) - quick.offset_)
+    np.testing.assert_array_equal(quick.predict(images), np.where(decision < 0, -1, 1))
+    assert set(quick.predict(images)) == {-1, 1}
 
 
 def test_higher_scores_are_more_normal(scores, parts, on_rows, rows):

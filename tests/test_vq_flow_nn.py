@@ -537,3 +537,29 @@ def test_latents_of_added_categories_are_taken_back_to_features_and_count_their_
     x = torch.cat([stage.flatten() for stage in stages[:3]])
     jacobian = torch.autograd.functional.jacobian(flat, x)
     torch.testing.assert_close(latents.log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=1e-5, atol=1e-5)
+
+
+# ---- codes that nothing was learned for
+
+
+@pytest.mark.parametrize("category", [None, 2])
+def test_after_settling_every_image_has_a_concept_of_the_images_learned(category):
+    module = (small(n_concepts=12) if category is None else with_added(n_concepts=12)).eval()
+    learned, new = features_like(5), [4 * f for f in features_like(40)]
+    of_learned, of_new = (None if category is None else torch.full((n,), category) for n in (5, 40))
+    used = module.concept(learned, of_learned)
+    assert not torch.isin(module.concept(new, of_new), used).all()
+    before = module.hierarchy.concept_codebook.embed.clone()
+    with torch.no_grad():
+        codes_before = module.look_up(learned, of_learned).concept
+    module.settle([(learned, of_learned)])
+    embed = module.hierarchy.concept_codebook.embed.flatten(0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(module.look_up(learned, of_learned).concept, codes_before, rtol=0, atol=0)
+    known = {tuple(row) for row in before.flatten(0, 1)[used].tolist()}
+    assert {tuple(embed[i].tolist()) for i in module.concept(new, of_new)} <= known
+    settled = embed.clone()
+    module.settle([(learned, of_learned)])
+    torch.testing.assert_close(module.hierarchy.concept_codebook.embed.flatten(0, 1), settled, rtol=0, atol=0)
+    if category is not None:  # the codes of the others stay
+        torch.testing.assert_close(module.hierarchy.concept_codebook.embed[0], before[0], rtol=0, atol=0)

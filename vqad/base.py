@@ -347,16 +347,18 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         before = self.model_ if warm else None
         self._model_shapes = [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps]
         self.model_ = self._make_model(*self._model_shapes, n_categories)
+        batches = TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size)
         if warm:
             take_over(self.model_, before)
         elif checkpoint is None or checkpoint.state is None:
-            self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size))
+            self._initialise(batches)
         trainer = Trainer(
             self.model_, scaled, category_tensor, self._plan(),
             device=device, dtype=native_precision(device, self.precision),
         )  # fmt: skip
         log = trainer.fit(torch.from_numpy(train), validation, checkpoint)
         self._note(log, add=warm)
+        self._settle(batches)
         calibrate(self, store, descriptor, index, train, held_out, device)
         if checkpoint is not None and not log.interrupted:
             checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
@@ -367,6 +369,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self.loss_curve_ = (self.loss_curve_ if add else []) + log.loss_curve
         self.validation_curve_ = (self.validation_curve_ if add else []) + log.validation_curve
         self.training_log_, self.n_iter_ = log, len(self.loss_curve_)
+
+    def _settle(self, batches) -> None:
+        """What the model does with the images that it has learned, when it has; nothing."""
 
     def _add_categories(self, n: int, batches) -> None:
         """Make room in the model for ``n`` more categories, and start it from their batches; no model needs to."""

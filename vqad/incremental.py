@@ -135,3 +135,5 @@ def _train(detector, store, index, train, n_known, device) -> None:
                 device=device, dtype=native_precision(device, detector.precision), parts=parts,
             )  # fmt: skip
             detector._note(trainer.fit(torch.from_numpy(rows)), add=True)
+    if is_new.any():
+        detector._settle(batches)

@@ -329,6 +329,9 @@ class VQFlowDetector(BaseImageDetector):
             model.add_category()
         return model
 
+    def _settle(self, batches):
+        self.model_.settle(batches)
+
     def _add_categories(self, n, batches):
         self._n_first = self.model_.n_categories
         for _ in range(n):

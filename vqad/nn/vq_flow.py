@@ -227,6 +227,27 @@ class VQFlow(nn.Module):
         pooled = ((self.pool(features), self._group(category)) for features, category in batches)
         self.hierarchy.initialise(pooled, generator=generator)
 
+    @torch.no_grad()
+    def settle(self, batches: Iterable[tuple[Sequence[Tensor] | Tensor, Tensor | None]]) -> None:
+        """Let every concept code that no image of ``batches`` has stand for the nearest one that some image has.
+
+        To be called after training, with the images that were trained on. No flow has learned what an unused concept
+        means: of a new image that came nearest to one, the likelihood would say nothing.
+
+        Parameters
+        ----------
+        batches : iterable of (features, category)
+            As for :meth:`loss`.
+        """
+        used = torch.unique(torch.cat([self.concept(features, category) for features, category in batches]))
+        codebook = self.hierarchy.concept_codebook
+        for g in torch.unique(used // codebook.n_codes).tolist():
+            codes, own = codebook.embed[g], used[used // codebook.n_codes == g] % codebook.n_codes
+            kept = codes[own]
+            nearest = kept[torch.cdist(codes, kept).argmin(1)]
+            nearest[own] = kept
+            codebook.embed[g] = nearest
+
     def add_category(self) -> int:
         """Append the own parts of one more category, whose number is returned.
 
