@@ -119,8 +119,8 @@ class VectorQuantizer(nn.Module):
         return f"n_codes={self.n_codes}, dim={self.dim}, n_groups={self.n_groups}, decay={self.decay}"
 
     def codes(self, group: Tensor) -> Tensor:
-        """Codebook of each image: (N,) group numbers to (N, K, D)."""
-        return self.embed[group]
+        """Codebook of each image: (N,) group numbers to (N, K, D); of a single one, but in training, without a copy."""
+        return self.embed[int(group[0])][None] if len(group) == 1 and not self.training else self.embed[group]
 
     def weights(self, group: Tensor) -> Tensor:
         """How often each code is used: (N,) group numbers to (N, K), positive, every row of sum 1."""
