@@ -74,9 +74,9 @@ class HVQTransDetector(BaseImageDetector):
     weight_decay : float, default=1e-4
         Of AdamW.
     category_balance : float in [0, 1], default=0.5
-        How far training makes up for categories of different sizes: a pass draws as many images as there are, those of
-        a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once, as published; 1 draws
-        all categories equally often.
+        How far training makes up for different sizes of the categories, given or found: a pass draws as many images as
+        there are, those of a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once,
+        as published; 1 draws all categories equally often.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
         back to the best pass.
