@@ -7,7 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 import vqad
