@@ -43,6 +43,17 @@ def plant(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             return out
 
 
+def plant_large(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same with one large defect: a radius of 12 to 30 percent of the image side."""
+    while True:
+        kind = rng.choice(["missing", "paste", "warp", "stain"])
+        size = rng.uniform(0.12, 0.3)
+        place, radius = _busy_place(image, rng), min(image.shape[:2]) * size
+        out = np.clip(_spot(image, place, radius, kind, rng), 0, 1)
+        if (np.abs(out - image).max(2) > 0.05).mean() > 0.005:
+            return out
+
+
 def _busy_place(image, rng):
     grey = image.mean(2)
     edges = ndimage.gaussian_filter(ndimage.gaussian_gradient_magnitude(grey, 2), 6)

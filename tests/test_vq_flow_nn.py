@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -470,6 +471,19 @@ def test_the_parts_of_an_added_category_learn_and_no_other_moves():
         else:
             learns = name.startswith(("added_flow.0", "added_mixture.0")) and not name.endswith("rotation")
             assert torch.equal(after[name], value) != learns, name
+
+
+@pytest.mark.parametrize("category", [1, 2])
+def test_noise_is_in_training_alone_and_in_that_of_an_added_category_too(category):
+    module, features = with_added(noise=0.5), features_like(8)
+    number = torch.full((8,), category)
+    for part in module.parts_of(2) if category == 2 else [module]:
+        part.train()
+    noisy = [float(copy.deepcopy(module).loss(features, number).detach()) for _ in range(2)]
+    assert noisy[0] != noisy[1]
+    module.eval()
+    calm = [float(module.loss(features, number).detach()) for _ in range(2)]
+    assert calm[0] == calm[1]
 
 
 def test_codes_are_numbered_group_by_group():

@@ -75,6 +75,10 @@ class VQFlowDetector(BaseImageDetector):
         How far training makes up for different sizes of the categories, given or found: a pass draws as many images as
         there are, those of a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once,
         as published; 1 draws all categories equally often.
+    feature_noise : float, default=0.3
+        Standard deviation of the noise that training adds to each feature that the flows see, in standard deviations of
+        its channel (in its own unit with ``standardize=False``). It keeps the density of a kind with few images from
+        falling to nothing between them. As published: 0.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
         back to the best pass.
@@ -163,6 +167,7 @@ class VQFlowDetector(BaseImageDetector):
         "n_blocks": [tuple, list],
         "hidden": [Interval(Integral, 1, None, closed="left"), None],
         "clamp": [Interval(Real, 0, None, closed="neither")],
+        "feature_noise": [Interval(Real, 0, None, closed="left")],
         "schedule": [StrOptions({"cosine", "constant", "step"})],
     }
 
@@ -188,6 +193,7 @@ class VQFlowDetector(BaseImageDetector):
         schedule="cosine",
         weight_decay=1e-4,
         category_balance=0.5,
+        feature_noise=0.3,
         early_stopping=False,
         validation_fraction=0.1,
         n_iter_no_change=10,
@@ -224,6 +230,7 @@ class VQFlowDetector(BaseImageDetector):
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.category_balance = category_balance
+        self.feature_noise = feature_noise
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
@@ -265,6 +272,7 @@ class VQFlowDetector(BaseImageDetector):
             "learning_rate": 1e-4,
             "schedule": "constant",
             "category_balance": 0.0,
+            "feature_noise": 0.0,
             "weight_decay": 0.0,
         }
         return cls(**{**published, **overrides})
@@ -323,6 +331,7 @@ class VQFlowDetector(BaseImageDetector):
             n_blocks=self.n_blocks,
             hidden=self.hidden,
             clamp=self.clamp,
+            noise=self.feature_noise,
             n_categories=n_first,
         )
         for _ in range(n_categories - n_first):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
 from vqad.nn.hierarchy import CodeHierarchy, Codes
+from vqad.nn.noise import GaussianNoise
 
 # Coupling blocks that an added category has of its own in each stage.
 _ADDED_BLOCKS = 2
@@ -122,6 +123,9 @@ class VQFlow(nn.Module):
     condition_path : {"table", "convolution"}
         How the condition reaches the subnets: looked up by code, or written out and convolved. The same
         numbers; the second is for comparison and for export.
+    noise : float
+        Standard deviation of the noise that training adds to each number of the pooled stages, see
+        :class:`vqad.nn.noise.GaussianNoise`; the release adds none: 0.
     n_categories : int
         Categories, numbered from 0, that share everything. Each further one gets parts of its own by
         :meth:`add_category`.
@@ -142,6 +146,7 @@ class VQFlow(nn.Module):
         commitment_weight: float = 1.0,
         revive_threshold: float = 0.03,
         condition_path: Literal["table", "convolution"] = "table",
+        noise: float = 0.0,
         n_categories: int = 1,
     ) -> None:
         super().__init__()
@@ -157,6 +162,7 @@ class VQFlow(nn.Module):
         self.n_categories = n_categories
         self.hidden = hidden
         self.clamp = clamp
+        self.noise = GaussianNoise(noise)
         self.hierarchy = CodeHierarchy(
             channels,
             n_concepts=n_concepts,
@@ -273,10 +279,13 @@ class VQFlow(nn.Module):
     def parts_of(self, category: int) -> list[nn.Module]:
         """What can be trained for one category and moves no other; nothing of categories that share everything.
 
-        All codebooks are part of it: each learns from images of its own group alone.
+        All codebooks are part of it: each learns from images of its own group alone. So is the noise, which only
+        training adds.
         """
         g = category - self.n_categories
-        return [*self.hierarchy.codebooks(), self.added_flow[g], self.added_mixture[g]] if g >= 0 else []
+        if g < 0:
+            return []
+        return [self.noise, *self.hierarchy.codebooks(), self.added_flow[g], self.added_mixture[g]]
 
     @torch.no_grad()
     def concept(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
@@ -310,7 +319,7 @@ class VQFlow(nn.Module):
 
     def forward(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> VQFlowOutput:
         """Encode, quantise, transform; arguments as for :meth:`loss`."""
-        stages = self.pool(features)
+        stages = [self.noise(stage) for stage in self.pool(features)]
         codes: Codes = self.hierarchy(stages, self._group(category))
         latents = self.transform(stages[:3], codes)
         objective, dimensions = -latents.log_prob.mean(), latents.n_dimensions
