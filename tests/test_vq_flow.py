@@ -318,6 +318,7 @@ def test_another_fit_has_no_added_categories_and_a_warm_one_keeps_them(of_three)
     np.testing.assert_array_equal(fresh.score_samples(maps), plain.score_samples(maps))
 
 
+@pytest.mark.slow
 def test_noise_keeps_the_density_of_few_images_from_falling_to_nothing_between_them(maps):
     """Learned from ten images for long, the density of others of the same kind is higher with noise than without."""
     unseen = [torch.from_numpy(m).permute(2, 0, 1)[None] for m in maps[10:40]]
