@@ -275,6 +275,14 @@ def test_wrong_arguments_are_said_in_one_line(capsys, arguments):
     assert "error: " in complaint(capsys)
 
 
+def test_a_second_pair_after_set_is_refused_with_the_way_to_give_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "x", "-o", "y", "--set", "d_model=32", "n_codes=16"])
+    said = complaint(capsys)
+    assert "n_codes=16" in said
+    assert "each --set takes one NAME=VALUE" in said
+
+
 @pytest.mark.parametrize("command", ["", "demo", "fit", "score", "evaluate", "report"])
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:

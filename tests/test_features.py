@@ -3,6 +3,7 @@
 import gc
 import pickle
 import socket
+import subprocess
 import sys
 import tempfile
 from multiprocessing.pool import ThreadPool
@@ -468,3 +469,10 @@ def test_ready_network_computes_the_same_and_leaves_the_network_as_it_is(name):
     assert state_digest(network) == digest
     folded = not any(isinstance(module, torch.nn.BatchNorm2d) for module in ready.modules())
     assert folded == ("efficientnet" in name)
+
+
+def test_to_import_vqad_takes_no_more_than_it_needs():
+    heavy = {"timm", "torchvision", "matplotlib", "elpv"}
+    code = f"import sys, vqad, vqad.cli; print(*({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

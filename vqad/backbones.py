@@ -17,7 +17,6 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -55,6 +54,8 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
     FileNotFoundError
         When no weights are at hand: the message names the ways to get them.
     """
+    import timm  # not at the top: it takes as long as all of vqad without it
+
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f" Did you mean one of {near}?" if near else ""
@@ -220,6 +221,8 @@ def _packaged_state_dict(name: str) -> dict[str, Tensor]:
             f'(2) weights="path/to/file.safetensors" (or .pth) with the weights of that timm model; (3) weights="hub" '
             f'lets timm download them. (weights="random" uses none.)'
         ) from None
+    import timm
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the old format of the packaged file, not about its content
         packaged = torch.load(path, map_location="cpu", weights_only=True)
