@@ -120,8 +120,8 @@ def test_map_terms_add_up_to_the_density(maps, fitted):
     torch.testing.assert_close(-total, latents.log_prob, rtol=1e-4, atol=1e-3)
     ours = fitted._map_terms(fitted.model_, features, None)
     assert set(ours) == set(fitted._map_weights())
-    torch.testing.assert_close(ours["energy_1"], terms["log_likelihood_1"])
-    torch.testing.assert_close(ours["density_1"], terms["log_likelihood_1"] + terms["volume_1"])
+    torch.testing.assert_close(ours["energy_1"], terms["mahalanobis_1"])
+    torch.testing.assert_close(ours["density_1"], terms["mahalanobis_1"] + terms["volume_1"])
     assert {tuple(term.shape) for term in ours.values()} == {(2, 4, 4)}
 
 
@@ -227,7 +227,9 @@ def test_a_new_category_moves_no_score_of_the_old_ones(of_two, of_three):
     before = of_two.model_.state_dict()
     for name, value in of_three.model_.state_dict().items():
         if name in before:
-            assert torch.equal(value[: len(before[name])] if "codebook" in name else value, before[name]), name
+            assert torch.equal(
+                value[: len(before[name])] if "codebook" in name or "whitening" in name else value, before[name]
+            ), name
 
 
 def untrained(detector, monkeypatch):
@@ -235,6 +237,8 @@ def untrained(detector, monkeypatch):
 
     def share(self, n, batches):
         self._n_first = self.model_.n_categories = self.model_.n_categories + n
+        for whitening in self.model_.whitening:
+            whitening.add_groups(n)
 
     monkeypatch.setattr(VQFlowDetector, "_add_categories", share)
     monkeypatch.setattr(VQFlowDetector, "_parts_of", lambda *args: [])

@@ -12,6 +12,9 @@ from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.training import TrainingPlan
 
+# The decoder's error is averaged over so many cells each way before its length is taken (docs/choices.md).
+ERROR_WINDOW = 3
+
 
 class HVQTransDetector(BaseImageDetector):
     """Hierarchical vector-quantised transformer for multi-class anomaly detection.
@@ -336,12 +339,15 @@ class HVQTransDetector(BaseImageDetector):
             verbose=self.verbose,
         )
 
+    def _settle_model(self, model, batches):
+        model.settle(batches, window=ERROR_WINDOW)
+
     def _scorer(self, model, dtype):
         return model if dtype == torch.float32 else model.scoring_copy(dtype)
 
     def _map_terms(self, model, features, category):
-        """Error of the reconstruction, averaged over 3 x 3 cells, and costs of the transport, as squared distances."""
-        terms = model.anomaly_map(features, category, window=3)
+        """Squared lengths: of the reconstruction's error, averaged over 3 x 3 cells and whitened; of the transport."""
+        terms = model.anomaly_map(features, category, window=ERROR_WINDOW)
         del terms["reconstruction"]
         terms["averaged_reconstruction"] = terms["averaged_reconstruction"].square()
         return terms

@@ -338,8 +338,8 @@ class VQFlowDetector(BaseImageDetector):
             model.add_category()
         return model
 
-    def _settle(self, batches):
-        self.model_.settle(batches)
+    def _settle_model(self, model, batches):
+        model.settle(batches)
 
     def _add_categories(self, n, batches):
         self._n_first = self.model_.n_categories
@@ -370,15 +370,17 @@ class VQFlowDetector(BaseImageDetector):
             return super()._judge_data(*args, **kwargs)
 
     def _map_terms(self, model, features, category):
-        """Of each stage the energy of the latent, as published, and minus the log-density, in nats per channel.
+        """Of each stage the energy of the latent and minus the log-density, both up to a constant, in nats per channel.
 
-        The density adds what the flow did to volumes, which compares places; the energy is the steadier of the two.
+        The energy is that of the Gaussian which the category's normal images have in the latent space; the published
+        one is that of the standard Gaussian. The density adds what the flow did to volumes, which compares places; the
+        energy is the steadier of the two.
         """
         raw = model.anomaly_map(features, category)
-        grid = raw["log_likelihood_1"].shape[1:]
+        grid = raw["mahalanobis_1"].shape[1:]
         terms = {}
         for k in (1, 2, 3):
-            energy = raw[f"log_likelihood_{k}"].float()
+            energy = raw[f"mahalanobis_{k}"].float()
             terms[f"energy_{k}"] = resize(energy, grid)
             terms[f"density_{k}"] = resize(energy + raw[f"volume_{k}"].float(), grid)
         return terms

@@ -20,6 +20,7 @@ from .packed import can_pack
 from .quantize import VectorQuantizer
 from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
+from .whiten import Whitening, learn_second_moments
 
 _SAMPLE_NUMBERS = 2**28
 """What initialise_codes keeps of the encoder's outputs, in numbers (1 GiB), if that is two cells a code."""
@@ -151,6 +152,7 @@ class HVQTrans(nn.Module):
         )
         self.decoder = Decoder(n_layers, width, n_heads, dim_feedforward, dropout)
         self.output_projection = nn.ModuleList(nn.Linear(width, token_width) for _ in range(n_categories))
+        self.whitening = Whitening(in_channels, n_categories)
 
     @property
     def n_categories(self) -> int:
@@ -212,7 +214,8 @@ class HVQTrans(nn.Module):
         window : int, optional
             Odd side of a square of cells. Adds the term ``averaged_reconstruction``: the same with
             :math:`\hat f - f` averaged over that square before its norm is taken. What the decoder misses at random
-            cancels, what it misses throughout a place stays.
+            cancels, what it misses throughout a place stays. After :meth:`settle` the norm is that of
+            :class:`vqad.nn.whiten.Whitening`: what the decoder often misses of normal images counts little.
         """
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
@@ -221,12 +224,34 @@ class HVQTrans(nn.Module):
         error = self._untokenise(rebuilt.to(cells.dtype) - cells)
         terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
         if window is not None:
-            averaged = F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
-            terms["averaged_reconstruction"] = torch.linalg.vector_norm(averaged, dim=1)
+            squared = self.whitening(_averaged(error, window), category)
+            terms["averaged_reconstruction"] = (self.in_channels * squared).sqrt()
         for j in wanted:
             cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
             terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
         return terms
+
+    @torch.no_grad()
+    def settle(self, batches: Iterable[tuple[Tensor, Tensor]], *, window: int) -> None:
+        """Learn what the decoder misses of normal images, for ``averaged_reconstruction``.
+
+        To be called after training, with the images that were trained on. Categories without images in ``batches`` keep
+        what they have.
+
+        Parameters
+        ----------
+        batches : iterable of (features (N, C, h, w), category (N,))
+        window : int
+            As for :meth:`anomaly_map`.
+        """
+
+        def errors() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for features, category in batches:
+                cells = self._tokens(features)
+                error = self._forward(cells, category)[0].to(cells.dtype) - cells
+                yield [_averaged(self._untokenise(error), window)], category
+
+        learn_second_moments([self.whitening], errors())
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -352,6 +377,7 @@ class HVQTrans(nn.Module):
         old = self.output_projection[0].weight
         token_width = self.in_channels * self.patch_size**2
         self.output_projection.append(nn.Linear(2 * self.d_model, token_width).to(cast(Tensor, old)))
+        self.whitening.add_groups(1)
         for quantizer in self.quantizers:
             quantizer.add_groups(1)
         return self.n_categories - 1
@@ -410,6 +436,10 @@ class HVQTrans(nn.Module):
             return (z - level.quantized.detach()).square().sum(-1)
         with torch.autocast(z.device.type, enabled=False):
             return transport_cost(self.transport, z, codes[0].to(z.dtype), codes[1])
+
+
+def _averaged(error: Tensor, window: int) -> Tensor:
+    return F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
 
 
 def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
