@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # uv installs several times faster; pip does where there is none (a shim on the path may be there and not work).
 UV := $(shell $(BIN)/uv --version >/dev/null 2>&1 && echo $(BIN)/uv || { uv --version >/dev/null 2>&1 && echo uv; })
 INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
+# Tests run in one process a core; PARALLEL= runs them in one.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 CODE := vqad tests benchmarks docs examples
 
 SITE := docs/_build/html
@@ -23,10 +25,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/vqad demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Warnings are errors; an example that fails is one. OPTIONS="-D plot_gallery=0" builds without running the examples.
 docs: $(VENV)/.installed-docs

@@ -153,19 +153,31 @@ def hvq_trans_terms(detector, transport):
 
 
 def vq_flow_terms(detector):
-    """The exact log-density of every stage and, as published, without the change of volume."""
+    """What to compare, and of every stage three terms: each of them with the density that it makes.
+
+    The published energy of the latent, its energy in the metric of the category's normal images, and the change of
+    volume.
+    """
 
     def terms(model, features, category):
         raw = model.anomaly_map(features, category)
         grid = raw["log_likelihood_1"].shape[1:]
-        energy = {f"energy_{k}": resize(raw[f"log_likelihood_{k}"].float(), grid) for k in (1, 2, 3)}
-        volume = {k: resize(raw[f"volume_{k}"].float(), grid) for k in (1, 2, 3)}
-        return {**energy, **{f"density_{k}": energy[f"energy_{k}"] + volume[k] for k in volume}}
+        found = {}
+        for k in (1, 2, 3):
+            volume = resize(raw[f"volume_{k}"].float(), grid)
+            for energy, name in (("published energy", "log_likelihood"), ("energy", "mahalanobis")):
+                found[f"{energy} {k}"] = resize(raw[f"{name}_{k}"].float(), grid)
+                found[f"density by {energy} {k}"] = found[f"{energy} {k}"] + volume
+        return found
 
-    choices = {f"{kind}_{k}": {f"{kind}_{k}": 1.0} for kind in ("energy", "density") for k in (1, 2, 3)}
-    for kind in ("energy", "density"):
-        choices[f"{kind}, all stages"] = {f"{kind}_{k}": 1.0 for k in (1, 2, 3)}
-    choices["energy and density, all stages"] = {k: 1.0 for k in choices if k[-1].isdigit()}
+    kinds = [f"{density}{energy}" for energy in ("published energy", "energy") for density in ("", "density by ")]
+    choices = {f"{kind} {k}": {f"{kind} {k}": 1.0} for kind in kinds for k in (1, 2, 3)}
+    for kind in kinds:
+        choices[f"{kind}, all stages"] = {f"{kind} {k}": 1.0 for k in (1, 2, 3)}
+    for energy in ("published energy", "energy"):
+        choices[f"{energy} and density, all stages"] = {
+            f"{kind}{energy} {k}": 1.0 for kind in ("", "density by ") for k in (1, 2, 3)
+        }
     return terms, choices
 
 

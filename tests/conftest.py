@@ -8,6 +8,11 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+# Where tests run in several processes, each has its share of the cores. It is read when torch is imported, later.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("vqad", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("vqad")

@@ -394,7 +394,7 @@ def test_a_new_category_is_known_afterwards(of_two, patch_size):
     assert list(made.predict_category(fresh)) == ["a", "b", "c"] * 10
     of_new = np.arange(30) % 3 == 2
     assert unknown[of_new].max() < unknown[~of_new].min()
-    assert abs(np.median(made.score_samples(fresh)[of_new])) < 2
+    assert abs(np.median(made.score_samples(fresh)[of_new])) < 4  # in deviations that four held-out images gave
     assert (made.predict(fresh) == 1).mean() > 0.6
     assert made.n_iter_ == len(made.loss_curve_) == 8
     assert made.n_images_ == 60
@@ -406,7 +406,7 @@ def test_a_new_category_leaves_what_is_shared_and_what_others_own(of_two):
     made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
     after = state_of(made)
     for name, value in before.items():
-        kept = after[name][:2] if name.startswith("codebook.") else after[name]
+        kept = after[name][:2] if name.startswith(("codebook.", "whitening.")) else after[name]
         assert torch.equal(kept, value), name
     assert {name for name in after if name not in before} == {"output_projection.2.weight", "output_projection.2.bias"}
     mean = (before["output_projection.0.weight"] + before["output_projection.1.weight"]) / 2

@@ -15,7 +15,9 @@ from sklearn.exceptions import NotFittedError
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad.metrics import image_f1_max
+from vqad.nn.whiten import whitenings
 from vqad.thresholds import calibrate, cost_threshold, f1_threshold, recall_threshold
+from vqad.vq_flow import resize
 
 DETECTORS = [
     HVQTransDetector(
@@ -314,6 +316,41 @@ def draw_features(form, n):
     return (center[kind][:, None, None] + spread[kind, None, None, None] * noise).astype(np.float32), kind
 
 
+class _RememberedTerms:
+    """Stands for ``_store_terms`` of a detector: all of it that does not change from split to split is kept."""
+
+    def __init__(self, detector, store, kind):
+        def everything(model, features, category):
+            found = {str(k): x for k, x in enumerate(detector._deviations(model, features, category))}
+            raw = model.anomaly_map(features, category)
+            return {**found, **{name: term for name, term in raw.items() if name.startswith(("transport", "volume"))}}
+
+        self.detector = detector
+        kept = detector._store_terms(store, np.arange(len(kind)), kind, torch.device("cpu"), everything)
+        self.deviations = [torch.from_numpy(kept.pop(k)) for k in sorted(kept) if k.isdigit()]
+        self.fixed = kept
+
+    def __call__(self, store, rows, category, device, compute=None):
+        deviations = [x[rows] for x in self.deviations]
+        if compute is not None:
+            self.detector._deviations = lambda *_: deviations
+            found = compute(None, None, None)
+            del self.detector._deviations
+            return {name: value.numpy() for name, value in found.items()}
+        fixed = {name: term[rows] for name, term in self.fixed.items()}
+        measured = zip(whitenings(self.detector.model_), deviations, strict=True)
+        lengths = [whitening(x, torch.from_numpy(category)) for whitening, x in measured]
+        if isinstance(self.detector, HVQTransDetector):
+            return {**fixed, "averaged_reconstruction": deviations[0].shape[1] * lengths[0].numpy()}
+        grid = lengths[0].shape[1:]
+        terms = {}
+        for k, length in enumerate(lengths, 1):
+            terms[f"energy_{k}"] = resize(0.5 * length, grid).numpy()
+            volume = torch.from_numpy(fixed[f"volume_{k}"])
+            terms[f"density_{k}"] = terms[f"energy_{k}"] + resize(volume, grid).numpy()
+        return terms
+
+
 @pytest.fixture(scope="module", params=["rows", "maps"])
 def trained(request, detector):
     """A detector trained on the first 120 of 1,500 images, and the terms of its maps for all of them."""
@@ -321,8 +358,7 @@ def trained(request, detector):
     made = clone(detector).fit(X[:120], category=kind[:120])
     everything, device = np.arange(len(X)), torch.device("cpu")
     store, descriptor = made._extract(made._check_X(X), everything, device)
-    terms = made._store_terms(store, everything, kind, device)
-    made._store_terms = lambda store, rows, category, device: {name: term[rows] for name, term in terms.items()}
+    terms_of = made._store_terms = _RememberedTerms(made, store, kind)
     routed, excess = made._route(descriptor)
     np.testing.assert_array_equal(routed, kind)
     assert (excess > 0).mean() < 0.01
@@ -335,7 +371,7 @@ def trained(request, detector):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* are too few for false_alarm_rate")
             calibrate(made, store, descriptor, kind, everything[:120], held, device)
-        maps = made.map_calibration_.combine({name: term[new] for name, term in terms.items()}, kind[new])
+        maps = made.map_calibration_.combine(terms_of(store, new, kind[new], device), kind[new])
         score = made._image_score(maps, kind[new], excess[new])
         label = np.where(-score - made._offset_of(kind[new]) < 0, -1, 1)
         return made.conformal_.p_values(score, kind[new]), label, kind[new], new

@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.base import clone
 
-from vqad import HVQTransDetector
+from vqad import HVQTransDetector, VQFlowDetector
+from vqad._checks import split_rows
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.vq_flow import VQFlow
-from vqad.nn.whiten import Whitening, learn_second_moments
+from vqad.nn.whiten import Whitening, leaving_out, second_moments, whitenings
 
 
 def vectors(n, seed, channels=6, grid=(4, 5)):
@@ -21,8 +23,14 @@ def vectors(n, seed, channels=6, grid=(4, 5)):
 
 def learned(x, group=None, n_groups=1):
     whitening = Whitening(x.shape[1], n_groups)
-    learn_second_moments([whitening], [([x], torch.zeros(len(x), dtype=torch.long) if group is None else group)])
+    learn(whitening, x, torch.zeros(len(x), dtype=torch.long) if group is None else group)
     return whitening
+
+
+def learn(whitening, x, group):
+    for g in torch.unique(group).tolist():
+        own = x[group == g]
+        whitening.learn(g, second_moments(own).double().sum(0), own[:, 0].numel())
 
 
 FIRST = torch.zeros(3, dtype=torch.long)
@@ -66,16 +74,32 @@ def test_normal_vectors_are_one_in_the_mean_and_those_of_a_rare_direction_more()
     assert whitening(odd, FIRST).mean() > 5 * whitening(usual, FIRST).mean()
 
 
-def test_groups_learn_from_their_own_images_in_any_batches():
+def test_groups_learn_from_their_own_images():
     x, group = vectors(12, 0), torch.tensor([0, 2, 2] * 4)
     x[group == 2] *= 3
-    mixed = learned(x, group, 3)
-    apart = Whitening(6, 3)
-    learn_second_moments([apart], [([x[i : i + 1]], group[i : i + 1]) for i in range(12)])
-    torch.testing.assert_close(apart(x, group), mixed(x, group))
-    alone = learned(x[group == 2])
+    mixed, alone = learned(x, group, 3), learned(x[group == 2])
     torch.testing.assert_close(mixed(x[group == 2], group[group == 2]), alone(x[group == 2], torch.zeros(8).long()))
     assert torch.equal(mixed.root[1], torch.eye(6))
+
+
+def test_left_out_each_image_is_seen_as_if_nothing_had_been_learned_from_it():
+    x, group = vectors(7, 0), torch.tensor([0, 1, 1, 0, 1, 2, 1])
+    x[4] *= 10
+    whitening = learned(x, group, 4)
+    together = whitening(x, group)
+    with leaving_out(torch.nn.ModuleList([whitening])):
+        found = whitening(x, group)
+    for i in (0, 1, 2, 3, 4, 6):
+        others = (group == group[i]) & (torch.arange(7) != i)
+        torch.testing.assert_close(found[i], learned(x[others])(x[i : i + 1], FIRST[:1])[0], rtol=1e-3, atol=1e-4)
+    # An odd image hides in what was learned from it.
+    assert found[4].mean() > 3 * together[4].mean()
+    # Without the only image of a group nothing is known.
+    assert torch.equal(found[5], together[5])
+    assert torch.equal(whitening(x, group), together)
+    whitening.forget()
+    with leaving_out(whitening):
+        assert torch.equal(whitening(x, group), together)
 
 
 def test_more_groups_and_more_learning_leave_the_others_every_bit():
@@ -83,7 +107,7 @@ def test_more_groups_and_more_learning_leave_the_others_every_bit():
     whitening = learned(x)
     before = whitening.root.clone()
     whitening.add_groups(2)
-    learn_second_moments([whitening], [([vectors(4, 1)], torch.ones(4, dtype=torch.long))])
+    learn(whitening, vectors(4, 1), torch.ones(4, dtype=torch.long))
     assert whitening.root.shape == (3, 6, 6)
     assert torch.equal(whitening.root[:1], before)
     assert not torch.equal(whitening.root[1], torch.eye(6))
@@ -118,6 +142,10 @@ def features(n, seed, shape=(8, 4, 4)):
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+SMALL = {
+    HVQTransDetector: {"d_model": 8, "n_heads": 2, "n_layers": 1, "n_codes": 4, "dim_feedforward": 8, "max_iter": 2},
+    VQFlowDetector: {"n_concepts": 2, "n_patterns": 4, "d_concept": 8, "d_position": 4, "hidden": 4, "max_iter": 2},
+}
 CATEGORY = torch.tensor([0, 1] * 8)
 
 
@@ -125,56 +153,50 @@ def test_the_error_of_hvq_trans_is_measured_by_what_its_decoder_misses_of_normal
     torch.manual_seed(0)
     model = HVQTrans(8, (4, 4), 2, d_model=8, n_heads=2, dim_feedforward=8, n_layers=1, n_codes=4).eval()
     x = features(16, 0)
-    with torch.no_grad():
-        error = torch.nn.functional.avg_pool2d(
-            model(x, CATEGORY).reconstruction - x, 3, stride=1, padding=1, count_include_pad=False
-        )
     plain = model.anomaly_map(x, CATEGORY, levels=[], window=3)
-    torch.testing.assert_close(plain["averaged_reconstruction"], error.norm(dim=1))
-    model.settle([(x[:6], CATEGORY[:6]), (x[6:], CATEGORY[6:])], window=3)
-    settled = model.anomaly_map(x, CATEGORY, levels=[], window=3)
-    assert torch.equal(settled["reconstruction"], plain["reconstruction"])
-    whitening = learned(error, CATEGORY, 2)
-    expected = 8 * whitening(error, CATEGORY)
-    torch.testing.assert_close(settled["averaged_reconstruction"].square(), expected, rtol=1e-3, atol=1e-4)
+    error = model.averaged_error(x, CATEGORY, 3)
+    torch.testing.assert_close(error.norm(dim=1), plain["averaged_reconstruction"])
+    (whitening,) = whitenings(model)
+    learn(whitening, error, CATEGORY)
+    learned = model.anomaly_map(x, CATEGORY, levels=[], window=3)
+    assert torch.equal(learned["reconstruction"], plain["reconstruction"])
+    torch.testing.assert_close(learned["averaged_reconstruction"].square(), 8 * whitening(error, CATEGORY))
+    assert not torch.allclose(learned["averaged_reconstruction"], plain["averaged_reconstruction"], rtol=0.1)
 
 
 def test_the_latents_of_vq_flow_are_measured_by_those_of_normal_images():
     torch.manual_seed(0)
-    model = VQFlow(
-        (4, 4, 6, 6),
-        n_concepts=2,
-        n_patterns=4,
-        d_concept=8,
-        d_position=4,
-        n_blocks=(1, 1, 1),
-        hidden=4,
-        n_categories=2,
-    ).eval()
+    sizes = {"n_concepts": 2, "n_patterns": 4, "d_concept": 8, "d_position": 4, "n_blocks": (1, 1, 1), "hidden": 4}
+    model = VQFlow((4, 4, 6, 6), n_categories=2, **sizes).eval()
     x = [features(16, k, (c, side, side)) for k, (c, side) in enumerate(((4, 16), (4, 8), (6, 4), (6, 2)))]
-    plain = model.anomaly_map(x, CATEGORY)
-    for k in (1, 2, 3):
-        torch.testing.assert_close(plain[f"mahalanobis_{k}"], plain[f"log_likelihood_{k}"])
-    batches = [([part[:6] for part in x], CATEGORY[:6]), ([part[6:] for part in x], CATEGORY[6:])]
-    with pytest.raises(TypeError, match="twice"):
-        model.settle(iter(batches))
-    model.settle(batches)
     with torch.no_grad():
-        z = model(x, CATEGORY).latents.z
-    settled = model.anomaly_map(x, CATEGORY)
-    for k in (1, 2, 3):
-        expected = 0.5 * learned(z[k - 1], CATEGORY, 2)(z[k - 1], CATEGORY)
-        torch.testing.assert_close(settled[f"mahalanobis_{k}"], expected, rtol=1e-3, atol=1e-4)
-    alone = model.anomaly_map([part[1::2] for part in x])
-    assert not torch.allclose(alone["mahalanobis_1"], settled["mahalanobis_1"][1::2])
+        plain, z = model.anomaly_map(x, CATEGORY), model(x, CATEGORY).latents.z
+        for k, (latent, whitening) in enumerate(zip(z, whitenings(model), strict=True), 1):
+            torch.testing.assert_close(plain[f"mahalanobis_{k}"], plain[f"log_likelihood_{k}"])
+            learn(whitening, latent, CATEGORY)
+        found, first = model.anomaly_map(x, CATEGORY), model.anomaly_map(x)
+    for k, (latent, whitening) in enumerate(zip(z, whitenings(model)), 1):
+        torch.testing.assert_close(found[f"mahalanobis_{k}"], 0.5 * whitening(latent, CATEGORY))
+        torch.testing.assert_close(found[f"log_likelihood_{k}"], plain[f"log_likelihood_{k}"])
+    assert not torch.allclose(first["mahalanobis_1"][1::2], found["mahalanobis_1"][1::2])
 
 
-def test_what_a_fit_learned_is_of_the_images_that_it_trained_on():
-    rng = np.random.default_rng(0)
-    maps = rng.normal(size=(40, 4, 4, 6)).astype(np.float32)
-    small = {"d_model": 8, "n_heads": 2, "n_layers": 1, "n_codes": 4, "dim_feedforward": 8, "max_iter": 1}
-    detector = HVQTransDetector(backbone=None, random_state=0, false_alarm_rate=0.2, **small).fit(maps)
-    root = detector.model_.whitening.root
-    assert not torch.equal(root, torch.eye(6)[None])
-    again = HVQTransDetector(backbone=None, random_state=0, false_alarm_rate=0.2, **small).fit(maps)
-    assert torch.equal(again.model_.whitening.root, root)
+@pytest.mark.parametrize("kind", [HVQTransDetector, VQFlowDetector])
+def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_out(kind):
+    """Of 40 images eight are held out, of which one is odd: left out, it is as odd as it would be if new."""
+    maps = np.random.default_rng(0).normal(size=(40, 8, 8, 6)).astype(np.float32)
+    detector = kind(backbone=None, random_state=0, false_alarm_rate=0.2, **SMALL[kind])
+    detector.fit(maps)
+    held_out = split_rows(np.zeros(40, dtype=int), detector.calibration_fraction, detector._split_seed)[1]
+    assert all(not torch.allclose(each.root, torch.eye(each.dim)) for each in whitenings(detector.model_))
+    assert all(not each._moments for each in whitenings(detector.model_))
+    odd = maps.copy()
+    odd[held_out[0], :4, :, 2] += 9
+    detector.fit(odd)
+    as_seen = -detector.score_samples(odd[held_out])
+    as_new = np.max(detector.conformal_.scores_[0])
+    assert as_seen.argmax() == 0
+    assert as_new > 1.2 * as_seen[0]
+    again = clone(detector).fit(odd)
+    for ours, theirs in zip(whitenings(again.model_), whitenings(detector.model_)):
+        assert torch.equal(ours.root, theirs.root)

@@ -358,7 +358,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         )  # fmt: skip
         log = trainer.fit(torch.from_numpy(train), validation, checkpoint)
         self._note(log, add=warm)
-        self._settle(batches, device)
+        self._settle(batches)
         calibrate(self, store, descriptor, index, train, held_out, device)
         if checkpoint is not None and not log.interrupted:
             checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
@@ -370,17 +370,12 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self.validation_curve_ = (self.validation_curve_ if add else []) + log.validation_curve
         self.training_log_, self.n_iter_ = log, len(self.loss_curve_)
 
-    def _settle(self, batches, device) -> None:
-        """Let the model look once more at the images that it has learned, computing as in scoring."""
-        model, dtype = self.model_.to(device), native_precision(device, self.precision)
-        try:
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                self._settle_model(model, batches.on(device))
-        finally:
-            model.to("cpu")
-
-    def _settle_model(self, model: nn.Module, batches) -> None:
+    def _settle(self, batches) -> None:
         """What the model does with the images that it has learned, when it has; nothing."""
+
+    def _deviations(self, model: nn.Module, features, category: Tensor) -> list[Tensor]:
+        """For each `Whitening` of the model, in its order, the vectors (n, C, h, w) whose lengths matter."""
+        return []
 
     def _add_categories(self, n: int, batches) -> None:
         """Make room in the model for ``n`` more categories, and start it from their batches; no model needs to."""

@@ -339,8 +339,8 @@ class HVQTransDetector(BaseImageDetector):
             verbose=self.verbose,
         )
 
-    def _settle_model(self, model, batches):
-        model.settle(batches, window=ERROR_WINDOW)
+    def _deviations(self, model, features, category):
+        return [model.averaged_error(features, category, ERROR_WINDOW)]
 
     def _scorer(self, model, dtype):
         return model if dtype == torch.float32 else model.scoring_copy(dtype)

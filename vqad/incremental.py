@@ -136,4 +136,4 @@ def _train(detector, store, index, train, n_known, device) -> None:
             )  # fmt: skip
             detector._note(trainer.fit(torch.from_numpy(rows)), add=True)
     if is_new.any():
-        detector._settle(batches, device)
+        detector._settle(batches)

@@ -338,8 +338,8 @@ class VQFlowDetector(BaseImageDetector):
             model.add_category()
         return model
 
-    def _settle_model(self, model, batches):
-        model.settle(batches)
+    def _settle(self, batches):
+        self.model_.settle(batches)
 
     def _add_categories(self, n, batches):
         self._n_first = self.model_.n_categories
@@ -384,6 +384,9 @@ class VQFlowDetector(BaseImageDetector):
             terms[f"energy_{k}"] = resize(energy, grid)
             terms[f"density_{k}"] = resize(energy + raw[f"volume_{k}"].float(), grid)
         return terms
+
+    def _deviations(self, model, features, category):
+        return model(features, category).latents.z
 
     def _codebooks(self):
         hierarchy = self.model_.hierarchy

@@ -20,7 +20,7 @@ from .packed import can_pack
 from .quantize import VectorQuantizer
 from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
-from .whiten import Whitening, learn_second_moments
+from .whiten import Whitening
 
 _SAMPLE_NUMBERS = 2**28
 """What initialise_codes keeps of the encoder's outputs, in numbers (1 GiB), if that is two cells a code."""
@@ -214,14 +214,14 @@ class HVQTrans(nn.Module):
         window : int, optional
             Odd side of a square of cells. Adds the term ``averaged_reconstruction``: the same with
             :math:`\hat f - f` averaged over that square before its norm is taken. What the decoder misses at random
-            cancels, what it misses throughout a place stays. After :meth:`settle` the norm is that of
-            :class:`vqad.nn.whiten.Whitening`: what the decoder often misses of normal images counts little.
+            cancels, what it misses throughout a place stays. The norm is that of :attr:`whitening`, Euclid's until that
+            has learned from normal images: what the decoder often misses of them counts little.
         """
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
         rebuilt, _, passed = self._forward(cells, category)
-        error = self._untokenise(rebuilt.to(cells.dtype) - cells)
+        error = self._error(rebuilt, cells)
         terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
         if window is not None:
             squared = self.whitening(_averaged(error, window), category)
@@ -232,26 +232,13 @@ class HVQTrans(nn.Module):
         return terms
 
     @torch.no_grad()
-    def settle(self, batches: Iterable[tuple[Tensor, Tensor]], *, window: int) -> None:
-        """Learn what the decoder misses of normal images, for ``averaged_reconstruction``.
+    def averaged_error(self, features: Tensor, category: Tensor, window: int) -> Tensor:
+        r""":math:`\hat f - f`, averaged over a square of cells: (N, C, h, w). Arguments as for :meth:`anomaly_map`.
 
-        To be called after training, with the images that were trained on. Categories without images in ``batches`` keep
-        what they have.
-
-        Parameters
-        ----------
-        batches : iterable of (features (N, C, h, w), category (N,))
-        window : int
-            As for :meth:`anomaly_map`.
+        What :attr:`whitening` is to learn from normal images.
         """
-
-        def errors() -> Iterator[tuple[list[Tensor], Tensor]]:
-            for features, category in batches:
-                cells = self._tokens(features)
-                error = self._forward(cells, category)[0].to(cells.dtype) - cells
-                yield [_averaged(self._untokenise(error), window)], category
-
-        learn_second_moments([self.whitening], errors())
+        cells = self._tokens(features)
+        return _averaged(self._error(self._forward(cells, category)[0], cells), window)
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -399,6 +386,9 @@ class HVQTrans(nn.Module):
         memories = [level.quantized for level in reversed(levels[:-1])]
         decoded = self.decoder(memories, torch.cat([position, position], 1))
         return self._head(decoded, category), commitment, levels
+
+    def _error(self, rebuilt: Tensor, cells: Tensor) -> Tensor:
+        return self._untokenise(rebuilt.to(cells.dtype) - cells)
 
     def _quantise(self, states: list[Tensor], category: Tensor) -> tuple[tuple[Level, ...], Tensor]:
         *below, last = self.quantizers

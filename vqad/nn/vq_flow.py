@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
 from vqad.nn.hierarchy import CodeHierarchy, Codes
 from vqad.nn.noise import GaussianNoise
-from vqad.nn.whiten import Whitening, learn_second_moments
+from vqad.nn.whiten import Whitening
 
 # Coupling blocks that an added category has of its own in each stage.
 _ADDED_BLOCKS = 2
@@ -208,8 +208,8 @@ class VQFlow(nn.Module):
             ``"volume_k"``: :math:`-\frac{1}{C_k} \log|\det|` of the cell. The sum of the two and
             :math:`\frac12 \log 2\pi` is minus the exact log-density in nats per channel: summed over
             channels, cells and stages, minus :attr:`Latents.log_prob`.
-            ``"mahalanobis_k"``: as ``log_likelihood_k``, but with the second moment that :meth:`settle` found in the
-            latents of the category, in the place of the identity that training aims at.
+            ``"mahalanobis_k"``: as ``log_likelihood_k``, but with the second moments that :attr:`whitening` learned
+            from the latents of the category, in the place of the identity that training aims at.
         """
         output: VQFlowOutput = self(features, category)
         latents = output.latents
@@ -218,7 +218,7 @@ class VQFlow(nn.Module):
             terms[f"volume_{k}"] = -log_det / c
         if category is None:
             category = torch.zeros(len(latents.z[0]), dtype=torch.long, device=latents.z[0].device)
-        for k, (z, whitening) in enumerate(zip(latents.z, self._whitenings()), 1):
+        for k, (z, whitening) in enumerate(zip(latents.z, self.whitening), 1):
             terms[f"mahalanobis_{k}"] = 0.5 * whitening(z, category)
         return terms
 
@@ -243,21 +243,16 @@ class VQFlow(nn.Module):
 
     @torch.no_grad()
     def settle(self, batches: Iterable[tuple[Sequence[Tensor] | Tensor, Tensor | None]]) -> None:
-        """What is to be done after training, with the images that were trained on.
+        """Let every concept code that no image of ``batches`` has stand for the nearest one that some image has.
 
-        Every concept code that none of them has is made to stand for the nearest one that some image has: no flow has
-        learned what an unused concept means, and of a new image that came nearest to one, the likelihood would say
-        nothing. Then the second moments of the latents are taken for ``mahalanobis_k`` of :meth:`anomaly_map`:
-        training makes them the identity in the mean over all categories at best.
+        To be called after training, with the images that were trained on. No flow has learned what an unused concept
+        means: of a new image that came nearest to one, the likelihood would say nothing.
 
         Parameters
         ----------
         batches : iterable of (features, category)
-            As for :meth:`loss`. Gone through twice: a list or a data loader, not a generator. Categories without images
-            in it keep what they have.
+            As for :meth:`loss`.
         """
-        if iter(batches) is batches:
-            raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
         used = torch.unique(torch.cat([self.concept(features, category) for features, category in batches]))
         codebook = self.hierarchy.concept_codebook
         for g in torch.unique(used // codebook.n_codes).tolist():
@@ -266,13 +261,6 @@ class VQFlow(nn.Module):
             nearest = kept[torch.cdist(codes, kept).argmin(1)]
             nearest[own] = kept
             codebook.embed[g] = nearest
-
-        def latents() -> Iterator[tuple[list[Tensor], Tensor]]:
-            for features, category in batches:
-                z = self(features, category).latents.z
-                yield z, z[0].new_zeros(len(z[0]), dtype=torch.long) if category is None else category
-
-        learn_second_moments(self._whitenings(), latents())
 
     def add_category(self) -> int:
         """Append the own parts of one more category, whose number is returned.
@@ -289,8 +277,8 @@ class VQFlow(nn.Module):
         mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
         self.added_flow.append(nn.ModuleList(flows).to(like))
         self.added_mixture.append(nn.ModuleList(mixtures).to(like))
-        for whitening in self._whitenings():
-            whitening.add_groups(1)
+        for whitening in self.whitening:
+            cast(Whitening, whitening).add_groups(1)
         return self.n_categories + self.n_added - 1
 
     @property
@@ -433,9 +421,6 @@ class VQFlow(nn.Module):
 
     def _mixture(self, g: int, k: int) -> MixtureComponent:
         return cast(MixtureComponent, (cast(nn.ModuleList, self.added_mixture[g - 1]) if g else self.mixture)[k])
-
-    def _whitenings(self) -> list[Whitening]:
-        return [cast(Whitening, whitening) for whitening in self.whitening]
 
     def _added_flow(self, g: int, k: int) -> ConditionalFlow:
         return cast(ConditionalFlow, cast(nn.ModuleList, self.added_flow[g - 1])[k])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Whitening(nn.Module):
         super().__init__()
         self.dim = dim
         self.register_buffer("root", torch.eye(dim).repeat(n_groups, 1, 1))
+        self._moments: dict[int, tuple[Tensor, int]] = {}
+        self._leaves_out = False
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_groups={len(self.root)}"
@@ -48,21 +51,41 @@ class Whitening(nn.Module):
         Always in float32 or better, also under autocast.
         """
         with torch.autocast(x.device.type, enabled=False):
+            root = self._roots_without(x, group) if self._leaves_out else self.root[group]
             cells = x.to(torch.promote_types(x.dtype, self.root.dtype)).flatten(2).mT
-            squared: Tensor = (cells @ self.root[group].to(cells.dtype)).square().mean(-1)
+            squared: Tensor = (cells @ root.to(cells.dtype)).square().mean(-1)
         return squared.view(len(x), *x.shape[2:])
 
     @torch.no_grad()
-    def learn(self, moments: Moments) -> None:
-        """Take over the second moments of those groups that have any; the others keep every bit."""
-        for g in moments.count.nonzero().flatten().tolist():
-            second = moments.total[g] / moments.count[g]
-            mean = second.trace() / self.dim
-            if not mean > torch.finfo(torch.float32).tiny:
-                continue  # nothing was ever missed: any direction counts alike
-            ridge = (_RIDGE + self.dim / moments.count[g]) * mean
-            values, vectors = torch.linalg.eigh(second)
-            self.root[g] = (vectors / (values.clamp_min(0) + ridge).sqrt()).to(self.root)
+    def learn(self, group: int, total: Tensor, count: int) -> None:
+        """Set a group's :math:`S_g`; the others keep every bit.
+
+        Parameters
+        ----------
+        group : int
+        total : Tensor of shape (C, C), float64
+            Sum of the :func:`second_moments` of all images.
+        count : int
+            Number of vectors in it.
+        """
+        self.root[group] = _inverse_root(total, count).to(self.root)
+        self._moments[group] = total, count
+
+    def forget(self) -> None:
+        """Keep only what :meth:`forward` needs: from now on nothing can be left out."""
+        self._moments = {}
+
+    @torch.no_grad()
+    def _roots_without(self, x: Tensor, group: Tensor) -> Tensor:
+        """For each image what would have been learned without it."""
+        roots = self.root[group].clone()
+        n_cells = x[0, 0].numel()
+        for i, (g, own) in enumerate(zip(group.tolist(), second_moments(x))):
+            total, count = self._moments.get(g, (own, 0))
+            # The only image of its group leaves nothing behind: what was learned from it stays.
+            if count > n_cells:
+                roots[i] = _inverse_root(total - own.cpu().double(), count - n_cells).to(roots)
+        return roots
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` groups without anything learned; the others keep every bit."""
@@ -74,46 +97,41 @@ class Whitening(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Moments:
-    """Running second moments of the vectors of groups.
+def second_moments(x: Tensor) -> Tensor:
+    """Of maps (N, C, h, w) the sums over cells of their vectors' products with themselves, (N, C, C) in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        cells = x.float().flatten(2)
+        return cells @ cells.mT
 
-    Parameters
-    ----------
-    whitening : Whitening
-        That is to learn from them: it says how long the vectors are and how many groups there are.
 
-    Attributes
-    ----------
-    count : Tensor of shape (n_groups,), float64
-    total : Tensor of shape (n_groups, C, C), float64
-        Sum over the vectors of their products with themselves.
+@contextmanager
+def leaving_out(model: nn.Module) -> Iterator[None]:
+    """Inside, all whitenings of a model see each image as if they had not learned from it.
+
+    It must be one of those that they learned from, and nothing may have been forgotten yet. The lengths are then those
+    that a new image like it would have.
     """
-
-    def __init__(self, whitening: Whitening) -> None:
-        self.count = torch.zeros(len(whitening.root), dtype=torch.float64)
-        self.total = torch.zeros(whitening.root.shape, dtype=torch.float64)
-
-    def add(self, x: Tensor, group: Tensor) -> None:
-        """Take in the cells (N, C, h, w) of images of groups (N,)."""
-        with torch.autocast(x.device.type, enabled=False):
-            for g in torch.unique(group).tolist():
-                vectors = x[group == g].float().movedim(1, -1).flatten(0, -2)
-                self.count[g] += len(vectors)
-                self.total[g] += (vectors.mT @ vectors).cpu().double()
+    try:
+        for whitening in whitenings(model):
+            whitening._leaves_out = True
+        yield
+    finally:
+        for whitening in whitenings(model):
+            whitening._leaves_out = False
 
 
-def learn_second_moments(whitenings: Sequence[Whitening], batches: Any) -> None:
-    """Let each of some whitenings learn from its own maps.
+def whitenings(model: nn.Module) -> list[Whitening]:
+    """All that a model has, in its order."""
+    return [module for module in model.modules() if isinstance(module, Whitening)]
 
-    Parameters
-    ----------
-    whitenings : sequence of Whitening
-    batches : iterable of (sequence of Tensor (N, C, h, w), group (N,))
-        Of normal images: for every whitening the vectors that it is for.
-    """
-    moments = [Moments(whitening) for whitening in whitenings]
-    for maps, group in batches:
-        for each, x in zip(moments, maps, strict=True):
-            each.add(x, group)
-    for whitening, each in zip(whitenings, moments):
-        whitening.learn(each)
+
+def _inverse_root(total: Tensor, count: int) -> Tensor:
+    """A matrix R with R R^T = S^-1; the identity where no vector was longer than 0."""
+    dim = len(total)
+    second = total / count
+    mean = float(second.trace()) / dim
+    if not mean > torch.finfo(torch.float32).tiny:
+        return torch.eye(dim)
+    values, vectors = torch.linalg.eigh(second)
+    root: Tensor = vectors / (values.clamp_min(0) + (_RIDGE + dim / count) * mean).sqrt()
+    return root
