@@ -36,6 +36,20 @@ def learn(whitening, x, group):
 FIRST = torch.zeros(3, dtype=torch.long)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_no_number_is_not_learned_from(value):
+    x = vectors(4, 0)
+    x[1, 2, 0, 0] = value
+    assert torch.equal(learned(x).root, torch.eye(6)[None])
+
+
+def test_one_group_and_several_give_the_same():
+    x, group = vectors(6, 0), torch.tensor([0, 1, 1, 0, 1, 1])
+    whitening = learned(x, group, 2)
+    of_one = whitening(x[group == 1], group[group == 1])
+    torch.testing.assert_close(whitening(x, group)[group == 1], of_one)
+
+
 def test_before_anything_is_learned_it_is_the_mean_of_the_squares():
     x = vectors(3, 0)
     torch.testing.assert_close(Whitening(6)(x, FIRST), x.square().mean(1))
@@ -200,3 +214,16 @@ def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_ou
     again = clone(detector).fit(odd)
     for ours, theirs in zip(whitenings(again.model_), whitenings(detector.model_)):
         assert torch.equal(ours.root, theirs.root)
+
+
+@pytest.mark.parametrize("kind", [HVQTransDetector, VQFlowDetector])
+@pytest.mark.parametrize("n", [60, 560])
+def test_false_alarms_are_no_more_than_asked_with_as_many_channels_as_images(kind, n):
+    """Each held-out row has a direction of its own, by which it would look normal if it had been learned from."""
+    rate, alarms = 0.1, []
+    for seed in range(3):
+        X = np.random.default_rng(seed).normal(size=(n + 500, 96)).astype(np.float32)
+        detector = kind(backbone=None, random_state=seed, false_alarm_rate=rate, **SMALL[kind]).fit(X[:n])
+        alarms.append((detector.predict(X[n:]) == -1).mean())
+    # Thresholds of a few held-out rows scatter: by 0.08 a fit of 60, 0.03 of 560.
+    assert np.mean(alarms) < rate + (0.1 if n == 60 else 0.04)

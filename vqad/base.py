@@ -82,7 +82,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up;
     ``_codebooks()`` names its codebooks, and ``_look_up(model, features, category)`` gives of each the code of every
     cell and its distance to it, (n, h, w) each.
-    One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``.
+    One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``; one whose
+    model has a `Whitening` gives what this measures in ``_deviations``.
     """
 
     _parameter_constraints: dict = {

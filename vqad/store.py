@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import threading
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqad._warn import warn
-from vqad.training import free_memory_limit, to_device
+from vqad.training import free_memory_limit
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
@@ -177,20 +176,13 @@ class TrainingBatches:
 
     def __init__(self, source: ScaledFeatures, category: Tensor, rows: Tensor, batch_size: int):
         self.source, self.category, self.parts = source, category, rows.split(batch_size)
-        self.device = torch.device("cpu")
-
-    def on(self, device: torch.device) -> TrainingBatches:
-        """The same batches, moved to a device when they are asked for."""
-        moved = copy.copy(self)
-        moved.device = device
-        return moved
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: int) -> tuple[Tensor | list[Tensor], Tensor]:
         part = self.parts[i]
-        return to_device(self.source.batch(part), self.device), self.category[part].to(self.device)
+        return self.source.batch(part), self.category[part]
 
 
 def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[list[Tensor], list[Tensor]]:

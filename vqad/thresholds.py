@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,13 +13,13 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
 from vqad._warn import warn
-from vqad.calibration import MAX_LEFT_OUT, ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile
+from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile
 from vqad.nn.whiten import leaving_out, second_moments, whitenings
 
 # Normal images of a category that say where its maps are high.
 MAX_REFERENCE_IMAGES = 200
-# Second moments that are summed up at a time, in numbers (256 MiB).
-MOMENT_NUMBERS = 2**26
+# Features whose deviations are held at a time, in numbers (256 MiB).
+DEVIATION_NUMBERS = 2**26
 
 
 def calibrate(detector, store, descriptor, index, train, held_out, device, n_known=0) -> None:
@@ -34,8 +35,7 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     train, held_out : ndarray of int
     """
     n_categories = len(detector.categories_)
-    normal = np.union1d(train, held_out)
-    _learn_metric(detector, store, normal[index[normal] >= n_known], index, device)
+    _learn_metric(detector, store, np.flatnonzero(index >= n_known), index, device)
     reference = _reference_rows(index, train, held_out, n_known, n_categories)
     is_held = np.isin(reference, held_out)
     terms = _reference_terms(detector, store, reference, is_held, index, device)
@@ -75,38 +75,33 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
 
 def _learn_metric(detector, store, rows, index, device) -> None:
     """Tell the model's whitenings how normal images deviate, of those learned from and of others."""
+    learning = dict(enumerate(whitenings(detector.model_)))
 
     def compute(model, features, category):
-        found = {}
-        for k, x in enumerate(detector._deviations(model, features, category)):
-            found[f"moment_{k}"] = second_moments(x)
-            found[f"cells_{k}"] = torch.full((len(x),), x[0, 0].numel())
-        return found
+        return dict(zip(learning, detector._deviations(model, features, category), strict=True))
 
-    learning = whitenings(detector.model_)
-    n_at_once = max(1, MOMENT_NUMBERS // max(1, sum(whitening.dim**2 for whitening in learning)))
+    n_at_once = max(1, DEVIATION_NUMBERS // sum(math.prod(m.shape[1:]) for m in store.maps))
     for c in np.unique(index[rows]) if learning else ():
         own = rows[index[rows] == c]
-        totals = [(np.zeros((whitening.dim, whitening.dim)), 0) for whitening in learning]
+        total = {k: torch.zeros(each.dim, each.dim, dtype=torch.float64) for k, each in learning.items()}
+        count = dict.fromkeys(learning, 0)
         for some in np.split(own, range(n_at_once, len(own), n_at_once)):
             found = detector._store_terms(store, some, index[some], device, compute)
-            totals = [
-                (total + found[f"moment_{k}"].sum(0, dtype=np.float64), count + int(found[f"cells_{k}"].sum()))
-                for k, (total, count) in enumerate(totals)
-            ]
-        for whitening, (total, count) in zip(learning, totals):
-            whitening.learn(int(c), torch.from_numpy(total), count)
+            for k in learning:
+                for x in torch.from_numpy(found[k]).split(1):
+                    total[k] += second_moments(x)[0].double()
+                    count[k] += x[0, 0].numel()
+        for k, whitening in learning.items():
+            whitening.learn(int(c), total[k], count[k])
 
 
 def _reference_terms(detector, store, rows, is_held, index, device) -> dict[str, np.ndarray]:
     """Map terms of normal images; of held-out ones as if the model's whitenings had not learned from them either.
 
-    Where a category has many held-out images one of them makes no difference.
+    Of however many: a thousand vectors and more say little of a hundred directions, and one image has many of them.
     """
-    count = np.bincount(index[rows[is_held]], minlength=index.max() + 1)[index[rows]]
-    is_left_out = is_held & (count <= MAX_LEFT_OUT)
     terms: dict[str, np.ndarray] = {}
-    for chosen, context in ((~is_left_out, nullcontext()), (is_left_out, leaving_out(detector.model_))):
+    for chosen, context in ((~is_held, nullcontext()), (is_held, leaving_out(detector.model_))):
         if chosen.any():
             with context:
                 found = detector._store_terms(store, rows[chosen], index[rows[chosen]], device)

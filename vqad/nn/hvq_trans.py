@@ -263,6 +263,7 @@ class HVQTrans(nn.Module):
             if isinstance(module, (nn.Linear, Attention)):
                 for parameter in module.parameters(recurse=False):
                     shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        shared[id(self.whitening._moments)] = self.whitening._moments
         scorer = copy.deepcopy(self, shared)
         for quantizer in scorer.quantizers:
             quantizer.freeze()

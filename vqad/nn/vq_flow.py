@@ -209,7 +209,8 @@ class VQFlow(nn.Module):
             :math:`\frac12 \log 2\pi` is minus the exact log-density in nats per channel: summed over
             channels, cells and stages, minus :attr:`Latents.log_prob`.
             ``"mahalanobis_k"``: as ``log_likelihood_k``, but with the second moments that :attr:`whitening` learned
-            from the latents of the category, in the place of the identity that training aims at.
+            from the latents of the category, in the place of the identity that training aims at. Without
+            ``category``, that of category 0; here every category must be one that the model has.
         """
         output: VQFlowOutput = self(features, category)
         latents = output.latents

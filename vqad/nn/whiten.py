@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,14 +47,18 @@ class Whitening(nn.Module):
         return f"dim={self.dim}, n_groups={len(self.root)}"
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
-        """Mean squares (N, h, w) of the cells of maps (N, C, h, w) of groups (N,), about 1 for normal ones if learned.
+        """Mean squares (N, h, w) of the cells of maps (N, C, h, w) of groups (N,).
 
-        Always in float32 or better, also under autocast.
+        Learned from many vectors, it is about 1 for normal ones. Autocast does not touch it.
         """
         with torch.autocast(x.device.type, enabled=False):
-            root = self._roots_without(x, group) if self._leaves_out else self.root[group]
             cells = x.to(torch.promote_types(x.dtype, self.root.dtype)).flatten(2).mT
-            squared: Tensor = (cells @ root.to(cells.dtype)).square().mean(-1)
+            if self._leaves_out:
+                squared = self._without_own(x, cells, group)
+            else:
+                # One matrix for all where there is one group: a copy for each image may not fit into memory.
+                root = self.root[group[0]] if bool((group == group[0]).all()) else self.root[group]
+                squared = (cells @ root.to(cells.dtype)).square().mean(-1)
         return squared.view(len(x), *x.shape[2:])
 
     @torch.no_grad()
@@ -75,17 +80,21 @@ class Whitening(nn.Module):
         """Keep only what :meth:`forward` needs: from now on nothing can be left out."""
         self._moments = {}
 
-    @torch.no_grad()
-    def _roots_without(self, x: Tensor, group: Tensor) -> Tensor:
-        """For each image what would have been learned without it."""
-        roots = self.root[group].clone()
-        n_cells = x[0, 0].numel()
-        for i, (g, own) in enumerate(zip(group.tolist(), second_moments(x))):
-            total, count = self._moments.get(g, (own, 0))
+    def _without_own(self, x: Tensor, cells: Tensor, group: Tensor) -> Tensor:
+        """Mean squares (N, L) of the cells (N, L, C) of each image by what would have been learned without it."""
+        squared: list[Tensor] = []
+        for i, g in enumerate(group.tolist()):
+            if i and g == int(group[0]) and torch.equal(x[i], x[0]):  # what fills up a chunk
+                squared.append(squared[0])
+                continue
+            total, count = self._moments.get(g, (None, 0))
+            root = self.root[g]
             # The only image of its group leaves nothing behind: what was learned from it stays.
-            if count > n_cells:
-                roots[i] = _inverse_root(total - own.cpu().double(), count - n_cells).to(roots)
-        return roots
+            if total is not None and count > cells.shape[1]:
+                own = second_moments(x[i : i + 1])[0].cpu().double()
+                root = _inverse_root(total - own, count - cells.shape[1]).to(root)
+            squared.append((cells[i] @ root.to(cells.dtype)).square().mean(-1))
+        return torch.stack(squared)
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` groups without anything learned; the others keep every bit."""
@@ -108,8 +117,8 @@ def second_moments(x: Tensor) -> Tensor:
 def leaving_out(model: nn.Module) -> Iterator[None]:
     """Inside, all whitenings of a model see each image as if they had not learned from it.
 
-    It must be one of those that they learned from, and nothing may have been forgotten yet. The lengths are then those
-    that a new image like it would have.
+    It must be one of those that they learned from, and nothing may have been forgotten yet. The lengths are then about
+    those that a new image like it would have.
     """
     try:
         for whitening in whitenings(model):
@@ -126,12 +135,13 @@ def whitenings(model: nn.Module) -> list[Whitening]:
 
 
 def _inverse_root(total: Tensor, count: int) -> Tensor:
-    """A matrix R with R R^T = S^-1; the identity where no vector was longer than 0."""
+    """A matrix R with R R^T = S^-1; the identity where no vector was longer than 0, or one too long for a number."""
     dim = len(total)
     second = total / count
     mean = float(second.trace()) / dim
-    if not mean > torch.finfo(torch.float32).tiny:
+    if not torch.finfo(torch.float32).tiny < mean < math.inf:
         return torch.eye(dim)
-    values, vectors = torch.linalg.eigh(second)
-    root: Tensor = vectors / (values.clamp_min(0) + (_RIDGE + dim / count) * mean).sqrt()
+    second.diagonal().add_((_RIDGE + dim / count) * mean)
+    lower = torch.linalg.cholesky(second)
+    root: Tensor = torch.linalg.solve_triangular(lower, torch.eye(dim, dtype=second.dtype), upper=False).mT
     return root
