@@ -153,10 +153,9 @@ def hvq_trans_terms(detector, transport):
 
 
 def vq_flow_terms(detector):
-    """What to compare, and of every stage three terms: each of them with the density that it makes.
+    """Of every stage the energy of the latent, as published and as measured by normal images; what to compare.
 
-    The published energy of the latent, its energy in the metric of the category's normal images, and the change of
-    volume.
+    Each alone, and with the change of volume, which makes it a density.
     """
 
     def terms(model, features, category):

@@ -37,8 +37,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr for a wrong argument."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrec") else []
-        if any("=" in word and not word.startswith("-") for word in unknown):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and any("=" in word and not word.startswith("-") for word in unknown.split()):
             message += "; each --set takes one NAME=VALUE"
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
