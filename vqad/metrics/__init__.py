@@ -7,10 +7,12 @@ exact: nothing is binned or subsampled, and equal scores move together.
 
 from vqad.metrics._evaluation import Evaluation, evaluate
 from vqad.metrics._image import bootstrap_interval, image_auroc, image_average_precision, image_f1_max
+from vqad.metrics._pimo import aupimo
 from vqad.metrics._pixel import aupro, pixel_auroc, pixel_average_precision, pixel_f1_max
 
 __all__ = [
     "Evaluation",
+    "aupimo",
     "aupro",
     "bootstrap_interval",
     "evaluate",

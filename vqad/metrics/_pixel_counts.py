@@ -79,7 +79,7 @@ def count_pixels(
     defects = [_DefectPixels(regions) for _ in range(n_groups)]
     once = isinstance(masks, Iterator) or isinstance(maps, Iterator)
     held: list[tuple[int, NDArray[Any]]] = []
-    for i, mask, scores in _pairs(masks, maps, normal):
+    for i, mask, scores in read_pairs(masks, maps, normal):
         group = _group(groups, i)
         if mask is not None:
             defects[group].add(mask, scores)
@@ -92,7 +92,7 @@ def count_pixels(
             group, values = held.pop()
             counters[group].add(values)
     else:
-        for i, mask, scores in _pairs(masks, maps, normal):
+        for i, mask, scores in read_pairs(masks, maps, normal):
             counters[_group(groups, i)].add(_normal_pixels(mask, scores))
     return [defect.counts(counter) for defect, counter in zip(defects, counters)]
 
@@ -182,12 +182,12 @@ def _group(groups: NDArray[np.intp] | None, i: int) -> int:
     return 0 if groups is None else int(groups[i])
 
 
-def _pairs(
-    masks: Iterable[Any], maps: Iterable[Any], normal: NDArray[np.bool_] | None
+def read_pairs(
+    masks: Iterable[Any], maps: Iterable[Any], normal: NDArray[np.bool_] | None = None
 ) -> Iterator[tuple[int, NDArray[np.bool_] | None, NDArray[Any]]]:
     """Yield index, mask and scores of every image whose pixels are known; the mask of no defects is None."""
     read = 0
-    for i, (mask, scores) in enumerate(zip_longest(_each(masks), _each(maps), fillvalue=_END)):
+    for i, (mask, scores) in enumerate(zip_longest(each(masks), each(maps), fillvalue=_END)):
         if mask is _END or scores is _END:
             short, long = ("masks", "maps") if mask is _END else ("maps", "masks")
             raise ValueError(f"masks and maps must go together, but {short} end after {i} images and {long} go on")
@@ -211,7 +211,7 @@ def _pairs(
         raise ValueError(f"y_true has {normal.size} images, but masks and maps have {read}")
 
 
-def _each(images: Any) -> Iterator[Any]:
+def each(images: Any) -> Iterator[Any]:
     """Iterate; a lazy collection may know only its length and its items."""
     if hasattr(images, "__iter__") or not hasattr(images, "__len__"):
         return iter(images)

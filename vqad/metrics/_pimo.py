@@ -1,0 +1,162 @@
+"""AUPIMO: how much of each defect is found while hardly a pixel of the normal images is called one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqad._warn import warn
+from vqad.metrics._pixel_counts import CHUNK_PIXELS, each, read_pairs
+
+
+def aupimo(
+    masks: Iterable[Any], maps: Iterable[Any], *, fpr_limits: tuple[float, float] = (1e-5, 1e-4)
+) -> NDArray[np.float64]:
+    r"""Area under the per-image overlap curve (AUPIMO) of every defective image [1]_.
+
+    Thresholds are told by the normal images alone: at a threshold :math:`t`, with :math:`s` the score of a pixel, the
+    false-positive rate is the mean over the normal images :math:`N_1, \dots, N_n` of the share of their pixels that
+    are called defects; and of a defective image :math:`i` with defect pixels :math:`D_i` the share that is found is
+
+    .. math::
+        \mathrm{FPR}(t) = \frac1n \sum_j \frac{|\{p \in N_j : s_p \ge t\}|}{|N_j|}, \qquad
+        \mathrm{TPR}_i(t) = \frac{|\{p \in D_i : s_p \ge t\}|}{|D_i|}.
+
+    Between the limits :math:`L` and :math:`U` of the false-positive rate, on a logarithmic scale,
+
+    .. math::
+        \mathrm{AUPIMO}_i = \frac{1}{\log(U/L)} \int_{\log L}^{\log U} \mathrm{TPR}_i \; d\log\mathrm{FPR}.
+
+    With the default limits it asks what is found where at most one pixel of 10,000 is a false alarm. Sound pixels of
+    defective images, which no one has labelled with such care, play no part.
+
+    Parameters
+    ----------
+    masks : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
+        bool, True on defect pixels; integers 0/1 or 0/255 are taken too. An image without defect pixels is normal. One
+        whose mask is None is left out.
+    maps : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
+        Finite; higher is more anomalous.
+    fpr_limits : (float, float), default=(1e-5, 1e-4)
+        L and U, 0 < L < U <= 1.
+
+    Returns
+    -------
+    ndarray of shape (n_images,), float64
+        In [0, 1]; nan for normal images and those that were left out. ``numpy.nanmean`` of it is one number for all.
+
+    Raises
+    ------
+    ValueError
+        Maps or masks of the wrong shape, dtype, length or values, no normal or no defective image, or limits out of
+        range.
+
+    Warns
+    -----
+    UserWarning
+        When the normal images have fewer than 1/L pixels: the lowest rates that the integral asks for are then not to
+        be had, and the share that is found over all normal pixels stands for them.
+
+    Notes
+    -----
+    The integral is exact, in the sense of `aupro`: where only the false-positive rate grows, the curve is flat; where
+    pixels of both kinds have the same score, it is a straight line.
+
+    Collections with a length are read once, an image at a time. What is held is the defect pixels and those of the
+    normal images that the limit U may reach, at most a share of U times the number of images. Of iterators all
+    normal pixels are held.
+
+    References
+    ----------
+    .. [1] Bertoldo, Ameln, Vaidya & Akçay, "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed and
+       Low Tolerance", BMVC 2024. arXiv:2401.01984.
+    """
+    low, high = fpr_limits
+    if not 0 < low < high <= 1:
+        raise ValueError(f"fpr_limits must be two numbers with 0 < lower < upper <= 1, got {fpr_limits!r}")
+    n_images = min((len(x) for x in (masks, maps) if isinstance(x, Sized)), default=None)
+    normal = _HighestPixels(np.inf if n_images is None else high * n_images)
+    defects: list[NDArray[Any] | None] = []
+
+    def counted() -> Iterator[Any]:
+        for scores in each(maps):
+            defects.append(None)
+            yield scores
+
+    for i, mask, scores in read_pairs(masks, counted()):
+        if mask is None:
+            normal.add(scores)
+        else:
+            defects[i] = np.sort(scores[mask])
+    if not normal.n_images:
+        raise ValueError("every mask marks a defect: aupimo needs images without one to tell false alarms")
+    if all(own is None for own in defects):
+        raise ValueError("the masks mark no defect pixel (True): aupimo needs at least one")
+    if normal.n_pixels * low < 1:
+        warn(
+            f"The normal images have {normal.n_pixels} pixels, too few for a false-positive rate of {low:g}: "
+            f"{np.ceil(1 / low):.0f} are needed. Give more of them, or higher fpr_limits."
+        )
+    score, rate = normal.rates()
+    area = [np.nan if own is None else _area(own, score, rate, low, high) for own in defects]
+    return np.array(area) / np.log(high / low)
+
+
+class _HighestPixels:
+    """The pixels of normal images that may come into a false-positive rate of at most ``limit`` / number of images."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._scores: list[NDArray[Any]] = []
+        self._weights: list[NDArray[np.float64]] = []
+        self._held = 0
+        self._largest = CHUNK_PIXELS
+        self.n_images = 0
+        self.n_pixels = 0
+
+    def add(self, scores: NDArray[Any]) -> None:
+        """Take a normal image's scores, each of the weight 1 / (number of them)."""
+        self.n_images += 1
+        self.n_pixels += scores.size
+        self._scores.append(scores.flatten())
+        self._weights.append(np.full(scores.size, 1 / scores.size))
+        self._held += scores.size
+        if self._held > self._largest and np.isfinite(self._limit):
+            self._prune()
+            self._largest = max(CHUNK_PIXELS, 2 * self._held)
+
+    def rates(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """Distinct scores, falling, and the false-positive rate at each."""
+        self._prune()
+        score, weight = self._scores[0], self._weights[0]
+        last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
+        return score[last], np.minimum(np.cumsum(weight)[last] / self.n_images, 1.0)
+
+    def _prune(self) -> None:
+        score, weight = np.concatenate(self._scores), np.concatenate(self._weights)
+        order = np.argsort(-score, kind="stable")
+        score, weight = score[order], weight[order]
+        # All pixels of the score at which the limit is reached stay.
+        reached = min(int(np.searchsorted(np.cumsum(weight), self._limit)), score.size - 1)
+        keep = int(np.searchsorted(-score, -score[reached], side="right"))
+        self._scores, self._weights, self._held = [score[:keep]], [weight[:keep]], keep
+
+
+def _area(
+    defect: NDArray[Any], score: NDArray[Any], rate: NDArray[np.float64], low: float, high: float
+) -> NDArray[np.float64]:
+    """Integral of the share of rising scores ``defect`` that is found over the logarithm of the rate.
+
+    While the threshold falls from one normal ``score`` to the next, the rate grows from that of the one before to its
+    own, and the share from what is found above the score to what is found at it.
+    """
+    before = np.append(0.0, rate[:-1])
+    above = 1 - np.searchsorted(defect, score, side="right") / defect.size
+    at = 1 - np.searchsorted(defect, score, side="left") / defect.size
+    slope = (at - above) / (rate - before)
+    start, stop = np.clip(before, low, high), np.clip(rate, low, high)
+    area: NDArray[np.float64] = ((above - slope * before) * np.log(stop / start) + slope * (stop - start)).sum()
+    return area
