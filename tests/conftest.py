@@ -42,6 +42,36 @@ def mvtec_root(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def visa_root(tmp_path):
+    """A folder in VisA's own layout, with categories "candle" and "pcb1", images of 8 x 10 pixels.
+
+    Training images are normal: three candles and one pcb1. In test are a candle with two kinds of defect, a normal
+    candle, and a defective pcb1 without a mask.
+    """
+    root = tmp_path / "visa"
+    lines = ["object,split,label,image,mask"]
+    for category, split, label, k in (
+        ("candle", "train", "normal", 0),
+        ("candle", "train", "normal", 10),
+        ("candle", "train", "normal", 1),
+        ("pcb1", "train", "normal", 0),
+        ("candle", "test", "anomaly", 0),
+        ("candle", "test", "normal", 2),
+        ("pcb1", "test", "anomaly", 1),
+    ):
+        image, mask = f"{category}/Data/Images/{label.capitalize()}/{k}.JPG", ""
+        save_png(root / image, np.full((8, 10, 3), 10 * k, np.uint8))
+        if label == "anomaly" and category == "candle":
+            mask, kinds = f"{category}/Data/Masks/Anomaly/{k}.png", np.zeros((8, 10), np.uint8)
+            kinds[1, 2], kinds[5, 6] = 1, 3
+            save_png(root / mask, kinds)
+        lines.append(f"{category},{split},{label},{image},{mask}")
+    (root / "split_csv").mkdir()
+    (root / "split_csv" / "1cls.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
 def save_png(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

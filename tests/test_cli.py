@@ -17,7 +17,7 @@ import vqad.demo
 from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad._memory_bank import PatchMemoryBank
 from vqad.cli import main
-from vqad.datasets import load_elpv, load_mvtec, make_textured_parts
+from vqad.datasets import load_elpv, load_mvtec, load_visa, make_textured_parts
 from vqad.demo import FULL, QUICK, DemoSize, split_cells
 from vqad.metrics import bootstrap_interval, evaluate, image_auroc
 from vqad.training import Trainer
@@ -95,6 +95,15 @@ def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, 
     # Nothing was fitted, so there is nothing to save.
     assert main(["fit", str(folders / "mvtec"), "-o", str(tmp_path / "x"), "--image-size", "64x96"]) == 2
     expected = load_mvtec(folders / "mvtec", split="train")
+    assert list(seen["X"].paths) == list(expected.paths)
+    assert list(seen["category"]) == list(expected.category)
+
+
+def test_fit_on_visa_layout_learns_from_its_training_images(visa_root, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, category: seen.update(X=X, category=category))
+    assert main(["fit", str(visa_root), "-o", str(tmp_path / "x")]) == 2
+    expected = load_visa(visa_root, split="train")
     assert list(seen["X"].paths) == list(expected.paths)
     assert list(seen["category"]) == list(expected.category)
 

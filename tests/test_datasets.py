@@ -17,6 +17,7 @@ from vqad.datasets import (
     load_elpv,
     load_folder,
     load_mvtec,
+    load_visa,
     make_textured_parts,
 )
 from vqad.datasets.synthetic import DEFECTS, _draw
@@ -144,6 +145,59 @@ def test_mvtec_errors_say_what_was_found(mvtec_root, tmp_path_factory):
         load_mvtec(plain)
 
 
+# ---- VisA ----------------------------------------------------------------------------------------
+
+
+def test_visa_splits_are_those_of_its_table(visa_root):
+    train, test = load_visa(visa_root), load_visa(visa_root, split="test")
+    assert ends(train.paths) == [f"Images/Normal/{k}.JPG" for k in (0, 1, 10)] + ["Images/Normal/0.JPG"]
+    assert train.category.tolist() == ["candle"] * 3 + ["pcb1"]
+    assert set(train.target) == {1}
+    assert ends(test.paths) == ["Images/Anomaly/0.JPG", "Images/Normal/2.JPG", "Images/Anomaly/1.JPG"]
+    assert test.category.tolist() == ["candle", "candle", "pcb1"]
+    assert test.target.tolist() == [-1, 1, -1]
+    both = load_visa(visa_root, split="all", categories=["pcb1", "candle"])
+    assert both.category.tolist() == ["pcb1"] * 2 + ["candle"] * 5
+    assert sorted(both.paths) == sorted([*train.paths, *test.paths])
+
+
+def test_visa_masks_mark_every_kind_of_defect(visa_root):
+    defective, normal, without_mask = load_visa(visa_root, split="test").masks()
+    expected = np.zeros((8, 10), bool)
+    expected[1, 2] = expected[5, 6] = True  # kinds 1 and 3
+    np.testing.assert_array_equal(defective, expected)
+    assert not normal.any()
+    assert without_mask is None
+
+
+def test_visa_is_read_lazily(visa_root, opened):
+    data = load_visa(visa_root, categories="pcb1", split="all")
+    assert opened == []
+    assert data[0].shape == (8, 10, 3)
+
+
+def test_visa_errors_say_what_was_found(visa_root, mvtec_root):
+    with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv'; it contains bolt/, nut/.*load_mvtec"):
+        load_visa(mvtec_root)
+    with pytest.raises(ValueError, match=r"no category \['fryum'\]; it has \['candle', 'pcb1'\]"):
+        load_visa(visa_root, categories="fryum")
+    with pytest.raises(ValueError, match=r"split must be one of"):
+        load_visa(visa_root, split="2cls")
+    with pytest.raises(ValueError, match=r"load_visa reads.*tells defects and masks from normal"):
+        load_folder(visa_root)
+    table = visa_root / "split_csv" / "1cls.csv"
+    text = table.read_text()
+    table.write_text(text.replace("object,", "class,"))
+    with pytest.raises(ValueError, match=r"must have the columns object, split, .*; it has class, split"):
+        load_visa(visa_root)
+    table.write_text(text.replace("test,anomaly", "test,broken", 1))
+    with pytest.raises(ValueError, match=r"line 6 of .*label normal or anomaly; it has .*'broken'"):
+        load_visa(visa_root)
+    table.write_text("object,split,label,image,mask\npcb1,train,normal,pcb1/a.JPG,\n")
+    with pytest.raises(ValueError, match=r"no images for split='test' in the categories \['pcb1'\]"):
+        load_visa(visa_root, split="test")
+
+
 # ---- plain folders -------------------------------------------------------------------------------
 
 
@@ -186,7 +240,7 @@ def test_folder_does_not_follow_a_link_to_itself(tmp_path):
 
 
 def test_folder_errors_say_what_was_found(tmp_path, mvtec_root):
-    with pytest.raises(ValueError, match=r"layout of MVTec AD.*\['bolt', 'nut'\].*load_mvtec"):
+    with pytest.raises(ValueError, match=r"vqad\.datasets\.load_mvtec reads.*tells defects and masks from normal"):
         load_folder(mvtec_root)
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -21,7 +21,7 @@ from PIL import Image
 import vqad
 from vqad.base import BaseImageDetector
 from vqad.datasets import ImageDataset, load_folder, load_mvtec
-from vqad.datasets.mvtec import find_categories
+from vqad.datasets._layouts import loader_of
 from vqad.demo import DETECTORS, FULL, QUICK, run_demo
 from vqad.images import check_images
 from vqad.metrics import evaluate
@@ -130,7 +130,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    images = load_mvtec(arguments.directory, split="test")
+    images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
     detector = vqad.load(arguments.model)
     target = None if arguments.json is None else _writable(arguments.json)
     verdicts = judge(detector, images)
@@ -210,16 +210,14 @@ def _thresholds(detector: BaseImageDetector) -> str:
 
 
 def _training_images(folder: str) -> ImageDataset:
-    if Path(folder).is_dir() and find_categories(Path(folder)):
-        return load_mvtec(folder, split="train")
-    return load_folder(folder)
+    loader = loader_of(Path(folder))
+    return load_folder(folder) if loader is None else loader(folder, split="train")
 
 
 def _known_images(folder: str) -> tuple[ImageDataset, bool]:
     """Images of a folder, and whether it says what they are: then they are its test images."""
-    if Path(folder).is_dir() and find_categories(Path(folder)):
-        return load_mvtec(folder, split="test"), True
-    return load_folder(folder), False
+    loader = loader_of(Path(folder))
+    return (load_folder(folder), False) if loader is None else (loader(folder, split="test"), True)
 
 
 def _images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -231,8 +229,8 @@ def _images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
         root = Path(argument)
         if not root.is_dir():
             found, root = [argument], root.parent
-        elif find_categories(root):
-            found = list(load_mvtec(root, split="all").paths)
+        elif loader := loader_of(root):
+            found = list(loader(root, split="all").paths)
         else:
             found = list(load_folder(root).paths)
         for path in found:
@@ -380,8 +378,9 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "fit",
         _fit,
         "learn what normal looks like from a folder of normal images",
-        "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good).\n"
-        "All images are taken as normal. Ctrl-C ends the training early and keeps what was learned (exit code 130).\n"
+        "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good) or VisA\n"
+        "(split_csv/1cls.csv). All images are taken as normal. Ctrl-C ends the training early and keeps what was\n"
+        "learned (exit code 130).\n"
         "examples:\n"
         "  vqad fit good-parts/ -o model.safetensors\n"
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
@@ -447,7 +446,8 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure a model on test images whose labels are known",
-        "ROOT has the layout of MVTec AD: CATEGORY/test/good, CATEGORY/test/DEFECT, CATEGORY/ground_truth/DEFECT.\n"
+        "ROOT has the layout of MVTec AD, CATEGORY/test/good, CATEGORY/test/DEFECT, CATEGORY/ground_truth/DEFECT,\n"
+        "or of VisA, split_csv/1cls.csv.\n"
         "example:\n  vqad evaluate model.safetensors mvtec/ --json metrics.json",
     )
     _add_model(command)
@@ -466,7 +466,7 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
         "report",
         _report,
         "write an HTML page of scores and heatmaps",
-        "For a folder in the layout of MVTec AD the page is about its test images, and has their metrics.\n"
+        "For a folder in the layout of MVTec AD or VisA the page is about its test images, and has their metrics.\n"
         'Needs jinja2 and matplotlib: pip install "vqad[report]".\n'
         "example:\n  vqad report model.safetensors new-parts/ -o page.html",
     )

@@ -5,6 +5,7 @@ from vqad.datasets.elpv import ElpvDataset, load_elpv
 from vqad.datasets.folder import load_folder
 from vqad.datasets.mvtec import load_mvtec
 from vqad.datasets.synthetic import make_textured_parts
+from vqad.datasets.visa import load_visa
 
 __all__ = [
     "ElpvDataset",
@@ -12,5 +13,6 @@ __all__ = [
     "load_elpv",
     "load_folder",
     "load_mvtec",
+    "load_visa",
     "make_textured_parts",
 ]

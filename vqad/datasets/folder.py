@@ -6,7 +6,7 @@ import os
 
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import IMAGE_SUFFIXES, describe, existing_folder, image_files, subfolders
-from vqad.datasets.mvtec import find_categories
+from vqad.datasets._layouts import loader_of
 
 
 def load_folder(
@@ -36,15 +36,15 @@ def load_folder(
     Raises
     ------
     ValueError
-        If there are no images, or the folder has the layout of MVTec AD, whose masks are no normal images.
+        If there are no images, or the folder has the layout of MVTec AD or VisA, whose masks are no normal images.
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
     """
     folder = existing_folder(root)
-    if recursive and (found := find_categories(folder)):
+    if recursive and (loader := loader_of(folder)):
         raise ValueError(
-            f"root {str(root)!r} has the layout of MVTec AD (categories {list(found)}): load it with "
-            "vqad.datasets.load_mvtec, which knows defects and masks from normal images."
+            f"root {str(root)!r} has a layout that vqad.datasets.{loader.__name__} reads: load it with that, which "
+            "tells defects and masks from normal images."
         )
     paths = image_files(folder)
     categories = [folder.resolve().name] * len(paths)

@@ -1,0 +1,100 @@
+"""The layout in which VisA is distributed: one table says what each image is."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqad.datasets._collection import ImageDataset
+from vqad.datasets._files import describe, existing_folder, natural_key
+from vqad.datasets.mvtec import SPLITS
+
+TABLE = Path("split_csv", "1cls.csv")
+COLUMNS = ("object", "split", "label", "image", "mask")
+TARGETS = {"normal": 1, "anomaly": -1}
+
+
+def load_visa(
+    root: str | os.PathLike[str], *, categories: str | Sequence[str] | None = None, split: str = "train"
+) -> ImageDataset:
+    """List the images of VisA as it is distributed.
+
+    What each image is stands in ``split_csv/1cls.csv``, the data set's split for learning from normal images: one line
+    an image, with the columns ``object,split,label,image,mask``, paths below `root`. (VisA brought into the layout of
+    MVTec AD, as some tools do, is for `load_mvtec`.)
+
+    Parameters
+    ----------
+    root : path-like
+        The folder that contains ``split_csv``.
+    categories : str or sequence of str, default=None
+        Which objects, in this order; None: all of them, sorted.
+    split : {"train", "test", "all"}, default="train"
+        "train": the normal training images; "test": normal and defective test images; "all": both.
+
+    Returns
+    -------
+    ImageDataset
+        Category by category, first the training images, then in natural order of the names. No image is opened.
+
+    Raises
+    ------
+    ValueError
+        If there is no such table, it has other columns or labels, an asked category is missing, or the split has no
+        images.
+    FileNotFoundError, NotADirectoryError
+        If `root` is no folder.
+
+    References
+    ----------
+    Zou, Jeong, Pemula, Zhang & Dabeer, "SPot-the-Difference Self-Supervised Pre-training for Anomaly Detection and
+    Segmentation", ECCV 2022. arXiv:2207.14315.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}.")
+    folder = existing_folder(root)
+    if not has_table(folder):
+        raise ValueError(
+            f"root {str(root)!r} has not the layout of VisA: there is no {TABLE.as_posix()!r}; it contains "
+            f"{describe(folder)}. For the layout of MVTec AD use vqad.datasets.load_mvtec."
+        )
+    rows = _read_table(folder / TABLE)
+    found = sorted({row["object"] for row in rows})
+    names = found if categories is None else [categories] if isinstance(categories, str) else list(categories)
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {found}.")
+    wanted = [row for row in rows if row["object"] in names and split in (row["split"], "all")]
+    if not wanted:
+        raise ValueError(f"root {str(root)!r} has no images for split={split!r} in the categories {names}.")
+    wanted.sort(key=lambda row: (names.index(row["object"]), row["split"] != "train", natural_key(Path(row["image"]))))
+    return ImageDataset(
+        [folder / row["image"] for row in wanted],
+        target=[TARGETS[row["label"]] for row in wanted],
+        category=[row["object"] for row in wanted],
+        mask_paths=[folder / row["mask"] if row["mask"] else None for row in wanted],
+    )
+
+
+def has_table(folder: Path) -> bool:
+    """Whether a folder has VisA's own layout."""
+    return (folder / TABLE).is_file()
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.DictReader(file)
+        if not set(COLUMNS) <= set(lines.fieldnames or ()):
+            raise ValueError(
+                f"{str(path)!r} must have the columns {', '.join(COLUMNS)}; it has {', '.join(lines.fieldnames or ())}."
+            )
+        rows = [{name: line[name] or "" for name in COLUMNS} for line in lines]
+    for number, row in enumerate(rows, 2):
+        if row["label"] not in TARGETS or row["split"] not in ("train", "test") or not row["image"]:
+            raise ValueError(
+                f"line {number} of {str(path)!r} must name an image, with the split train or test and the label normal "
+                f"or anomaly; it has {row}."
+            )
+    return rows
