@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 import vqad
 import vqad.explain
 from vqad import HVQTransDetector, VQFlowDetector
-from vqad.base import _resize
+from vqad.base import resize_map
 from vqad.datasets import make_textured_parts
 from vqad.explain import Explanation, Prototypes
 
@@ -135,12 +135,12 @@ def test_terms_are_exactly_those_of_the_map(fitted, explained):
     index = np.searchsorted(fitted.categories_, [e.category for e in explained])
     standardized = np.stack([e.standardized for e in explained])
     np.testing.assert_array_equal(fitted.map_calibration_.combine(terms, index), standardized)
-    np.testing.assert_array_equal(np.stack([_resize(m, (8, 8)) for m in standardized]), fitted.anomaly_map(MAPS))
+    np.testing.assert_array_equal(np.stack([resize_map(m, (8, 8)) for m in standardized]), fitted.anomaly_map(MAPS))
 
 
 def test_the_map_is_brought_to_the_size_of_the_image(on_images, parts):
     standardized = [e.standardized for e in on_images.explain(parts.images)]
-    found = np.stack([_resize(m, (64, 64)) for m in standardized])
+    found = np.stack([resize_map(m, (64, 64)) for m in standardized])
     np.testing.assert_array_equal(found, on_images.anomaly_map(parts.images))
 
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from vqad.export import export_onnx
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
 from vqad.persistence import load, save
@@ -12,4 +13,12 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["BackboneFeatures", "HVQTransDetector", "VQFlowDetector", "__version__", "load", "save"]
+__all__ = [
+    "BackboneFeatures",
+    "HVQTransDetector",
+    "VQFlowDetector",
+    "__version__",
+    "export_onnx",
+    "load",
+    "save",
+]

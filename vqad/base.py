@@ -478,7 +478,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         for start in range(0, len(data), self.batch_size):
             rows = np.arange(start, min(start + self.batch_size, len(data)))
             maps = self._judge_data(data, rows).maps
-            out.extend(_resize(m, data.size(i)) for i, m in zip(rows, maps))
+            out.extend(resize_map(m, data.size(i)) for i, m in zip(rows, maps))
         same = len({m.shape for m in out}) == 1
         return np.stack(out) if same else out
 
@@ -670,7 +670,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return tags
 
 
-def _resize(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_map(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (h, w) at the image's own size."""
     if grid_map.shape == tuple(size):
         return grid_map
     tensor = torch.from_numpy(grid_map)[None, None]

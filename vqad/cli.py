@@ -171,6 +171,19 @@ def _report(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    target = _writable(arguments.output)
+    detector = vqad.load(arguments.model)
+    images = None if arguments.images is None else _known_images(arguments.images)[0]
+    vqad.export_onnx(detector, target, X=images)
+    compared = "drawn images" if images is None else f"{len(images)} images"
+    print(
+        f"graph written to {target} ({target.stat().st_size / 1e6:.1f} MB); it gives on {compared} what the model gives"
+    )
+    print("input: image, float32 (height, width, 3) in 0..1; outputs: score, label, map, category")
+    return OK
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -337,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report):
+    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export):
         command = add(commands)
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
@@ -477,6 +490,23 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
     )
+    return command
+
+
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "export",
+        _export,
+        "write a model as an ONNX graph, which runs without Python and torch",
+        "The graph takes an image of any size, float32 (height, width, 3) in 0..1, and gives score, label (+1 normal,\n"
+        "-1 anomaly), map and category. It is compared with the model before it is written.\n"
+        'Needs onnx, onnxscript and onnxruntime: pip install "vqad[onnx]".\n'
+        "example:\n  vqad export model.safetensors -o model.onnx --images new-parts/",
+    )
+    _add_model(command)
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
+    command.add_argument("--images", metavar="DIR", help="folder of images to compare on (default: drawn ones)")
     return command
 
 

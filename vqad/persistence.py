@@ -81,7 +81,7 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
             f"The file does not hold the detector's backbone, a {writer.foreign} of your own: keep that too, fitted "
             "(detector.features_), and give it to vqad.load(path, backbone=...)."
         )
-    with _replacing(Path(path)) as unfinished:
+    with replacing(Path(path)) as unfinished:
         # Where the disk is full, safetensors says so with an exception of its own.
         save_file(writer.tensors, unfinished, metadata)
 
@@ -178,7 +178,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place at the end, or is deleted on an error."""
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")

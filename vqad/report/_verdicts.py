@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from vqad.base import BaseImageDetector, _resize
+from vqad.base import BaseImageDetector, resize_map
 from vqad.images import ImageSequence, check_images
 
 
@@ -45,7 +45,7 @@ class Verdicts:
 
     def anomaly_map(self, i: int, size: tuple[int, int]) -> NDArray[np.float32]:
         """Anomaly map of image `i` at `size` (height, width); higher is more anomalous."""
-        return _resize(self.grids[i], size)
+        return resize_map(self.grids[i], size)
 
 
 def judge(detector: BaseImageDetector, images: Any, rows: Any = None) -> Verdicts:

@@ -1,0 +1,193 @@
+"""export_onnx: the graph gives what the detector gives, or is not written."""
+
+import copy
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.exceptions import NotFittedError
+
+import vqad
+from vqad import HVQTransDetector, VQFlowDetector, export, export_onnx
+from vqad.cli import main
+from vqad.datasets import make_textured_parts
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SMALL = {"image_size": 64, "max_iter": 1, "false_alarm_rate": 0.25, "random_state": 0, "precision": "float32"}
+HVQ = {"d_model": 32, "n_layers": 1, "n_codes": 16, **SMALL}
+FLOW = {"hidden": 8, "n_patterns": 16, "n_concepts": 4, "n_blocks": (1, 1, 1), **SMALL}
+PARTS = make_textured_parts(20, 6, categories=("disc", "weave"), image_size=64, random_state=0)
+GOOD, KIND = PARTS.images[PARTS.target == 1], PARTS.category[PARTS.target == 1]
+
+
+def fitted(kind=HVQTransDetector, **parameters):
+    return kind(**{**(HVQ if kind is HVQTransDetector else FLOW), **parameters}).fit(GOOD, category=KIND)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return fitted()
+
+
+def run(path, image):
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    pixels = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
+    return dict(zip(names, session.run(None, {"image": pixels})))
+
+
+def some_images():
+    """Good, defective, larger, smaller, long, and unlike everything."""
+    rng = np.random.default_rng(0)
+    larger = np.kron(PARTS.images[0], np.ones((3, 2, 1), np.uint8))
+    noise = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    return [PARTS.images[0], PARTS.images[20], PARTS.images[-1], larger, larger[::5, ::3], larger[:40], noise]
+
+
+def assert_same(path, detector):
+    """Scores to 1e-3 of their size, labels, categories, and maps."""
+    for image in some_images():
+        found = run(path, image)
+        score, decision = detector.score_samples([image])[0], detector.decision_function([image])[0]
+        assert found["score"] == pytest.approx(score, rel=1e-3, abs=1e-3)
+        assert abs(decision) > 0.01, "too near the threshold to tell labels by"
+        assert found["label"] == detector.predict([image])[0]
+        assert detector.categories_[found["category"]] == detector.predict_category([image])[0]
+        expected = detector.anomaly_map([image])[0]
+        np.testing.assert_allclose(found["map"], expected, atol=2e-3 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"),
+    [
+        (HVQTransDetector, {}),
+        (HVQTransDetector, {"transport": "conditional", "patch_size": 1, "threshold": "category", "stages": (1, 2, 3)}),
+        (VQFlowDetector, {}),
+        (VQFlowDetector, {"contamination": 0.2, "image_size": (64, 96)}),
+    ],
+    ids=["hvq-trans", "hvq-trans-conditional", "vq-flow", "vq-flow-long"],
+)
+@pytest.mark.slow
+def test_the_graph_gives_what_the_detector_gives(kind, parameters, tmp_path):
+    detector = fitted(kind, **parameters)
+    path = tmp_path / "model.onnx"
+    export_onnx(detector, path, X=PARTS.images[-4:])
+    assert_same(path, detector)
+
+
+@pytest.mark.slow
+def test_a_category_that_was_added_is_in_the_graph(tmp_path):
+    detector = HVQTransDetector(**HVQ).fit(GOOD[KIND == "disc"], category=KIND[KIND == "disc"])
+    detector.partial_fit(GOOD[KIND == "weave"], category=KIND[KIND == "weave"])
+    export_onnx(detector, tmp_path / "model.onnx")
+    assert_same(tmp_path / "model.onnx", detector)
+
+
+@pytest.mark.slow
+def test_metadata_say_what_numbers_mean_and_nothing_else_changes(detector, tmp_path):
+    before, parameters = copy.deepcopy(detector), detector.get_params()
+    state = torch.random.get_rng_state()
+    path = tmp_path / "model.onnx"
+    export_onnx(detector, path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert detector.get_params() == parameters
+    assert [type(m) for m in detector.model_.modules()] == [type(m) for m in before.model_.modules()]
+    np.testing.assert_array_equal(detector.score_samples(GOOD[:3]), before.score_samples(GOOD[:3]))
+    session = onnxruntime.InferenceSession(path)
+    about = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert about["categories"] == ["disc", "weave"]
+    assert about["offset"] == detector.offset_
+    assert about["map_threshold"] == pytest.approx(detector.map_threshold_)
+    assert about["packages"]["vqad"] == vqad.__version__
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_a_detector_in_bfloat16_is_compared_in_float32(tmp_path):
+    detector = fitted(precision="bfloat16")
+    export_onnx(detector, tmp_path / "model.onnx")
+    exact = copy.copy(detector).set_params(precision="float32")
+    exact.features_ = copy.copy(detector.features_).set_params(precision="float32")
+    assert_same(tmp_path / "model.onnx", exact)
+
+
+@pytest.mark.slow
+def test_a_graph_that_gives_something_else_is_not_written(detector, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("the former one")
+    monkeypatch.setattr(export, "FAR_WEIGHT", 20.0)
+    with pytest.raises(RuntimeError, match=r"does not give what the detector gives for image 0.*: score .*Nothing was"):
+        export_onnx(detector, path)
+    assert path.read_text() == "the former one"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(TypeError, match="takes a fitted HVQTransDetector or VQFlowDetector; got int"):
+        export_onnx(3, path)
+    with pytest.raises(NotFittedError):
+        export_onnx(HVQTransDetector(), path)
+    rows = np.random.default_rng(0).random((40, 5), np.float32)
+    with pytest.raises(ValueError, match=r"needs one of timm's: this detector has backbone=None"):
+        export_onnx(HVQTransDetector(**{**HVQ, "backbone": None}).fit(rows), path)
+    with pytest.raises(ValueError, match=r"transport='exact' solves for a plan"):
+        export_onnx(fitted(transport="exact"), path)
+    flow = fitted(VQFlowDetector)
+    flow.partial_fit(1 - GOOD[:8] / 255.0, category=["negative"] * 8)
+    with pytest.raises(ValueError, match="fit all categories together"):
+        export_onnx(flow, path)
+    assert not path.exists()
+
+
+def test_missing_packages_are_named(detector, tmp_path, monkeypatch):
+    def lacking(name):
+        if name == "onnxscript":
+            raise ImportError("No module named 'onnxscript'")
+        return importlib.__import__(name)
+
+    monkeypatch.setattr(export.importlib, "import_module", lacking)
+    with pytest.raises(ImportError, match=r'pip install "vqad\[onnx\]" \(No module named .onnxscript.\)'):
+        export_onnx(detector, tmp_path / "model.onnx")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 40)] * 4))
+def test_resizing_by_matrices_is_resizing(sides):
+    h, w, to_h, to_w = sides
+    maps = torch.rand(3, h, w, generator=torch.Generator().manual_seed(0))
+    areas = F.interpolate(maps[None], (to_h, to_w), mode="bilinear", align_corners=False, antialias=True)[0]
+    torch.testing.assert_close(export._resampled(maps, (to_h, to_w), export._shrinking), areas, rtol=0, atol=2e-6)
+    points = F.interpolate(maps[None], (to_h, to_w), mode="bilinear", align_corners=True)[0]
+    like = torch.zeros(to_h, to_w)
+    torch.testing.assert_close(export._resampled(maps, like, export._between), points, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_graph(detector, tmp_path, capsys):
+    model, graph = tmp_path / "model.safetensors", tmp_path / "new" / "model.onnx"
+    vqad.save(detector, model)
+    assert main(["export", str(model), "-o", str(graph)]) == 0
+    assert "it gives on drawn images what the model gives" in capsys.readouterr().out
+    assert run(graph, PARTS.images[0])["label"] == detector.predict(PARTS.images[:1])[0]
+
+
+def test_a_backbone_of_ones_own_is_refused(tmp_path):
+    class Own(TransformerMixin, BaseEstimator):
+        def fit(self, X=None, y=None):
+            self.fitted_ = True
+            return self
+
+        def transform(self, X):
+            return np.stack([np.asarray(x)[::8, ::8] for x in X])
+
+    detector = HVQTransDetector(**{**HVQ, "backbone": Own()}).fit(GOOD)
+    with pytest.raises(ValueError, match=r"needs one of timm's: this detector has backbone=Own\(\)"):
+        export_onnx(detector, tmp_path / "model.onnx")

@@ -1,0 +1,378 @@
+"""export_onnx: a fitted detector as one ONNX graph, from pixels to score, label and map."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+import vqad
+from vqad.base import FAR_WEIGHT, BaseImageDetector, resize_map
+from vqad.features import BackboneFeatures, merge_maps
+from vqad.hvq_trans import HVQTransDetector
+from vqad.images import ImageSequence, check_images
+from vqad.nn.hvq_trans import HVQTrans
+from vqad.nn.quantize import Quantized, VectorQuantizer
+from vqad.nn.whiten import Whitening
+from vqad.persistence import replacing
+from vqad.vq_flow import VQFlowDetector
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OUTPUTS = ("score", "label", "map", "category")
+OPSET = 20
+# Two programs round differently, and where two codes are about equally near, rounding decides between them.
+SCORE_TOLERANCE = 0.02
+MAP_TOLERANCE = 0.02
+
+
+def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X: Any = None) -> None:
+    """Write a fitted detector as an ONNX graph that takes pixels and needs neither Python nor torch.
+
+    The graph has one input, ``image`` of shape (height, width, 3), float32 in 0..1, red first, of any size; and the
+    outputs
+
+    - ``score``, float32, as `score_samples`: higher is more normal;
+    - ``label``, int64, as `predict`: +1 normal, -1 anomaly;
+    - ``map``, float32 (height, width), as `anomaly_map`: higher is more anomalous;
+    - ``category``, int64: place of the inferred category in the list ``categories``.
+
+    Its metadata have, as JSON, ``categories``, ``offset`` (of each category, where ``threshold="category"``),
+    ``map_threshold`` and the versions of the ``packages``.
+
+    Before anything is written, onnxruntime runs the graph, and what it gives is compared with what the detector gives.
+
+    Parameters
+    ----------
+    detector : HVQTransDetector or VQFlowDetector
+        Fitted, on images.
+    path : path-like
+        An older file is replaced once the new one is complete.
+    X : images, default=None
+        Images to compare on, in any of the forms that detectors take; some of yours show the most. None: three drawn
+        ones of different sizes.
+
+    Raises
+    ------
+    ImportError
+        When onnx, onnxruntime or onnxscript is missing: ``pip install "vqad[onnx]"``.
+    NotFittedError
+        When the detector is not fitted.
+    TypeError
+        When it is no detector of vqad.
+    ValueError
+        When it cannot be written as a graph: with ``backbone=None`` or a transformer as backbone, with
+        ``transport="sinkhorn"`` or ``"exact"``, or a `VQFlowDetector` to which `partial_fit` added categories.
+    RuntimeError
+        When the graph does not give what the detector gives.
+
+    Notes
+    -----
+    The graph computes in float32. On hardware with bfloat16 the detector itself scores in that, unless
+    ``precision="float32"``, and differs by its rounding; the comparison is with the detector in float32. The threshold
+    is the detector's at the time of export.
+    """
+    _check(detector)
+    onnxruntime = _packages()
+    scorer = copy.copy(detector).set_params(precision="float32", device="cpu", memory=None)
+    scorer.features_ = copy.copy(detector.features_).set_params(precision="float32", device="cpu")
+    written = _to_onnx(_Scorer(scorer).eval(), scorer).SerializeToString()
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    _compare(session, scorer, check_images(_drawn_images(scorer.features_.size_) if X is None else X))
+    with replacing(Path(path)) as unfinished:
+        unfinished.write_bytes(written)
+
+
+def _check(detector: Any) -> None:
+    if not isinstance(detector, (HVQTransDetector, VQFlowDetector)):
+        raise TypeError(
+            f"export_onnx takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}."
+        )
+    check_is_fitted(detector)
+    features = getattr(detector, "features_", None)
+    if detector.backbone is None or not isinstance(features, BackboneFeatures):
+        raise ValueError(
+            "export_onnx writes the backbone into the graph, and needs one of timm's: this detector has "
+            f"backbone={detector.backbone!r}."
+        )
+    if isinstance(detector, HVQTransDetector) and detector.model_.transport in ("sinkhorn", "exact"):
+        raise ValueError(
+            f"transport={detector.model_.transport!r} solves for a plan at every image, which is no graph: fit with "
+            "transport='nearest' or 'conditional'."
+        )
+    if isinstance(detector, VQFlowDetector) and detector.model_.n_added:
+        raise ValueError(
+            "Categories that partial_fit added have flows of their own, between which a graph cannot choose: fit all "
+            "categories together to export them."
+        )
+
+
+def _packages() -> Any:
+    """onnxruntime, if all that is needed is there."""
+    try:
+        return [importlib.import_module(name) for name in PACKAGES][-1]
+    except ImportError as error:
+        raise ImportError(f'export_onnx needs {", ".join(PACKAGES)}: pip install "vqad[onnx]" ({error}).') from error
+
+
+# ---- the graph -----------------------------------------------------------------------------------
+
+
+class _Scorer(nn.Module):
+    """All of scoring one image, without a branch on what is in it."""
+
+    def __init__(self, detector: BaseImageDetector):
+        super().__init__()
+        self.detector = [detector]  # in a list, so that it is not looked at for parameters
+        features = detector.features_
+        self.size, self.grid = features.size_, features.grid_ if features.merge else None
+        self.network = copy.deepcopy(features.network_).float().eval()
+        self.model = _traceable(detector.model_)
+        mean, std = features.network_.normalization
+        self._keep("pixel_mean", torch.tensor(mean).view(-1, 1, 1))
+        self._keep("pixel_std", torch.tensor(std).view(-1, 1, 1))
+        self.n_maps = len(detector.feature_mean_)
+        for k, (mean, scale) in enumerate(zip(detector.feature_mean_, detector.feature_scale_)):
+            self._keep(f"feature_mean_{k}", mean)
+            self._keep(f"feature_scale_{k}", scale)
+        router = detector.router_
+        self._keep("router_center", router.center_)
+        self._keep("router_scale", router.scale_)
+        self._keep("router_matrix", router.components_ @ router.whitening_)
+        self._keep("router_means", router.means_)
+        self._keep("far_limit", detector._distance_limit)
+        calibration = detector.map_calibration_
+        self.terms = calibration.terms_
+        for name in ("weight_", "mean_", "spread_", "center_", "scale_"):
+            self._keep(f"map_{name}", getattr(calibration, name))
+        n_cells = int(np.prod(calibration.mean_.shape[2:]))
+        self.n_highest = max(1, round(detector.score_calibration_.fraction * n_cells))
+        self._keep("score_center", detector.score_calibration_.center_)
+        self._keep("score_scale", detector.score_calibration_.scale_)
+        self._keep("offset", np.broadcast_to(detector.offset_, len(detector.categories_)).copy())
+
+    def _keep(self, name: str, value: Any) -> None:
+        self.register_buffer(name, torch.as_tensor(value).detach().clone())
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pixels = _resampled(image.permute(2, 0, 1), self.size, _shrinking).clamp(0.0, 1.0)
+        maps = list(self.network(((pixels - self.pixel_mean) / self.pixel_std)[None]))
+        if self.grid is not None:
+            maps = [merge_maps(maps, self.grid)]
+        category, excess = self._route(maps)
+        terms = self._terms(maps, category)
+        combined = self._combine(terms, category)
+        score = combined.flatten().topk(self.n_highest).values.double().mean()
+        score = (score - self.score_center[category[0]]) / self.score_scale[category[0]] + FAR_WEIGHT * excess
+        normal = -score
+        label = torch.where(normal - self.offset[category[0]] < 0, -1, 1)
+        grid_map = _resampled(combined[None], image[:, :, 0], _between)[0]
+        return normal.float(), label, grid_map, category[0]
+
+    def _route(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Number of the category, (1,), and by how many limits the image is too far from it."""
+        parts = [s for m in maps for s in (m.mean((2, 3)), m.std((2, 3), correction=0))]
+        descriptor = torch.cat(parts, 1)[0].double()
+        white = ((descriptor - self.router_center) / self.router_scale) @ self.router_matrix
+        distance = (white - self.router_means).square().sum(-1).sqrt()
+        category = distance.argmin(0, keepdim=True)
+        excess = (distance[category] / self.far_limit[category] - 1.0).clamp_min(0.0)
+        return category, excess[0]
+
+    def _terms(self, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+        scaled = [
+            (m - getattr(self, f"feature_mean_{k}")) / getattr(self, f"feature_scale_{k}") for k, m in enumerate(maps)
+        ]
+        features = scaled[0] if self.n_maps == 1 else scaled
+        found: dict[str, Tensor] = self.detector[0]._map_terms(self.model, features, category)
+        return found
+
+    def _combine(self, terms: dict[str, Tensor], category: Tensor) -> Tensor:
+        """As `MapCalibration.combine`, (h, w)."""
+        raw = torch.cat([terms[name].float() for name in self.terms])
+        z = (raw - self.map_mean_[category[0]]) / self.map_spread_[category[0]]
+        z = (z - self.map_center_[category[0]][:, None, None]) / self.map_scale_[category[0]][:, None, None]
+        return (self.map_weight_[:, None, None] * z).sum(0)
+
+
+def _resampled(maps: Tensor, size: Any, weights: Any) -> Tensor:
+    """Maps (C, H, W) at another size, by a product with a matrix on each side.
+
+    That is what resizing is, and a graph has it for every size; ``size`` is a pair, or a map of that size.
+    """
+    if isinstance(size, Tensor):
+        rows, columns = torch.ones_like(size[:, 0]), torch.ones_like(size[0])
+    else:
+        rows, columns = maps.new_ones(size[0]), maps.new_ones(size[1])
+    vertical = weights(torch.ones_like(maps[0, :, 0]), rows).to(maps.dtype)
+    horizontal = weights(torch.ones_like(maps[0, 0]), columns).to(maps.dtype)
+    return vertical @ maps @ horizontal.mT
+
+
+def _places(ones: Tensor) -> tuple[Tensor, Tensor]:
+    """0, 1, ..., n - 1, and n: of however many ones there are when the graph runs."""
+    ones = ones.double()
+    return ones.cumsum(0) - 1, ones.sum()
+
+
+def _shrinking(ones: Tensor, wanted: Tensor) -> Tensor:
+    """Bilinear weights with antialiasing, pixels being areas: (wanted, n), rows of sum 1."""
+    (source, n), (target, m) = _places(ones), _places(wanted)
+    scale = n / m
+    distance = (target[:, None] + 0.5) * scale - (source + 0.5)
+    weight = (1 - distance.abs() / scale.clamp_min(1.0)).clamp_min(0.0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _between(ones: Tensor, wanted: Tensor) -> Tensor:
+    """Bilinear weights from corner to corner, pixels being points."""
+    (source, n), (target, m) = _places(ones), _places(wanted)
+    place = target * ((n - 1) / (m - 1).clamp_min(1.0))
+    return (1 - (place[:, None] - source).abs()).clamp_min(0.0)
+
+
+# ---- modules that compute the same without a branch on values ----------------------------------------
+
+
+class _TraceableQuantizer(VectorQuantizer):
+    """A look-up in the codebook that the group, a tensor, tells."""
+
+    def codes(self, group: Tensor) -> Tensor:
+        return self.embed[group]
+
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Quantized:
+        group = x.new_zeros(x.shape[0], dtype=torch.long) if group is None else group
+        codes = self.embed[group]
+        centre = codes.mean(1, keepdim=True)
+        centred = codes - centre
+        near = (x - centre) @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)
+        indices = near.argmax(-1)
+        # The one image's codes, by row: gathering along an axis would take an index for every number.
+        return Quantized(codes[0][indices], indices, x.new_zeros(x.shape[0]))
+
+
+class _TraceableWhitening(Whitening):
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        squared: Tensor = (x.flatten(2).mT @ self.root[group]).square().mean(-1)
+        return squared.view(len(x), *x.shape[2:])
+
+
+class _TraceableHVQTrans(HVQTrans):
+    def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
+        weight = torch.stack([head.weight for head in self.output_projection])[category]
+        bias = torch.stack([head.bias for head in self.output_projection])[category]
+        return decoded @ weight.mT + bias[:, None]
+
+
+_TRACEABLE = {
+    VectorQuantizer: _TraceableQuantizer,
+    Whitening: _TraceableWhitening,
+    HVQTrans: _TraceableHVQTrans,
+}
+
+
+def _traceable(model: nn.Module) -> nn.Module:
+    """A copy in which such modules stand in for those that branch."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if type(module) in _TRACEABLE:
+            module.__class__ = _TRACEABLE[type(module)]
+    if hasattr(model, "condition_path"):
+        model.condition_path = "convolution"  # a table of codes is made of what comes
+    return model.requires_grad_(False)
+
+
+def _to_onnx(graph: _Scorer, detector: BaseImageDetector) -> Any:
+    height, width = graph.size
+    example = torch.full((height + 24, width + 40, 3), 0.5)
+    sides = {0: torch.export.Dim("height", min=2), 1: torch.export.Dim("width", min=2)}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            dynamic_shapes={"image": sides},
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    model = program.model_proto
+    about = {
+        "categories": [c.item() if isinstance(c, np.generic) else c for c in detector.categories_],
+        "offset": np.asarray(detector.offset_).tolist(),
+        "map_threshold": float(detector.map_threshold_),
+        "packages": {"vqad": vqad.__version__, "torch": str(torch.__version__)},
+    }
+    for name, value in about.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, json.dumps(value)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells its own programmers much."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels):
+            log.setLevel(level)
+
+
+# ---- the comparison --------------------------------------------------------------------------------
+
+
+def _drawn_images(size: tuple[int, int]) -> list[np.ndarray]:
+    """Smooth colours and noise, at the backbone's size, larger and of another shape, and smaller."""
+    rng = np.random.default_rng(0)
+    shapes = [size, (size[0] + 60, 2 * size[1]), (max(2, size[0] // 3), max(2, size[1] // 2))]
+    images = []
+    for h, w in shapes:
+        y, x = np.mgrid[:h, :w] / max(h, w)
+        waves = [0.5 + 0.4 * np.sin(f * x + g * y) for f, g in rng.uniform(2, 20, (3, 2))]
+        images.append(np.clip(np.stack(waves, -1) + 0.05 * rng.standard_normal((h, w, 3)), 0, 1).astype(np.float32))
+    return images
+
+
+def _compare(session: Any, detector: BaseImageDetector, images: ImageSequence) -> None:
+    """Raise where the graph does not give what the detector gives."""
+    for i in range(len(images)):
+        pixels = np.ascontiguousarray(images.pixels(i), dtype=np.float32)
+        score, label, heat, category = session.run(list(OUTPUTS), {"image": pixels})
+        judged = detector._judge_data(images, np.array([i]))
+        expected, expected_map = -judged.score[0], resize_map(judged.maps[0], images.size(i))
+        decision = expected - np.broadcast_to(detector._offset_of(judged.category), 1)[0]
+        limit = SCORE_TOLERANCE * max(1.0, abs(expected))
+        map_limit = MAP_TOLERANCE * max(1.0, float(np.abs(expected_map).max()))
+        differs = {
+            "category": category != judged.category[0],
+            "score": not abs(score - expected) <= limit,
+            "label": abs(decision) > limit and label != (-1 if decision < 0 else 1),
+            "map": heat.shape != expected_map.shape or not np.abs(heat - expected_map).mean() <= map_limit,
+        }
+        if any(differs.values()):
+            raise RuntimeError(
+                f"The graph does not give what the detector gives for {images.name(i)}: "
+                f"{', '.join(name for name in differs if differs[name])} (score {score:.4f}, the detector's "
+                f"{expected:.4f}). Nothing was written. Please report this, with the versions of torch, onnx and "
+                "onnxruntime."
+            )
