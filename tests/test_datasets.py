@@ -176,22 +176,51 @@ def test_visa_is_read_lazily(visa_root, opened):
     assert data[0].shape == (8, 10, 3)
 
 
+def test_visa_root_may_be_one_object(visa_root, monkeypatch):
+    expected = load_visa(visa_root, categories="candle", split="all")
+    assert load_visa(visa_root / "candle", split="all").paths.tolist() == expected.paths.tolist()
+    monkeypatch.chdir(visa_root / "candle")
+    assert set(load_visa(".").category) == {"candle"}
+
+
+def test_visa_without_its_table_or_from_further_up_is_no_folder_of_normal_images(visa_root, mvtec_root):
+    for root in (visa_root / "candle", visa_root, visa_root.parent):
+        with pytest.raises(ValueError, match=r"load_(visa|mvtec) reads.*tells defects and masks from normal"):
+            load_folder(root)
+    (visa_root / "split_csv" / "1cls.csv").unlink()
+    for root in (visa_root / "candle", visa_root):
+        with pytest.raises(ValueError, match=r"candle' has a layout that vqad\.datasets\.load_visa reads"):
+            load_folder(root)
+        with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv', which says what each image is"):
+            load_visa(root)
+
+
 def test_visa_errors_say_what_was_found(visa_root, mvtec_root):
-    with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv'; it contains bolt/, nut/.*load_mvtec"):
+    with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv'.*it contains bolt/, nut/.*load_mvtec"):
         load_visa(mvtec_root)
     with pytest.raises(ValueError, match=r"no category \['fryum'\]; it has \['candle', 'pcb1'\]"):
         load_visa(visa_root, categories="fryum")
     with pytest.raises(ValueError, match=r"split must be one of"):
         load_visa(visa_root, split="2cls")
-    with pytest.raises(ValueError, match=r"load_visa reads.*tells defects and masks from normal"):
-        load_folder(visa_root)
     table = visa_root / "split_csv" / "1cls.csv"
     text = table.read_text()
-    table.write_text(text.replace("object,", "class,"))
-    with pytest.raises(ValueError, match=r"must have the columns object, split, .*; it has class, split"):
-        load_visa(visa_root)
-    table.write_text(text.replace("test,anomaly", "test,broken", 1))
-    with pytest.raises(ValueError, match=r"line 6 of .*label normal or anomaly; it has .*'broken'"):
+    for change, message in (
+        (("object,", "class,"), "is no table of VisA: it lacks the columns object"),
+        (("test,anomaly", "test,broken"), r"line 6 must name an image, .*label normal or anomaly.*'broken'"),
+        (("\npcb1", "\n\n\npcb1"), None),
+        (("test,anomaly", "train,anomaly"), "line 6 has an anomaly to train on"),
+        (("candle/Data/Images/Anomaly", "/tmp"), "line 6 has a path that leads out of the data set"),
+        (("candle/Data/Masks", "../Masks"), "line 6 has a path that leads out of the data set"),
+        (("test,normal,candle", "\n\ntest,normal,candle"), "line 7 must name an image"),
+    ):
+        table.write_text(text.replace(*change, 1))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                load_visa(visa_root)
+        else:
+            assert len(load_visa(visa_root, split="all")) == 7
+    table.write_bytes(text.replace("candle", "k\xe4se").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"1cls\.csv' is no table of VisA: 'utf-8' codec"):
         load_visa(visa_root)
     table.write_text("object,split,label,image,mask\npcb1,train,normal,pcb1/a.JPG,\n")
     with pytest.raises(ValueError, match=r"no images for split='test' in the categories \['pcb1'\]"):

@@ -80,6 +80,9 @@ def test_the_graph_gives_what_the_detector_gives(kind, parameters, tmp_path):
     path = tmp_path / "model.onnx"
     export_onnx(detector, path, X=PARTS.images[-4:])
     assert_same(path, detector)
+    nothing = run(path, np.full((64, 64, 3), np.nan))
+    assert np.isnan(nothing["score"])
+    assert nothing["label"] == -1
 
 
 @pytest.mark.slow
@@ -147,6 +150,26 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
     assert not path.exists()
 
 
+def test_what_cannot_be_compared_or_written_is_said_before_the_work(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_to_onnx", None)
+    with pytest.raises(ValueError, match="image 0 of X"):
+        export_onnx(detector, tmp_path / "model.onnx", X=np.full((1, 64, 64, 3), np.nan))
+    with pytest.raises(IsADirectoryError):
+        export_onnx(detector, tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        export_onnx(detector, tmp_path / "nowhere" / "model.onnx")
+
+
+@pytest.mark.slow
+def test_images_to_compare_on_may_be_flattened(tmp_path):
+    rows = (GOOD / 255.0).reshape(len(GOOD), -1)
+    detector = HVQTransDetector(**HVQ, image_shape=(64, 64, 3)).fit(rows, category=KIND)
+    export_onnx(detector, tmp_path / "model.onnx", X=rows[:2])
+    assert run(tmp_path / "model.onnx", GOOD[0])["score"] == pytest.approx(
+        detector.score_samples(rows[:1])[0], abs=1e-3
+    )
+
+
 def test_missing_packages_are_named(detector, tmp_path, monkeypatch):
     def lacking(name):
         if name == "onnxscript":
@@ -175,8 +198,22 @@ def test_the_command_writes_a_graph(detector, tmp_path, capsys):
     model, graph = tmp_path / "model.safetensors", tmp_path / "new" / "model.onnx"
     vqad.save(detector, model)
     assert main(["export", str(model), "-o", str(graph)]) == 0
-    assert "it gives on drawn images what the model gives" in capsys.readouterr().out
+    assert "on drawn images it gives what the model gives in float32" in capsys.readouterr().out
     assert run(graph, PARTS.images[0])["label"] == detector.predict(PARTS.images[:1])[0]
+    assert main(["export", str(model), "-o", str(tmp_path / "new" / ".." / "model.safetensors")]) == 2
+    assert "is the model itself" in capsys.readouterr().err
+    vqad.load(model)
+
+
+def test_the_command_tells_of_a_failed_comparison_in_one_line(detector, tmp_path, capsys, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("The graph does not give what the detector gives.")
+
+    monkeypatch.setattr(export, "_to_onnx", failing)
+    vqad.save(detector, tmp_path / "model.safetensors")
+    assert main(["export", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "model.onnx")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_a_backbone_of_ones_own_is_refused(tmp_path):

@@ -471,6 +471,19 @@ def test_ready_network_computes_the_same_and_leaves_the_network_as_it_is(name):
     assert folded == ("efficientnet" in name)
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("size", [(64, 64), (63, 64), (64, 99), (65, 33), (32, 161)])
+def test_padding_by_the_kernel_is_tensorflows_padding(name, size):
+    torch.manual_seed(0)
+    network = load_backbone(name, "random", (0, 1, 2, 3, 4))
+    ready = ready_network(network, torch.float32)
+    assert any(type(module).__name__ == "_SamePadding" for module in ready.modules())
+    pixels = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        for mine, theirs in zip(ready(pixels), network(pixels)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 def test_to_import_vqad_takes_no_more_than_it_needs():
     heavy = {"timm", "torchvision", "matplotlib", "elpv"}
     code = f"import sys, vqad, vqad.cli; print(*({heavy} & set(sys.modules)))"

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -94,9 +95,9 @@ _READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDict
 def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What computes the same as a frozen network with less work, up to rounding; made once in the network's life.
 
-    In a copy of an EfficientNet, each batch normalisation that follows a convolution becomes part of it, and weights of
-    convolutions and linear maps are in the type that autocast would cast them to at every call. Other networks are
-    returned as they are.
+    In a copy of an EfficientNet, each batch normalisation that follows a convolution becomes part of it, depthwise
+    convolutions pad by themselves, and weights of convolutions and linear maps are in the type that autocast would cast
+    them to at every call. Other networks are returned as they are.
     """
     # Threads ask at the same time; none may touch a network that another one uses.
     with _PREPARING:
@@ -109,8 +110,9 @@ def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         if dtype not in copies:
             ready = copy.deepcopy(network)
             _fold_normalization(ready)
+            _pad_by_kernel(ready)
             for module in ready.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                if isinstance(module, (nn.Conv2d, nn.Linear, _SamePadding)):
                     module.to(dtype)
             copies[dtype] = ready.to(memory_format=torch.channels_last)
         return copies[dtype]
@@ -134,6 +136,38 @@ def _fold_normalization(network: nn.Module) -> None:
                 block._modules[name] = getattr(norm, "act", nn.Identity())
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+
+
+def _pad_by_kernel(network: nn.Module) -> None:
+    """Let the depthwise convolutions with TensorFlow's padding do without a padded copy of what they see."""
+    for block in list(network.modules()):
+        for name, layer in list(block.named_children()):
+            is_depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+            if type(layer).__name__ == "Conv2dSame" and is_depthwise and layer.dilation == (1, 1):
+                setattr(block, name, _SamePadding(layer))
+
+
+class _SamePadding(nn.Module):
+    """TensorFlow's padding, which may be one row or column longer after the map than before it.
+
+    Convolution pads both ends alike: by the longer side, with the kernel one row and one column larger, which are zero
+    and lie on the shorter side. Where rows and columns want different kernels, the convolution is the given one.
+    """
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.convolution = convolution
+        self.register_buffer("longer", F.pad(convolution.weight.detach(), (1, 0, 1, 0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.convolution
+        given = zip(x.shape[-2:], layer.kernel_size, layer.stride)
+        rows, columns = (max((-(-n // step) - 1) * step + kernel - n, 0) for n, kernel, step in given)
+        if rows % 2 != columns % 2:
+            output: Tensor = layer(x)
+            return output
+        weight = self.longer if rows % 2 else layer.weight
+        return F.conv2d(x, weight, layer.bias, layer.stride, (-(-rows // 2), -(-columns // 2)), 1, layer.groups)
 
 
 def _cut(network: nn.Module) -> nn.Module:

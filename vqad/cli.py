@@ -173,13 +173,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     target = _writable(arguments.output)
+    if target.resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"the output {str(target)!r} is the model itself; give another name.")
     detector = vqad.load(arguments.model)
     images = None if arguments.images is None else _known_images(arguments.images)[0]
-    vqad.export_onnx(detector, target, X=images)
+    try:
+        vqad.export_onnx(detector, target, X=images)
+    except RuntimeError as error:  # of the comparison, or of torch's exporter
+        raise ValueError(f"the model could not be exported: {error}") from error
     compared = "drawn images" if images is None else f"{len(images)} images"
-    print(
-        f"graph written to {target} ({target.stat().st_size / 1e6:.1f} MB); it gives on {compared} what the model gives"
-    )
+    size = target.stat().st_size / 1e6
+    print(f"graph written to {target} ({size:.1f} MB); on {compared} it gives what the model gives in float32")
     print("input: image, float32 (height, width, 3) in 0..1; outputs: score, label, map, category")
     return OK
 
@@ -500,7 +504,8 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         _export,
         "write a model as an ONNX graph, which runs without Python and torch",
         "The graph takes an image of any size, float32 (height, width, 3) in 0..1, and gives score, label (+1 normal,\n"
-        "-1 anomaly), map and category. It is compared with the model before it is written.\n"
+        "-1 anomaly), map and category. It computes in float32, and is compared with the model in float32 before it\n"
+        "is written.\n"
         'Needs onnx, onnxscript and onnxruntime: pip install "vqad[onnx]".\n'
         "example:\n  vqad export model.safetensors -o model.onnx --images new-parts/",
     )

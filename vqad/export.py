@@ -48,10 +48,12 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
     - ``map``, float32 (height, width), as `anomaly_map`: higher is more anomalous;
     - ``category``, int64: place of the inferred category in the list ``categories``.
 
-    Its metadata have, as JSON, ``categories``, ``offset`` (of each category, where ``threshold="category"``),
-    ``map_threshold`` and the versions of the ``packages``.
+    It checks nothing: values outside 0..1 are taken as the nearest of these, and NaN in an image gives a score of NaN
+    and the label -1. Its metadata have, as JSON, ``categories``, ``offset`` (of each category, where
+    ``threshold="category"``), ``map_threshold`` and the versions of the ``packages``.
 
-    Before anything is written, onnxruntime runs the graph, and what it gives is compared with what the detector gives.
+    Before anything is written, onnxruntime runs the graph, and what it gives is compared with what the detector gives
+    in float32.
 
     Parameters
     ----------
@@ -87,10 +89,10 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
     onnxruntime = _packages()
     scorer = copy.copy(detector).set_params(precision="float32", device="cpu", memory=None)
     scorer.features_ = copy.copy(detector.features_).set_params(precision="float32", device="cpu")
-    written = _to_onnx(_Scorer(scorer).eval(), scorer).SerializeToString()
-    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-    _compare(session, scorer, check_images(_drawn_images(scorer.features_.size_) if X is None else X))
+    images = check_images(_drawn_images(scorer.features_.size_)) if X is None else scorer._check_X(X)
     with replacing(Path(path)) as unfinished:
+        written = _to_onnx(_Scorer(scorer).eval(), scorer).SerializeToString()
+        _compare(onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"]), scorer, images)
         unfinished.write_bytes(written)
 
 
@@ -176,7 +178,8 @@ class _Scorer(nn.Module):
         score = combined.flatten().topk(self.n_highest).values.double().mean()
         score = (score - self.score_center[category[0]]) / self.score_scale[category[0]] + FAR_WEIGHT * excess
         normal = -score
-        label = torch.where(normal - self.offset[category[0]] < 0, -1, 1)
+        # A comparison that NaN fails: what is no image is not normal.
+        label = torch.where(normal - self.offset[category[0]] >= 0, 1, -1)
         grid_map = _resampled(combined[None], image[:, :, 0], _between)[0]
         return normal.float(), label, grid_map, category[0]
 

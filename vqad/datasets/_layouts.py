@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets.mvtec import find_categories, load_mvtec
-from vqad.datasets.visa import has_table, load_visa
+from vqad.datasets.visa import is_visa, load_visa
 
 
 def loader_of(folder: Path) -> Callable[..., ImageDataset] | None:
@@ -15,6 +15,6 @@ def loader_of(folder: Path) -> Callable[..., ImageDataset] | None:
     if folder.is_dir():
         if find_categories(folder):
             return load_mvtec
-        if has_table(folder):
+        if is_visa(folder):
             return load_visa
     return None

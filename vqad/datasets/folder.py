@@ -36,16 +36,18 @@ def load_folder(
     Raises
     ------
     ValueError
-        If there are no images, or the folder has the layout of MVTec AD or VisA, whose masks are no normal images.
+        If there are no images, or the folder or one in it has the layout of MVTec AD or VisA, whose masks are no
+        normal images.
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
     """
     folder = existing_folder(root)
-    if recursive and (loader := loader_of(folder)):
-        raise ValueError(
-            f"root {str(root)!r} has a layout that vqad.datasets.{loader.__name__} reads: load it with that, which "
-            "tells defects and masks from normal images."
-        )
+    for inside in [folder, *subfolders(folder)] if recursive else []:
+        if loader := loader_of(inside):
+            raise ValueError(
+                f"root {str(inside)!r} has a layout that vqad.datasets.{loader.__name__} reads: load it with that, "
+                "which tells defects and masks from normal images."
+            )
     paths = image_files(folder)
     categories = [folder.resolve().name] * len(paths)
     for subfolder in subfolders(folder) if recursive else []:

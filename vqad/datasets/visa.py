@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import describe, existing_folder, natural_key
@@ -28,7 +28,7 @@ def load_visa(
     Parameters
     ----------
     root : path-like
-        The folder that contains ``split_csv``.
+        The folder that contains ``split_csv``, or one object's folder in it.
     categories : str or sequence of str, default=None
         Which objects, in this order; None: all of them, sorted.
     split : {"train", "test", "all"}, default="train"
@@ -42,8 +42,8 @@ def load_visa(
     Raises
     ------
     ValueError
-        If there is no such table, it has other columns or labels, an asked category is missing, or the split has no
-        images.
+        If there is no such table, it lacks a column, it has other labels, anomalies to train on or paths out of `root`,
+        an asked category is missing, or the split has no images.
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
 
@@ -55,10 +55,13 @@ def load_visa(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}.")
     folder = existing_folder(root)
-    if not has_table(folder):
+    if not _has_table(folder) and _is_category(folder) and _has_table(folder.resolve().parent):
+        folder = folder.resolve()
+        folder, categories = folder.parent, folder.name if categories is None else categories
+    if not _has_table(folder):
         raise ValueError(
-            f"root {str(root)!r} has not the layout of VisA: there is no {TABLE.as_posix()!r}; it contains "
-            f"{describe(folder)}. For the layout of MVTec AD use vqad.datasets.load_mvtec."
+            f"root {str(root)!r} has not the layout of VisA: there is no {TABLE.as_posix()!r}, which says what each "
+            f"image is; it contains {describe(folder)}. For the layout of MVTec AD use vqad.datasets.load_mvtec."
         )
     rows = _read_table(folder / TABLE)
     found = sorted({row["object"] for row in rows})
@@ -78,23 +81,43 @@ def load_visa(
     )
 
 
-def has_table(folder: Path) -> bool:
-    """Whether a folder has VisA's own layout."""
+def is_visa(folder: Path) -> bool:
+    """Whether a folder has VisA's own layout, or is one object's folder, with or without the table."""
+    return _has_table(folder) or _is_category(folder)
+
+
+def _has_table(folder: Path) -> bool:
     return (folder / TABLE).is_file()
 
 
+def _is_category(folder: Path) -> bool:
+    return (folder / "Data" / "Images" / "Normal").is_dir()
+
+
 def _read_table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.DictReader(file)
-        if not set(COLUMNS) <= set(lines.fieldnames or ()):
-            raise ValueError(
-                f"{str(path)!r} must have the columns {', '.join(COLUMNS)}; it has {', '.join(lines.fieldnames or ())}."
-            )
-        rows = [{name: line[name] or "" for name in COLUMNS} for line in lines]
-    for number, row in enumerate(rows, 2):
-        if row["label"] not in TARGETS or row["split"] not in ("train", "test") or not row["image"]:
-            raise ValueError(
-                f"line {number} of {str(path)!r} must name an image, with the split train or test and the label normal "
-                f"or anomaly; it has {row}."
-            )
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file)
+            lacking = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+            if lacking:
+                raise ValueError(f"it lacks the columns {', '.join(lacking)}")
+            for line in lines:
+                row = {name: line[name] or "" for name in COLUMNS}
+                if wrong := _what_is_wrong(row):
+                    raise ValueError(f"line {lines.line_num} {wrong}: {row}")
+                rows.append(row)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{str(path)!r} is no table of VisA: {error}.") from error
     return rows
+
+
+def _what_is_wrong(row: dict[str, str]) -> str | None:
+    if row["label"] not in TARGETS or row["split"] not in ("train", "test") or not row["image"]:
+        return "must name an image, with the split train or test and the label normal or anomaly"
+    if row["split"] == "train" and row["label"] == "anomaly":
+        return "has an anomaly to train on, where only normal images are learned from"
+    paths = [PurePosixPath(row[name]) for name in ("image", "mask")]
+    if any(path.is_absolute() or ".." in path.parts for path in paths):
+        return "has a path that leads out of the data set"
+    return None

@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqad._warn import warn
-from vqad.metrics._pixel_counts import CHUNK_PIXELS, each, read_pairs
+from vqad.metrics._pixel_counts import each, read_pairs
+
+# Normal pixels that are held before those beyond the limit are let go.
+HELD_PIXELS = 2**20
 
 
 def aupimo(
@@ -65,18 +68,19 @@ def aupimo(
     The integral is exact, in the sense of `aupro`: where only the false-positive rate grows, the curve is flat; where
     pixels of both kinds have the same score, it is a straight line.
 
-    Collections with a length are read once, an image at a time. What is held is the defect pixels and those of the
-    normal images that the limit U may reach, at most a share of U times the number of images. Of iterators all
-    normal pixels are held.
+    Collections with a length are read once, an image at a time. Held are the scores of the defect pixels, those of
+    about the share U of all others, and a buffer of a million. Of iterators all normal pixels are held. Time is linear
+    in the number of pixels.
 
     References
     ----------
     .. [1] Bertoldo, Ameln, Vaidya & Akçay, "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed and
        Low Tolerance", BMVC 2024. arXiv:2401.01984.
     """
-    low, high = fpr_limits
-    if not 0 < low < high <= 1:
+    limits = np.asarray(fpr_limits, dtype=float)
+    if limits.shape != (2,) or not 0 < limits[0] < limits[1] <= 1:
         raise ValueError(f"fpr_limits must be two numbers with 0 < lower < upper <= 1, got {fpr_limits!r}")
+    low, high = limits.tolist()
     n_images = min((len(x) for x in (masks, maps) if isinstance(x, Sized)), default=None)
     normal = _HighestPixels(np.inf if n_images is None else high * n_images)
     defects: list[NDArray[Any] | None] = []
@@ -90,7 +94,7 @@ def aupimo(
         if mask is None:
             normal.add(scores)
         else:
-            defects[i] = np.sort(scores[mask])
+            defects[i] = scores[mask]
     if not normal.n_images:
         raise ValueError("every mask marks a defect: aupimo needs images without one to tell false alarms")
     if all(own is None for own in defects):
@@ -101,8 +105,7 @@ def aupimo(
             f"{np.ceil(1 / low):.0f} are needed. Give more of them, or higher fpr_limits."
         )
     score, rate = normal.rates()
-    area = [np.nan if own is None else _area(own, score, rate, low, high) for own in defects]
-    return np.array(area) / np.log(high / low)
+    return np.array([np.nan if own is None else _share_found(own, score, rate, low, high) for own in defects])
 
 
 class _HighestPixels:
@@ -110,10 +113,11 @@ class _HighestPixels:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
+        self._floor = -np.inf
         self._scores: list[NDArray[Any]] = []
         self._weights: list[NDArray[np.float64]] = []
         self._held = 0
-        self._largest = CHUNK_PIXELS
+        self._largest = HELD_PIXELS
         self.n_images = 0
         self.n_pixels = 0
 
@@ -121,12 +125,14 @@ class _HighestPixels:
         """Take a normal image's scores, each of the weight 1 / (number of them)."""
         self.n_images += 1
         self.n_pixels += scores.size
-        self._scores.append(scores.flatten())
-        self._weights.append(np.full(scores.size, 1 / scores.size))
-        self._held += scores.size
+        # What is under the floor is beyond the limit already, whatever comes.
+        high = scores[scores >= self._floor]
+        self._scores.append(high)
+        self._weights.append(np.full(high.size, 1 / scores.size))
+        self._held += high.size
         if self._held > self._largest and np.isfinite(self._limit):
             self._prune()
-            self._largest = max(CHUNK_PIXELS, 2 * self._held)
+            self._largest = max(HELD_PIXELS, 2 * self._held)
 
     def rates(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """Distinct scores, falling, and the false-positive rate at each."""
@@ -141,22 +147,25 @@ class _HighestPixels:
         score, weight = score[order], weight[order]
         # All pixels of the score at which the limit is reached stay.
         reached = min(int(np.searchsorted(np.cumsum(weight), self._limit)), score.size - 1)
-        keep = int(np.searchsorted(-score, -score[reached], side="right"))
+        self._floor = score[reached]
+        keep = int(np.searchsorted(-score, -self._floor, side="right"))
         self._scores, self._weights, self._held = [score[:keep]], [weight[:keep]], keep
 
 
-def _area(
+def _share_found(
     defect: NDArray[Any], score: NDArray[Any], rate: NDArray[np.float64], low: float, high: float
-) -> NDArray[np.float64]:
-    """Integral of the share of rising scores ``defect`` that is found over the logarithm of the rate.
+) -> float:
+    """The mean share of the pixels ``defect`` that is found, over the logarithm of the rate between its limits.
 
-    While the threshold falls from one normal ``score`` to the next, the rate grows from that of the one before to its
-    own, and the share from what is found above the score to what is found at it.
+    A pixel is found from the rate on that the normal pixels above it make, and so for its share of the integral; where
+    normal pixels have its very score, it is found bit by bit while the rate grows by those.
     """
-    before = np.append(0.0, rate[:-1])
-    above = 1 - np.searchsorted(defect, score, side="right") / defect.size
-    at = 1 - np.searchsorted(defect, score, side="left") / defect.size
-    slope = (at - above) / (rate - before)
-    start, stop = np.clip(before, low, high), np.clip(rate, low, high)
-    area: NDArray[np.float64] = ((above - slope * before) * np.log(stop / start) + slope * (stop - start)).sum()
-    return area
+    falling = -score
+    above = np.append(0.0, rate)[np.searchsorted(falling, -defect, side="left")]
+    at = np.append(0.0, rate)[np.searchsorted(falling, -defect, side="right")]
+    start, stop = np.clip(above, low, high), np.clip(at, low, high)
+    area = np.log(high / stop)
+    tied = at > above
+    b, s, e = above[tied], start[tied], stop[tied]
+    area[tied] += (e - s - b * np.log(e / s)) / (at[tied] - b)
+    return float(np.clip(area.mean() / np.log(high / low), 0.0, 1.0))

@@ -359,6 +359,7 @@ class VQFlow(nn.Module):
 
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
         """Pooled stages 1 to 3 to latents, given the codes."""
+        self._drop_stale_tables()
         flow_z, flow_cells, mixed, cells = [], [], [], []
         for k, (x, flow) in enumerate(zip(stages, self._flows())):
             z, of_flow = flow.transform(x, self._project(flow, k, codes))
@@ -372,6 +373,7 @@ class VQFlow(nn.Module):
 
     def restore(self, z: Sequence[Tensor], codes: Codes) -> list[Tensor]:
         """The pooled stages 1 to 3 that :meth:`transform` maps to ``z``, given the same codes."""
+        self._drop_stale_tables()
         stages = []
         mixed = self.fusion.restore(z, self._project(self.fusion, 3, codes))
         for k, (x, flow) in enumerate(zip(mixed, self._flows())):
@@ -426,6 +428,14 @@ class VQFlow(nn.Module):
     def _added_flow(self, g: int, k: int) -> ConditionalFlow:
         return cast(ConditionalFlow, cast(nn.ModuleList, self.added_flow[g - 1])[k])
 
+    def _drop_stale_tables(self) -> None:
+        if self._tables is None:
+            return
+        state = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
+        if state != self._tables_state:
+            self._tables.clear()
+            self._tables_state = state
+
     def _project(self, flow: ConditionalFlow | FusionFlow, k: int, codes: Codes) -> list[Tensor]:
         """What the condition of stage k + 1 adds to the first convolution of each subnet of a flow that sees it."""
         condition, projection = codes.conditions[k], flow.project
@@ -437,10 +447,6 @@ class VQFlow(nn.Module):
         one = int(group[0])
         if (group != one).any():
             return projection.from_codes(condition)
-        state = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
-        if state != self._tables_state:
-            self._tables.clear()
-            self._tables_state = state
         # Of each group alone: the last bits of a matrix product depend on how many rows there are.
         concepts, n_codes = self.hierarchy.concept_codebook.embed[one], condition.codes.shape[0] // (self.n_added + 1)
         own = slice(one * n_codes, (one + 1) * n_codes)
