@@ -152,8 +152,10 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
 
 def test_what_cannot_be_compared_or_written_is_said_before_the_work(detector, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_to_onnx", None)
-    with pytest.raises(ValueError, match="image 0 of X"):
-        export_onnx(detector, tmp_path / "model.onnx", X=np.full((1, 64, 64, 3), np.nan))
+    with pytest.raises(FileNotFoundError, match="image 0 of X"):
+        export_onnx(detector, tmp_path / "model.onnx", X=[str(tmp_path / "none.png")])
+    with pytest.raises(ValueError, match="5 channels"):
+        export_onnx(detector, tmp_path / "model.onnx", X=np.zeros((1, 64, 64, 5)))
     with pytest.raises(IsADirectoryError):
         export_onnx(detector, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
