@@ -78,8 +78,21 @@ def test_neither_pruning_nor_iterators_nor_increasing_transforms_matter(data, li
         patch.setattr(_pimo, "HELD_PIXELS", chunk)
         np.testing.assert_allclose(quiet(masks, maps, fpr_limits=limits), expected, rtol=1e-12)
     np.testing.assert_allclose(quiet(iter(masks), iter(maps), fpr_limits=limits), expected, rtol=1e-12)
-    bent = [np.cbrt(s.astype(np.float64)) for s in maps]
-    np.testing.assert_allclose(quiet(masks, bent, fpr_limits=limits), expected, rtol=1e-12)
+    levels = np.unique(np.concatenate([s.ravel().astype(np.float64) for s in maps]))
+    ranks = [np.searchsorted(levels, s) ** 2 for s in maps]
+    np.testing.assert_allclose(quiet(masks, ranks, fpr_limits=limits), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pixels_lower_than_all_before_are_not_let_go_too_early(monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((8, 4, 5), bool)
+    masks[0, 1:3], masks[3] = True, True
+    maps = [rng.random((4, 5)) * (k + 1) for k in rng.permutation(8)]
+    expected = quiet(masks, maps, fpr_limits=(0.05, 0.9))
+    for held in (5, 20, 40):
+        monkeypatch.setattr(_pimo, "HELD_PIXELS", held)
+        np.testing.assert_allclose(quiet(masks, maps, fpr_limits=(0.05, 0.9)), expected, rtol=1e-12)
 
 
 def example():

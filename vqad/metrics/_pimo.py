@@ -145,10 +145,12 @@ class _HighestPixels:
         score, weight = np.concatenate(self._scores), np.concatenate(self._weights)
         order = np.argsort(-score, kind="stable")
         score, weight = score[order], weight[order]
-        # All pixels of the score at which the limit is reached stay.
-        reached = min(int(np.searchsorted(np.cumsum(weight), self._limit)), score.size - 1)
-        self._floor = score[reached]
-        keep = int(np.searchsorted(-score, -self._floor, side="right"))
+        reached = int(np.searchsorted(np.cumsum(weight), self._limit))
+        keep = score.size
+        if reached < keep:
+            # All pixels of the score at which the limit is reached stay; of lower ones none is asked for any more.
+            self._floor = score[reached]
+            keep = int(np.searchsorted(-score, -self._floor, side="right"))
         self._scores, self._weights, self._held = [score[:keep]], [weight[:keep]], keep
 
 
