@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
 
     A training step frees as much memory as it takes. Handed back to the system, every page of it has to be asked for
     and zeroed again in the next step: at the published size of HVQ-Trans that costs a tenth of the time, and several
-    times the step itself where the heap is trimmed in the middle of it. Scoring one image after the other is alike. Only
+    times the step itself where the heap is trimmed in the middle of it. Scoring image by image is alike. Only
     glibc is asked, and only where nobody has chosen another allocator or other settings by the environment.
     """
     chosen = {"GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"}
