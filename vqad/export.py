@@ -136,7 +136,7 @@ class _Scorer(nn.Module):
 
     def __init__(self, detector: BaseImageDetector):
         super().__init__()
-        self.detector = [detector]  # in a list, so that it is not looked at for parameters
+        self.map_terms = detector._map_terms
         features = detector.features_
         self.size, self.grid = features.size_, features.grid_ if features.merge else None
         self.network = copy.deepcopy(features.network_).float().eval()
@@ -198,7 +198,7 @@ class _Scorer(nn.Module):
             (m - getattr(self, f"feature_mean_{k}")) / getattr(self, f"feature_scale_{k}") for k, m in enumerate(maps)
         ]
         features = scaled[0] if self.n_maps == 1 else scaled
-        found: dict[str, Tensor] = self.detector[0]._map_terms(self.model, features, category)
+        found: dict[str, Tensor] = self.map_terms(self.model, features, category)
         return found
 
     def _combine(self, terms: dict[str, Tensor], category: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def aupimo(
 
     Collections with a length are read once, an image at a time. Held are the scores of the defect pixels, those of
     about the share U of all others, and a buffer of a million. Of iterators all normal pixels are held. Time is linear
-    in the number of pixels.
+    in the number of pixels, but for sorting those that are held.
 
     References
     ----------
