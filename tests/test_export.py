@@ -132,6 +132,16 @@ def test_a_graph_that_gives_something_else_is_not_written(detector, tmp_path, mo
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_torch_cannot_write_is_said_with_the_backbone(detector, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("no node for this\nand pages of advice")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(RuntimeError, match=r"with backbone='tf_efficientnet_lite0' as a graph: no node for this$"):
+        export_onnx(detector, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
     path = tmp_path / "model.onnx"
     with pytest.raises(TypeError, match="takes a fitted HVQTransDetector or VQFlowDetector; got int"):

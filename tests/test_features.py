@@ -23,8 +23,16 @@ from sklearn.utils._param_validation import InvalidParameterError
 
 import vqad.features
 import vqad.store
-from vqad import BackboneFeatures, HVQTransDetector
-from vqad.backbones import DEFAULT_BACKBONE, _packaged_state_dict, load_backbone, ready_network, state_digest
+from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector, load, save
+from vqad.backbones import (
+    DEFAULT_BACKBONE,
+    _packaged_state_dict,
+    backbone_strides,
+    default_stages,
+    load_backbone,
+    ready_network,
+    state_digest,
+)
 from vqad.datasets import make_textured_parts
 from vqad.features import merge_maps
 from vqad.images import check_images
@@ -238,9 +246,11 @@ def test_parameters_are_checked(name, value):
         BackboneFeatures().set_params(**{name: value}).fit()
 
 
-def test_a_backbone_of_one_image_size_says_so():
-    with pytest.raises(ValueError, match="'vit_tiny_patch16_224' does not take images of 64 x 64 pixels"):
-        BackboneFeatures("vit_tiny_patch16_224", weights="random", image_size=64).fit()
+def test_a_backbone_that_does_not_take_the_image_size_says_so():
+    with pytest.raises(ValueError, match=r"patches of 16 pixels, .* 64 x 72 pixels. Choose image_size=\(64, 64\)"):
+        BackboneFeatures("vit_tiny_patch16_224", weights="random", image_size=(64, 72)).fit()
+    with pytest.raises(ValueError, match=r"'convit_tiny' does not take images of 64 x 96 pixels: .*image_size"):
+        BackboneFeatures("convit_tiny", weights="random", image_size=(64, 96)).fit()
 
 
 def test_not_fitted(images):
@@ -482,6 +492,95 @@ def test_padding_by_the_kernel_is_tensorflows_padding(name, size):
     with torch.inference_mode():
         for mine, theirs in zip(ready(pixels), network(pixels)):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+# ---- networks of other kinds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mambaout_femto"])
+def test_channels_come_first_whatever_the_network_gives(name):
+    network = load_backbone(name, "random", (1, 2), (64, 96))
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        pixels = torch.rand(1, 3, 64, 96)
+        maps = network(pixels)
+        network._forward_hooks.clear()
+        own = network(pixels)
+    assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6)]
+    assert [m.shape[1] for m in maps] == network.feature_info.channels()
+    for mine, theirs in zip(maps, own):
+        torch.testing.assert_close(mine.permute(0, 2, 3, 1), theirs)
+
+
+@pytest.mark.parametrize(("name", "own_size"), [("vit_tiny_patch16_224", 224), ("vit_small_patch14_dinov2", 518)])
+def test_position_embeddings_are_resampled_to_the_image_size(tmp_path, name, own_size):
+    """As timm resamples them in every pass with dynamic_img_size, from weights of the network's own size."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, dynamic_img_size=True, num_classes=0).eval()
+    assert whole.pos_embed.shape[1] - whole.num_prefix_tokens == (own_size // backbone_strides(name)[0]) ** 2
+    save_file(whole.state_dict(), tmp_path / "own.safetensors")
+    network = load_backbone(name, tmp_path / "own.safetensors", (3, 7), (112, 112))
+    pixels = torch.rand(1, 3, 112, 112)
+    with torch.inference_mode():
+        expected = whole.forward_intermediates(pixels, indices=[3, 7], intermediates_only=True)
+        for mine, theirs in zip(network(pixels), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strides", "of_features", "of_hvq_trans", "of_vq_flow"),
+    [
+        ((2, 4, 8, 16, 32), (0, 1, 2, 3), (2, 3), (1, 2, 3, 4)),
+        ((4, 8, 16, 32), (0, 1, 2, 3), (1, 2), (0, 1, 2, 3)),
+        ((1, 2, 4, 8, 16, 32), (0, 1, 2, 3, 4), (3, 4), (2, 3, 4, 5)),
+        ((16,) * 12, (2, 5, 8, 11), (2, 5, 8, 11), (2, 5, 8, 11)),
+        ((14,) * 7, (0, 2, 4, 6), (0, 2, 4, 6), (0, 2, 4, 6)),
+        ((12, 12, 12, 17, 17, 17), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (2, 3, 4, 5)),
+    ],
+)
+def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow):
+    assert default_stages(strides) == of_features
+    assert HVQTransDetector()._feature_options(strides)["stages"] == of_hvq_trans
+    assert VQFlowDetector()._feature_options(strides)["stages"] == of_vq_flow
+    assert HVQTransDetector(stages=[1])._feature_options(strides)["stages"] == [1]
+    assert HVQTransDetector()._feature_options(strides)["grid_scale"] == (1 if len(set(strides)) == 1 else 2)
+
+
+def test_strides_of_all_stages():
+    assert backbone_strides(DEFAULT_BACKBONE) == (2, 4, 8, 16, 32)
+    assert backbone_strides("convnext_atto") == (4, 8, 16, 32)
+    assert backbone_strides("vit_tiny_patch16_224") == (16,) * 12
+
+
+def test_a_backbone_with_few_stages_is_too_few_for_vq_flow():
+    with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(0, 1, 2\)"):
+        VQFlowDetector()._feature_options((4, 8, 16))
+
+
+@pytest.mark.parametrize("kind", [HVQTransDetector, VQFlowDetector])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_detectors_on_other_networks(tmp_path, images, name, kind):
+    made = kind(backbone=name, weights="random", image_size=64, max_iter=1, false_alarm_rate=0.3, random_state=0)
+    scores = made.fit(images).score_samples(images)
+    assert np.isfinite(scores).all()
+    assert made.anomaly_map(images[:2]).shape == (2, 64, 64)
+    grid = made.explain(images[:1])[0].standardized.shape
+    assert grid == ((4, 4) if "vit" in name else (8, 8))
+    save(made, tmp_path / "made.safetensors")
+    np.testing.assert_array_equal(load(tmp_path / "made.safetensors").score_samples(images), scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "wide_resnet50_2", "mobilenetv4_conv_small", "hrnet_w18_small", "botnet26t_256", "hiera_tiny_224",
+     "maxvit_tiny_tf_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "beit_base_patch16_224",
+     "xcit_nano_12_p8_224", "swinv2_tiny_window8_256", "sequencer2d_s", "pvt_v2_b0", "davit_tiny", "regnetx_002"],
+)  # fmt: skip
+def test_maps_have_the_grid_and_the_channels_that_are_told(name):
+    features = BackboneFeatures(name, weights="random", image_size=224, merge=False).fit()
+    maps = features.transform(np.zeros((1, 40, 50, 3), np.float32))
+    assert [m.shape[-1] for m in maps] == list(features.channels_) == features.network_.feature_info.channels()
+    assert [m.shape[1:3] for m in maps] == [(-(-224 // s), -(-224 // s)) for s in features.strides_]
 
 
 def test_to_import_vqad_takes_no_more_than_it_needs():

@@ -535,7 +535,7 @@ def test_nothing_is_downloaded(images, path, monkeypatch):
     assert asked == []
     made.set_params(weights="hub").features_.set_params(weights="hub")
     loaded = through_file(made, path)
-    assert asked == [("tf_efficientnet_lite0", "random", (1,))]
+    assert asked == [("tf_efficientnet_lite0", "random", (1,), (32, 32))]
     assert_same_scores(loaded, made, images)
 
 

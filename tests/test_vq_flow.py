@@ -158,7 +158,7 @@ def test_backbone_that_merges_its_stages_is_refused():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("n_concepts", 0), ("n_patterns", 1), ("d_concept", 0), ("d_position", 3), ("n_blocks", 2), ("hidden", 0),
-     ("clamp", 0.0), ("schedule", "linear"), ("stages", None)],
+     ("clamp", 0.0), ("schedule", "linear"), ("stages", 4)],
 )  # fmt: skip
 def test_parameters_of_the_model_are_checked(maps, name, value):
     with pytest.raises(InvalidParameterError, match=f"'{name}' parameter of VQFlowDetector must be"):

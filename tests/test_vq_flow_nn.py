@@ -274,6 +274,22 @@ def test_latents_are_taken_back_to_features_in_single_precision():
         torch.testing.assert_close(ours, stage, rtol=1e-4, atol=1e-4)
 
 
+def test_stages_on_one_grid_are_not_averaged():
+    """A vision transformer's; the identities hold for them too."""
+    module = awake(small(hidden=6)).eval()
+    stages = features_like(3, ((4, 4),) * 4)
+    with torch.no_grad():
+        for given, seen in zip(stages, module.pool(stages), strict=True):
+            assert torch.equal(given, seen)
+        assert module.anomaly_map(stages)["log_likelihood_3"].shape == (3, 4, 4)
+        codes = module.hierarchy(stages)
+        latents = module.transform(stages[:3], codes)
+        for ours, stage in zip(module.restore(latents.z, codes), stages):
+            torch.testing.assert_close(ours, stage, rtol=1e-5, atol=1e-5)
+        coarse = module.pool(features_like(3))
+        assert [s.shape[2] for s in coarse] == [8, 4, 2, 2]
+
+
 # ---- the algebra: both ways give the same numbers
 
 

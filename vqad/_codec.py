@@ -246,13 +246,13 @@ class Reader:
 
     def network(self, features: BackboneFeatures, state: dict[str, Tensor] | None, normalization: Any) -> nn.Module:
         if state is not None:
-            network = load_backbone(features.backbone, "random", features.stages)
+            network = load_backbone(features.backbone, "random", features.stages, features.size_)
             network.load_state_dict(state, assign=True)
         elif self.weights is None and features.weights in UNFINDABLE:
             raise Refused(f"it lacks the backbone's weights, which were {features.weights!r}")
         else:
             weights = features.weights if self.weights is None else self.weights
-            network = load_backbone(features.backbone, weights, features.stages)
+            network = load_backbone(features.backbone, weights, features.stages, features.size_)
         digest = state_digest(network)
         if digest != features.digest_:
             raise Refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import itertools
@@ -10,7 +11,7 @@ import logging
 import pickle
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -32,6 +33,9 @@ WEIGHT_PACKAGES = {
 }
 
 
+# What timm raises where a network has no feature maps, not those asked for, or weights of another shape.
+_NOT_MADE = (RuntimeError, AttributeError, IndexError, AssertionError)
+
 # Where timm defines the networks and the blocks of the EfficientNet family.
 _EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks")
 
@@ -45,8 +49,17 @@ def state_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
-    """A timm backbone with its weights, in evaluation mode.
+def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.Module:
+    """A timm backbone with its weights, in evaluation mode, that gives a list of maps (n, C, h, w).
+
+    Parameters
+    ----------
+    name : str
+    weights, stages
+        As in `BackboneFeatures`.
+    image_size : (int, int), optional
+        Height and width in pixels: a network that is made for images of one size, as vision transformers are, is made
+        for this one, and timm resamples the position embeddings of its weights. Its own size when left out.
 
     Raises
     ------
@@ -55,37 +68,77 @@ def load_backbone(name: str, weights=None, stages=None) -> nn.Module:
     FileNotFoundError
         When no weights are at hand: the message names the ways to get them.
     """
+    if stages is not None and (
+        not stages or not all(isinstance(s, Integral) and s >= 0 for s in stages) or any(np.diff(stages) <= 0)
+    ):
+        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
+    stages = default_stages(backbone_strides(name)) if stages is None else tuple(stages)
+    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
+        source = _weight_source(name, weights)
+        try:
+            with _quiet_timm():
+                network = _make(name, image_size, out_indices=stages, **source)
+                if weights is not None and "pretrained_cfg_overlay" in source:
+                    again = _make(name, image_size, out_indices=stages, **source)
+                    _check_loaded(network, again, name, weights)
+        except _NOT_MADE as error:
+            raise ValueError(
+                f"timm could not make feature maps of stages {stages} from backbone={name!r} with weights={weights!r} "
+                f"for images of {image_size or 'its own size'}: {error or type(error).__name__}"
+            ) from error
+    if getattr(network, "output_fmt", "NCHW") == "NHWC":
+        network.register_forward_hook(_channels_first)
+    config = getattr(network, "pretrained_cfg", None) or network.default_cfg
+    network.normalization = (tuple(config["mean"]), tuple(config["std"]))
+    for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
+        kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
+    return network.eval()
+
+
+@functools.cache
+def backbone_strides(name: str) -> tuple[int, ...]:
+    """Pixels per cell of every stage that a timm network has."""
     import timm  # not at the top: it takes as long as all of vqad without it
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f" Did you mean one of {near}?" if near else ""
         raise ValueError(f"backbone={name!r} is not the name of a timm model.{hint} timm.list_models() lists them.")
-    if stages is not None and (
-        not stages or not all(isinstance(s, Integral) and s >= 0 for s in stages) or any(np.diff(stages) <= 0)
-    ):
-        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
-    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
-        source = _weight_source(name, weights)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            every = timm.create_model(name, features_only=True).feature_info.info
+            return tuple(stage["reduction"] for stage in every)
+    except _NOT_MADE as error:
+        raise ValueError(f"timm makes no feature maps from backbone={name!r}: {error}") from error
+
+
+def default_stages(strides: Sequence[int]) -> tuple[int, ...]:
+    """All stages but the last of five or more; four of a network without a pyramid, see `spread_stages`."""
+    spread = spread_stages(strides)
+    return tuple(range(len(strides) - 1 if len(strides) >= 5 else len(strides))) if spread is None else spread
+
+
+def spread_stages(strides: Sequence[int]) -> tuple[int, ...] | None:
+    """Of more than four stages with one stride, as the blocks of a vision transformer are, the last of each quarter."""
+    if len(strides) <= 4 or len(set(strides)) > 1:
+        return None
+    return tuple(quarter * len(strides) // 4 - 1 for quarter in range(1, 5))
+
+
+def _make(name: str, image_size, **options) -> nn.Module:
+    import timm
+
+    if image_size is not None:
         try:
-            if stages is None:
-                n_stages = len(timm.create_model(name, features_only=True).feature_info)
-                stages = range(n_stages - 1) if n_stages >= 5 else range(n_stages)
-            with _quiet_timm():
-                network = _cut(timm.create_model(name, features_only=True, out_indices=tuple(stages), **source))
-                if weights is not None and "pretrained_cfg_overlay" in source:
-                    again = _cut(timm.create_model(name, features_only=True, out_indices=tuple(stages), **source))
-                    _check_loaded(network, again, name, weights)
-        except (RuntimeError, AttributeError, IndexError, AssertionError) as error:
-            raise ValueError(
-                f"timm could not make feature maps of stages {stages} from backbone={name!r} with weights={weights!r}: "
-                f"{error}"
-            ) from error
-    config = getattr(network, "pretrained_cfg", None) or network.default_cfg
-    network.normalization = (tuple(config["mean"]), tuple(config["std"]))
-    for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
-        kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
-    return network.eval()
+            return _cut(timm.create_model(name, features_only=True, img_size=tuple(image_size), **options))
+        except TypeError as error:  # the network takes every size
+            if "img_size" not in str(error):
+                raise
+    return _cut(timm.create_model(name, features_only=True, **options))
+
+
+def _channels_first(network: nn.Module, inputs, maps: list[Tensor]) -> list[Tensor]:
+    return [m.permute(0, 3, 1, 2) for m in maps]
 
 
 _PREPARING = threading.Lock()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vqad._checks import both_labels, check_category, check_features, normal_rows, split_rows
-from vqad.backbones import state_digest
+from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.explain import add_prototypes, explain_images, learn_prototypes
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
@@ -79,7 +79,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     A detector adds its parameters and six hooks: ``_make_model(channels, shapes, n_categories)`` returns the
     module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
-    ``_feature_options()`` says what it wants of `BackboneFeatures`, ``_map_weights()`` how the terms of the map add up;
+    ``_feature_options(strides)`` says what it wants of `BackboneFeatures`, given the strides of the backbone's stages;
+    ``_map_weights()`` how the terms of the map add up;
     ``_codebooks()`` names its codebooks, and ``_look_up(model, features, category)`` gives of each the code of every
     cell and its distance to it, (n, h, w) each.
     One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``; one whose
@@ -158,9 +159,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         with seeded(seed, device):
             if self.backbone is not None and not warm:
                 self._map_shape = None
+                strides = backbone_strides(self.backbone) if isinstance(self.backbone, str) else None
                 self.features_ = fit_features(
                     self.backbone, data, rows, taker=type(self).__name__, weights=self.weights,
-                    image_size=self.image_size, device=self.device, precision=self.precision, **self._feature_options(),
+                    image_size=self.image_size, device=self.device, precision=self.precision,
+                    **self._feature_options(strides),
                 )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
         checkpoint = self._open_checkpoint(descriptor, category, device, seed, warm)

@@ -77,7 +77,7 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
         When it cannot be written as a graph: with ``backbone=None`` or a transformer as backbone, with
         ``transport="sinkhorn"`` or ``"exact"``, or a `VQFlowDetector` to which `partial_fit` added categories.
     RuntimeError
-        When the graph does not give what the detector gives.
+        When torch cannot write the backbone as a graph, or the graph does not give what the detector gives.
 
     Notes
     -----
@@ -300,18 +300,24 @@ def _to_onnx(graph: _Scorer, detector: BaseImageDetector) -> Any:
     height, width = graph.size
     example = torch.full((height + 24, width + 40, 3), 0.5)
     sides = {0: torch.export.Dim("height", min=2), 1: torch.export.Dim("width", min=2)}
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            graph,
-            (example,),
-            dynamo=True,
-            dynamic_shapes={"image": sides},
-            input_names=["image"],
-            output_names=list(OUTPUTS),
-            opset_version=OPSET,
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes={"image": sides},
+                input_names=["image"],
+                output_names=list(OUTPUTS),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise RuntimeError(
+            f"torch.onnx cannot write a detector with backbone={detector.backbone!r} as a graph: {reason}"
+        ) from error
     model = program.model_proto
     about = {
         "categories": [c.item() if isinstance(c, np.generic) else c for c in detector.categories_],

@@ -20,7 +20,14 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from vqad.backbones import DEFAULT_BACKBONE, load_backbone, ready_network, state_digest
+from vqad.backbones import (
+    DEFAULT_BACKBONE,
+    backbone_strides,
+    load_backbone,
+    ready_network,
+    spread_stages,
+    state_digest,
+)
 from vqad.cache import FeatureCache
 from vqad.images import ImageSequence, check_images
 from vqad.store import chunk_size, in_chunks, pad_chunk
@@ -40,7 +47,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         vqad). "hub" lets timm download them. "random" leaves them random. Nothing is ever downloaded unasked.
     stages : tuple of int or None, default=None
         Which of the backbone's stages to take, counted from 0; None takes all but the last of a five-stage
-        network (strides 2, 4, 8 and 16), and all of a shorter one.
+        network (strides 2, 4, 8 and 16), all of a shorter one, and of a vision transformer, whose stages are its
+        blocks, the last of each quarter.
     image_size : int or (int, int), default=224
         Height and width in pixels that images are resized to before the backbone sees them.
     merge : bool, default=True
@@ -113,7 +121,14 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         """
         self._validate_params()
         self.size_ = check_image_size(self.image_size)
-        network = load_backbone(self.backbone, self.weights, self.stages)
+        strides = backbone_strides(self.backbone)
+        if spread_stages(strides) is not None and any(side % strides[0] for side in self.size_):
+            near = tuple(max(1, round(side / strides[0])) * strides[0] for side in self.size_)
+            raise ValueError(
+                f"backbone={self.backbone!r} sees patches of {strides[0]} pixels, and nothing of what is left over of "
+                f"images of {self.size_[0]} x {self.size_[1]} pixels. Choose image_size={near}."
+            )
+        network = load_backbone(self.backbone, self.weights, self.stages, self.size_)
         try:
             with torch.inference_mode():
                 maps = network(torch.zeros(1, 3, *self.size_))

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from vqad.backbones import DEFAULT_BACKBONE
+from vqad.backbones import DEFAULT_BACKBONE, default_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.training import TrainingPlan
@@ -34,9 +34,10 @@ class HVQTransDetector(BaseImageDetector):
     weights : None, "hub", "random", str or path, default=None
         Weights of the backbone: None takes an installed weight package, a path a local ``.safetensors`` or ``.pth``
         file, "hub" lets timm download them. Nothing is downloaded unasked.
-    stages : tuple of int or None, default=(2, 3)
+    stages : tuple of int or None, default=None
         Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
-        takes all but the last of five.
+        takes those of strides 8 and 16: (2, 3) of the default backbone. Of a vision transformer, whose stages are its
+        blocks, it takes the last block of each quarter, and tokens of one cell whatever ``patch_size`` is.
     image_size : int or (int, int), default=224
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
@@ -177,7 +178,7 @@ class HVQTransDetector(BaseImageDetector):
         *,
         backbone=DEFAULT_BACKBONE,
         weights=None,
-        stages=(2, 3),
+        stages=None,
         image_size=224,
         image_shape=None,
         standardize=True,
@@ -280,8 +281,15 @@ class HVQTransDetector(BaseImageDetector):
         }
         return cls(**{**published, **overrides})
 
-    def _feature_options(self):
-        return {"stages": self.stages, "merge": True, "grid_scale": self.patch_size}
+    def _feature_options(self, strides=None):
+        stages, scale = self.stages, self.patch_size
+        if stages is None and strides is not None:
+            stages = spread_stages(strides)
+            if stages is None:
+                stages = tuple(i for i, stride in enumerate(strides) if stride in (8, 16)) or default_stages(strides)
+            else:
+                scale = 1  # no stage is finer than the tokens
+        return {"stages": stages, "merge": True, "grid_scale": scale}
 
     def _make_model(self, channels, shapes, n_categories):
         if self.d_model % self.n_heads or self.d_model % 2:
@@ -290,8 +298,9 @@ class HVQTransDetector(BaseImageDetector):
             )
         if self.transport == "exact" and self.transport_weight:
             raise ValueError("transport='exact' has no gradient to train with: set transport_weight=0.")
+        patch_size = self.features_.grid_scale if isinstance(self.backbone, str) else self.patch_size
         # Rows of ready-made features are a grid of a single cell, which no patch divides.
-        patch_size = self.patch_size if all(cells % self.patch_size == 0 for cells in shapes[0]) else 1
+        patch_size = patch_size if all(cells % patch_size == 0 for cells in shapes[0]) else 1
         return HVQTrans(
             channels[0],
             shapes[0],

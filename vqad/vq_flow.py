@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from vqad.backbones import DEFAULT_BACKBONE
+from vqad.backbones import DEFAULT_BACKBONE, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.vq_flow import VQFlow
 from vqad.store import describe
@@ -36,9 +36,10 @@ class VQFlowDetector(BaseImageDetector):
     weights : None, "hub", "random", str or path, default=None
         Weights of the backbone: None takes an installed weight package, a path a local ``.safetensors`` or ``.pth``
         file, "hub" lets timm download them. Nothing is downloaded unasked.
-    stages : tuple of 4 int, default=(1, 2, 3, 4)
+    stages : tuple of 4 int or None, default=None
         Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
-        the concept.
+        the concept. None takes the last four: (1, 2, 3, 4) of the default backbone; of a vision transformer, whose
+        stages are its blocks, the last block of each quarter.
     image_size : int or (int, int), default=224
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
@@ -159,7 +160,7 @@ class VQFlowDetector(BaseImageDetector):
 
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
-        "stages": [tuple, list],
+        "stages": [tuple, list, None],
         "n_concepts": [Interval(Integral, 1, None, closed="left")],
         "n_patterns": [Interval(Integral, 2, None, closed="left")],
         "d_concept": [Interval(Integral, 1, None, closed="left")],
@@ -176,7 +177,7 @@ class VQFlowDetector(BaseImageDetector):
         *,
         backbone=DEFAULT_BACKBONE,
         weights=None,
-        stages=(1, 2, 3, 4),
+        stages=None,
         image_size=224,
         image_shape=None,
         standardize=True,
@@ -308,10 +309,13 @@ class VQFlowDetector(BaseImageDetector):
             model.to("cpu")
         return np.concatenate(parts)
 
-    def _feature_options(self):
-        if len(self.stages) != 4:
-            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(self.stages)}.")
-        return {"stages": tuple(self.stages), "merge": False}
+    def _feature_options(self, strides=None):
+        stages = self.stages
+        if stages is None and strides is not None:
+            stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
+        if stages is not None and len(stages) != 4:
+            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(stages)}.")
+        return {"stages": stages, "merge": False}
 
     def _make_model(self, channels, shapes, n_categories):
         if self.d_position % 4:

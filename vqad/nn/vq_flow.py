@@ -343,10 +343,12 @@ class VQFlow(nn.Module):
     def pool(self, features: Sequence[Tensor] | Tensor) -> list[Tensor]:
         """The stages as codes and flows see them: the first three averaged 3×3 with stride 2.
 
-        A single map is taken as the finest stage; each coarser one is the average of the one before.
+        That brings the third to the grid of the fourth; where all came on one grid, none is averaged. A single map
+        is taken as the finest stage; each coarser one is the average of the one before.
         """
-        if isinstance(features, Tensor):
-            features = _pyramid(features)
+        single = isinstance(features, Tensor)
+        features = _pyramid(features) if isinstance(features, Tensor) else features
+        one_grid = not single and len({f.shape[2:] for f in features}) == 1
         got = [tuple(f.shape) for f in features]
         if len(got) != 4 or any(len(shape) != 4 for shape in got) or [s[1] for s in got] != [*self.channels]:
             raise ValueError(
@@ -355,7 +357,7 @@ class VQFlow(nn.Module):
             )
         dtype = self.hierarchy.concept_codebook.embed.dtype
         maps = [f.to(dtype).contiguous(memory_format=torch.channels_last) for f in features]
-        return [F.avg_pool2d(f, 3, 2, 1) for f in maps[:3]] + maps[3:]
+        return maps if one_grid else [F.avg_pool2d(f, 3, 2, 1) for f in maps[:3]] + maps[3:]
 
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
         """Pooled stages 1 to 3 to latents, given the codes."""
