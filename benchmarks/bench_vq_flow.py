@@ -66,13 +66,14 @@ class System:
         # Ours scores chunks of a fixed size, so that an image's score does not depend on its company, a core each.
         size = len(pixels) if self.plain else min(len(pixels), chunk_size(self.device, 49))
 
+        prepared = self.model.prepared()
+
         def some(rows):
             with torch.inference_mode(), self.autocast():
                 for part in pixels[rows].split(size):
-                    self.model.anomaly_map(self.extract(part.contiguous(memory_format=torch.channels_last)))
+                    prepared.anomaly_map(self.extract(part.contiguous(memory_format=torch.channels_last)))
 
-        with self.model.prepared():
-            list(side_by_side(some, np.arange(len(pixels)), self.device, wanted=not self.plain))
+        list(side_by_side(some, np.arange(len(pixels)), self.device, wanted=not self.plain))
 
 
 def seconds(run, device) -> float:

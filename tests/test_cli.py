@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,31 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, tmp_p
 
 
 # ---- score ---------------------------------------------------------------------------------------
+
+
+def test_the_table_is_not_written_over_the_model_or_an_image(folders, model, capsys):
+    image = next((folders / "bad").rglob("*.png"))
+    for target in (model, image):
+        before = target.read_bytes()
+        assert main(["score", str(model), str(image), "--csv", str(target)]) == 2
+        assert "is the model or one of the images" in complaint(capsys)
+        assert target.read_bytes() == before
+
+
+def test_a_file_may_have_any_name(folders, model, tmp_path, capsys):
+    image = next((folders / "bad").rglob("*.png"))
+    names = [b"two\nlines.png", b"no utf-8 \xff.png", "ü.png".encode()]
+    for name in names:
+        shutil.copy(image, os.path.join(os.fsencode(tmp_path), name))
+    assert main(["score", str(model), str(tmp_path), "--csv", str(tmp_path / "scores.csv")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert any("two\\nlines.png" in line for line in printed)
+    table = (tmp_path / "scores.csv").read_bytes()
+    assert all(name in table for name in names)
+    assert main(["report", str(model), str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert main(["score", str(model), ""]) == 2
+    assert "empty name" in capsys.readouterr().err
 
 
 def test_score_says_what_the_detector_says(folders, model, tmp_path, capsys):

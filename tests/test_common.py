@@ -1,9 +1,11 @@
 """The contract that every detector keeps; a further detector is one more line in DETECTORS."""
 
+import copy
 import inspect
 import io
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -495,9 +497,29 @@ def test_categories_are_sorted_whatever_order_they_come_in(detector, rows):
 
 @pytest.mark.parametrize("missing", [None, np.nan, 1])
 def test_every_image_needs_a_label_of_one_type(detector, rows, missing):
-    category = np.array(["a"] * 47 + [missing], dtype=object)
-    with pytest.raises(ValueError, match="category must have a label for every image, all of them str or all int"):
-        features_only(detector).fit(rows[:48], category=category)
+    category = ["a"] * 47 + [missing]
+    for given in (category, tuple(category), np.array(category, dtype=object), pd.Series(category, dtype=object)):
+        with pytest.raises(ValueError, match="category must have a label for every image, all of them str or all int"):
+            features_only(detector).fit(rows[:48], category=given)
+
+
+def test_numbers_of_categories_are_64_bit(detector, rows):
+    for number in (2**64 - 1, 2**70):
+        with pytest.raises(ValueError, match="beyond the range of 64-bit integers"):
+            features_only(detector).fit(rows[:48], category=[0] * 47 + [number])
+
+
+def test_columns_of_a_table_of_pixels_are_known_again(detector, images, labels):
+    flat = images.reshape(len(images), -1).astype(np.float32) / 255
+    table = pd.DataFrame(flat, columns=[f"p{k}" for k in range(flat.shape[1])])
+    made = thumbnails(detector).set_params(image_shape=images.shape[1:], max_iter=1)
+    scores = made.fit(table, category=labels).score_samples(table)
+    np.testing.assert_array_equal(made.score_samples(images), scores)
+    assert made.n_features_in_ == flat.shape[1]
+    with pytest.raises(ValueError, match="feature names should match"):
+        made.score_samples(table[table.columns[::-1]])
+    made.fit(images, category=labels)
+    assert not hasattr(made, "n_features_in_")
 
 
 def test_categories_are_discovered(detector, images, labels):
@@ -654,7 +676,8 @@ def test_features_keep_their_precision(detector, rows):
 
 
 def test_identical_rows_do_no_harm(detector):
-    made = features_only(detector).fit(np.ones((30, 5)))
+    with pytest.warns(UserWarning, match="All 6 held-out calibration images score alike: they may be copies"):
+        made = features_only(detector).fit(np.ones((30, 5)))
     assert np.isfinite(made.score_samples(np.ones((2, 5)))).all()
     np.testing.assert_array_equal(made.predict(np.zeros((2, 5))), -1)
 
@@ -712,6 +735,45 @@ def test_backbone_features_keep_their_own_settings(detector, images, labels):
     assert made.anomaly_map(images[:1]).shape == (1, 64, 64)
     with pytest.raises(ValueError, match=f"takes a BackboneFeatures with merge={merge}"):
         made.set_params(backbone__merge=not merge).fit(images[:24])
+
+
+# ---- what belongs to the whole process ---------------------------------------------------------------
+
+
+def clone_of(fitted, **parameters):
+    made = copy.copy(fitted)
+    return made.set_params(**parameters)
+
+
+def test_threads_may_score_with_one_detector(fitted, parts, scores):
+    with ThreadPoolExecutor(6) as pool:
+        for k, found in enumerate(pool.map(lambda k: fitted.score_samples(parts.images[k % 6 :: 6]), range(18))):
+            np.testing.assert_array_equal(found, scores[k % 6 :: 6])
+
+
+def test_threads_may_fit(detector, images, labels):
+    state = torch.get_rng_state()
+    alone = thumbnails(detector).fit(images, category=labels).score_samples(images)
+    with ThreadPoolExecutor(4) as pool:
+        made = pool.map(lambda _: thumbnails(detector).fit(images, category=labels), range(4))
+        for each in made:
+            np.testing.assert_array_equal(each.score_samples(images), alone)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_of_torch_do_not_matter(fitted, detector, parts, images, labels, scores, mode):
+    expected = thumbnails(detector).fit(images, category=labels).score_samples(images)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mode():
+            made = thumbnails(detector).fit(images, category=labels)
+            np.testing.assert_array_equal(made.score_samples(images), expected)
+            np.testing.assert_array_equal(fitted.score_samples(parts.images), scores)
+            assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(default)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -873,8 +935,12 @@ def test_tiny_images(fitted, detector, images, labels):
 
 def test_alpha_is_dropped_with_a_warning(fitted, parts, scores):
     opaque = np.concatenate([parts.images[:2], np.full((2, 64, 64, 1), 255, np.uint8)], axis=3)
-    with pytest.warns(UserWarning, match="alpha"):
+    with pytest.warns(UserWarning, match="alpha") as record:
         np.testing.assert_array_equal(fitted.score_samples(opaque), scores[:2])
+    assert record[0].filename == __file__, "said by a thread that reads"
+    with pytest.warns(UserWarning, match="alpha") as record:
+        np.testing.assert_array_equal(clone_of(fitted, n_jobs=2).score_samples(opaque), scores[:2])
+    assert record[0].filename == __file__
 
 
 def test_missing_weights_are_explained(detector, images):

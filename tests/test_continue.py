@@ -200,6 +200,18 @@ def test_a_finished_fit_is_not_trained_again(plain, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.score_samples(MAPS), plain.score_samples(MAPS))
 
 
+def test_without_a_random_state_a_fit_that_was_killed_after_its_training_does_not_train_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("vqad.base.learn_prototypes", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            small(checkpoint_dir=tmp_path, random_state=None).fit(MAPS, category=NAMES)
+    steps = count_steps(monkeypatch)
+    small(checkpoint_dir=tmp_path, random_state=None).fit(MAPS, category=NAMES)
+    assert not steps
+    small(checkpoint_dir=tmp_path, random_state=None).fit(MAPS, category=NAMES)
+    assert len(steps) == 6 * SMALL.max_iter
+
+
 @pytest.mark.parametrize(
     "change", ["images", "one pixel", "order", "category", "max_iter", "random_state", "learning_rate"]
 )
@@ -491,6 +503,16 @@ def test_without_labels_many_images_far_from_all_make_a_category(names, label):
     assert len(made.categories_) == 4
 
 
+def test_names_of_new_categories_are_free():
+    names = np.where(KIND == 0, "new 2", "x")
+    made = small().fit(MAPS[KIND < 2], category=names[KIND < 2])
+    with pytest.warns(UserWarning, match="new ones: 'new 1'"):
+        made.partial_fit(MAPS[KIND == 2])
+    with pytest.warns(UserWarning, match="new ones: 'new 3'"):
+        made.partial_fit(make_maps(40, 4, seed=14)[3::4])
+    assert list(made.categories_) == ["new 2", "x", "new 1", "new 3"]
+
+
 def test_without_labels_few_images_far_from_all_are_left_out():
     made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
     scores = made.score_samples(MAPS)
@@ -569,6 +591,14 @@ def test_contamination_counts_all_images_learned_from(threshold):
     else:
         np.testing.assert_array_equal(made.offset_[:2], offset)
         assert made.offset_[2] == pytest.approx(np.quantile(scores[KIND == 2], 0.1))
+
+
+def test_contamination_that_is_asked_for_after_fit_counts_the_images_held_out_before():
+    made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2]).set_params(contamination=0.25)
+    held = made._held_out["standard"]
+    made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
+    new = made.score_samples(MAPS[KIND == 2])
+    assert made.offset_ == pytest.approx(np.quantile(np.append(-held, new), 0.25))
 
 
 def test_partial_fit_repeats_with_a_random_state(of_two):

@@ -266,6 +266,11 @@ def test_folder_does_not_follow_a_link_to_itself(tmp_path):
     save_png(tmp_path / "nut" / "a.png", np.zeros((4, 4), np.uint8))
     (tmp_path / "nut" / "loop").symlink_to(tmp_path, target_is_directory=True)
     assert len(load_folder(tmp_path)) == 1
+    for name, target in (("itself", "."), ("above", "..")):
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    assert load_folder(tmp_path).category.tolist() == ["nut"]
+    (tmp_path / "bolt").symlink_to(tmp_path / "nut", target_is_directory=True)
+    assert load_folder(tmp_path).category.tolist() == ["bolt", "nut"]
 
 
 def test_folder_errors_say_what_was_found(tmp_path, mvtec_root):

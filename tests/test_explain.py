@@ -232,6 +232,13 @@ def test_codes_are_the_nearest_and_distances_are_to_them(fitted, explained):
             np.testing.assert_allclose(distance, to_each.amin(1), rtol=1e-3, atol=1e-4)
 
 
+def test_an_explanation_is_of_the_model_that_there_is(fitted, explained):
+    """Whatever the parameters were set to since."""
+    sizes = {"n_codes": 4} if isinstance(fitted, HVQTransDetector) else {"n_patterns": 4, "n_concepts": 2, "d_concept": 2}
+    for mine, theirs in zip(copy_of(fitted).set_params(**sizes).explain(MAPS), explained, strict=True):
+        assert_same_explanation(mine, theirs)
+
+
 def test_codes_are_of_the_category_or_of_all(fitted, explained):
     groups = {e.category: e.group for e in explained}
     assert groups == ({"a": 0, "b": 1} if isinstance(fitted, HVQTransDetector) else {"a": 0, "b": 0})

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,32 @@ def test_transparent_palette_is_warned_about(tmp_path):
         pixels = check_images([path]).pixels(0)
     assert len(caught) == 1, "Pillow's own warning is passed on"
     np.testing.assert_array_equal(pixels, (np.array([[[9, 8, 7], [6, 5, 4]]]) / 255).astype(np.float32))
+
+
+def test_pil_images_without_pixels_and_of_closed_files_are_told(tmp_path):
+    for mode in ("L", "F", "RGB"):
+        with pytest.raises(ValueError, match="image 1 of X must have shape .* got 5 x 0, which has no pixels"):
+            check_images([Image.new("L", (4, 4)), Image.new(mode, (0, 5))])
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(ValueError, match="image 0 of X is truncated or not an image"):
+        check_images([image]).pixels(0)
+
+
+def test_one_lazy_pil_image_may_be_in_x_many_times(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for _ in range(5):
+        with Image.open(tmp_path / "a.png") as image, ThreadPoolExecutor(8) as pool:
+            for read in pool.map(check_images([image] * 16).pixels, range(16)):
+                np.testing.assert_array_equal(read, pixels / np.float32(255))
+
+
+def test_paths_as_bytes_may_have_any_byte(tmp_path):
+    path = os.fsencode(tmp_path) + b"/bad\xff.png"
+    Image.new("L", (4, 4)).save(os.fsdecode(path))
+    assert check_images(np.array([path])).size(0) == (4, 4)
 
 
 def test_alpha_is_warned_about_once_and_at_the_callers_line(colour_images):

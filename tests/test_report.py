@@ -146,6 +146,14 @@ def test_known_labels_bring_metrics_and_mark_what_was_judged_wrong(detector, par
     assert "AUROC" not in written(tmp_path, detector, parts.images)
 
 
+def test_the_page_says_what_the_threshold_was_set_for(detector, parts, tmp_path):
+    assert "20 % false alarms" in written(tmp_path, detector, parts.images)
+    made = copy.deepcopy(detector).set_threshold(parts.images, parts.target, "recall")
+    page = written(tmp_path, made, parts.images)
+    assert "recall on 20 labelled images" in page
+    assert "20 % false alarms" not in page
+
+
 def test_scores_at_hand_are_not_computed_again(detector, parts, tmp_path, monkeypatch):
     verdicts = judge(detector, parts.images)
     expected = written(tmp_path, detector, parts.images)

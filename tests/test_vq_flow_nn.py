@@ -313,11 +313,12 @@ def test_looked_up_and_convolved_conditions_give_the_same_training_step():
 def test_prepared_tables_give_the_same_maps_and_are_never_stale(inference):
     module, features = awake(small(hidden=6)).eval(), features_like(3)
     plain = small(hidden=6, condition_path="convolution").eval()
-    with torch.inference_mode(inference), torch.no_grad(), module.prepared():
+    prepared = module.prepared()
+    with torch.inference_mode(inference), torch.no_grad():
         for _ in range(3):
             plain.load_state_dict(module.state_dict())
             expected = plain.anomaly_map(features)
-            for name, term in module.anomaly_map(features).items():
+            for name, term in prepared.anomaly_map(features).items():
                 torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-10)
             module.scale_flow[1].project.weight.mul_(1.5)
             module.hierarchy.pattern_codebook[0].embed.mul_(0.9)
@@ -450,8 +451,8 @@ def test_an_added_category_leaves_every_bit_of_the_others_as_it_was():
     before = {name: value.clone() for name, value in module.state_dict().items()}
     maps = []
     for _ in range(2):
-        with torch.no_grad(), module.prepared():
-            maps.append(module.anomaly_map(features, torch.tensor([0, 1, 1])))
+        with torch.no_grad():
+            maps.append(module.prepared().anomaly_map(features, torch.tensor([0, 1, 1])))
         module.add_category()
         module.initialise_codes([(features_like(6), torch.full((6,), 2)), (features_like(2), torch.full((2,), 2))])
     for name, value in before.items():
@@ -528,8 +529,8 @@ def test_added_categories_are_looked_up_and_convolved_alike(category):
     with torch.no_grad():
         expected = plain.anomaly_map(features, category)
         looked_up = [module.anomaly_map(features, category)]
-        with module.prepared():
-            looked_up += [module.anomaly_map(features, category) for _ in range(2)]
+        prepared = module.prepared()
+        looked_up += [prepared.anomaly_map(features, category) for _ in range(2)]
     for maps in looked_up:
         for name, term in expected.items():
             torch.testing.assert_close(maps[name], term, rtol=1e-10, atol=1e-10)

@@ -65,13 +65,17 @@ def both_labels(y, n: int) -> np.ndarray:
 def check_category(category, n: int) -> np.ndarray | None:
     if category is None:
         return None
-    category = np.asarray(category)
-    if category.shape != (n,):
-        raise ValueError(f"category has shape {category.shape}, but X has {n} images: one label each is expected.")
-    for kind in (str, Integral):
-        if all(isinstance(label, kind) for label in category.tolist()):
-            return category.astype(str if kind is str else int)
-    names = ", ".join(sorted({type(label).__name__ for label in category.tolist()}))
+    # As they are: numpy makes strings of all labels where one is a string.
+    given = list(category) if isinstance(category, (list, tuple)) else np.asarray(category).tolist()
+    if np.shape(category) != (n,):
+        raise ValueError(f"category has shape {np.shape(category)}, but X has {n} images: one label each is expected.")
+    if all(isinstance(label, str) for label in given):
+        return np.array(given, dtype=str)
+    if all(isinstance(label, (Integral, np.bool_)) for label in given):
+        if not all(abs(int(label)) < 2**63 for label in given):
+            raise ValueError("category has numbers beyond the range of 64-bit integers: give them as str.")
+        return np.array([int(label) for label in given], dtype=np.int64)
+    names = ", ".join(sorted({type(label).__name__ for label in given}))
     raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
 
 

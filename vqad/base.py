@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
@@ -49,6 +50,8 @@ FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
 
+
+_MOVING = threading.RLock()
 
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
 NOT_OF_THE_TRAINING = {
@@ -157,8 +160,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 vars(self).pop(name, None)
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device):
-            if self.backbone is not None and not warm:
+            if not warm:  # what an earlier fit may have had
+                vars(self).pop("features_", None)
                 self._map_shape = None
+            if self.backbone is not None and not warm:
                 strides = backbone_strides(self.backbone) if isinstance(self.backbone, str) else None
                 self.features_ = fit_features(
                     self.backbone, data, rows, taker=type(self).__name__, weights=self.weights,
@@ -171,6 +176,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         with seeded(seed, device), self._all_or_nothing(warm):
             index = self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
             self._prototypes = learn_prototypes(self, store, index, data, rows, device)
+        if checkpoint is not None and self.random_state is None and not self.training_log_.interrupted:
+            checkpoint.remove()  # the next fit is another one
         return self
 
     def partial_fit(self, X, y=None, *, category=None):
@@ -283,6 +290,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         y = both_labels(y, len(data))
         judged = self._judge_data(data, np.arange(len(data)), keep_maps=False)
         self.offset_ = labelled_offset(self, -judged.score, judged.category, y, rule)
+        self._offset_from = f"{target} on {len(y)} labelled images"
         return self
 
     def _draw_seed(self) -> int:
@@ -315,10 +323,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn,
             descriptor.tobytes(),
         )  # fmt: skip
-        checkpoint = Checkpoint(self.checkpoint_dir, name, seed)
-        if checkpoint.finished and self.random_state is None:
-            checkpoint.forget(seed)  # the next fit is another one
-        return checkpoint
+        return Checkpoint(self.checkpoint_dir, name, seed)
 
     def _fit_from_features(self, store, descriptor, category, device, seed, checkpoint, warm) -> np.ndarray:
         """Everything that comes after the backbone; the category of each image."""
@@ -518,8 +523,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _judge_data(self, data, rows, keep_maps=True, note=None) -> Judgement:
         """One pass over some images, chunk by chunk; ``note`` is told what is known of each chunk."""
         device = pick_device(self.device)
-        model = self.model_.to(device)
-        scorer = self._scorer(model, native_precision(device, self.precision))
 
         def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             judged = []
@@ -533,10 +536,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 judged.append((score, category, combined if keep_maps else combined[:0]))
             return judged
 
-        try:
+        with self._model_on(device) as model:
+            scorer = self._scorer(model, native_precision(device, self.precision))
             parts = [each for judged in self._side_by_side(judge, data, rows, device) for each in judged]
-        finally:
-            model.to("cpu")
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
 
     def _image_score(self, maps, category, excess) -> np.ndarray:
@@ -581,6 +583,15 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         moments = zip(maps, self.feature_mean_, self.feature_scale_)
         return [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
 
+    @contextmanager
+    def _model_on(self, device) -> Iterator[nn.Module]:
+        """The model where it is to work; one thread at a time where it is moved there and back."""
+        with nullcontext() if device.type == "cpu" else _MOVING:
+            try:
+                yield self.model_.to(device)
+            finally:
+                self.model_.to("cpu")
+
     def _scorer(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """What gives the same terms as the model for less, in a pass over many images."""
         return model
@@ -592,8 +603,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _store_terms(self, store, rows, category, device, compute=None) -> dict[str, np.ndarray]:
         """Map terms of stored images, or what ``compute`` gives of them."""
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
-        model = self.model_.to(device)
-        scorer = self._scorer(model, native_precision(device, self.precision))
 
         def terms_of(places: np.ndarray) -> list[dict[str, np.ndarray]]:
             out = []
@@ -603,11 +612,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 out.append(self._model_terms(scorer, maps, category[part], device, compute))
             return out
 
-        try:
-            places = np.arange(len(rows))
-            parts = [each for terms in side_by_side(terms_of, places, device) for each in terms]
-        finally:
-            model.to("cpu")
+        with self._model_on(device) as model:
+            scorer = self._scorer(model, native_precision(device, self.precision))
+            parts = [each for terms in side_by_side(terms_of, np.arange(len(rows)), device) for each in terms]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     # ---------------------------------------------------------------- images and features
@@ -616,8 +623,12 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """Images or features, checked, as something with a length, sizes and chunks."""
         if self.backbone is None:
             return check_features(self, X, reset)
-        if isinstance(X, np.ndarray) and X.ndim == 2 and self.image_shape is not None:
+        is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")
+        if is_table and X.ndim == 2 and self.image_shape is not None:
             X = validate_data(self, X, reset=reset, ensure_all_finite=False, dtype=None)
+        elif reset:
+            for name in ("n_features_in_", "feature_names_in_"):  # of rows that an earlier fit saw
+                vars(self).pop(name, None)
         return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
 
     def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:

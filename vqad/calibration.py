@@ -282,7 +282,7 @@ class ConformalCalibration:
         Warns
         -----
         UserWarning
-            When the images are too few for that rate; the largest calibration score is taken.
+            When the images are too few for that rate: the largest calibration score is taken. When all score alike.
         """
         names = range(len(self.scores_)) if names is None else names
         return np.array(
@@ -296,6 +296,11 @@ class ConformalCalibration:
 def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
     """The ceil((n + 1)(1 - rate))-th smallest of n sorted scores."""
     n = len(scores)
+    if n > 1 and scores[0] == scores[-1]:
+        warn(
+            f"All {n} held-out calibration images{of} score alike: they may be copies of one picture. Whatever is not "
+            "that picture to the last digit may then be called an anomaly. Give images that differ as normal ones do."
+        )
     rank = math.ceil((n + 1) * (1 - rate) - 1e-9)
     if rank > n:
         if n == 0:

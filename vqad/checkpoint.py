@@ -79,9 +79,9 @@ class Checkpoint:
         """Whether the training that was found had come to its end."""
         return self.state is not None and bool(self.state["finished"])
 
-    def forget(self, seed: int) -> None:
-        """Start anew; the file stays until the first `write`."""
-        self.state, self.seed = None, seed
+    def remove(self) -> None:
+        """Delete the file, which no training will go on from."""
+        self.path.unlink(missing_ok=True)
 
     def due(self, *, after_pass: bool) -> bool:
         """Whether it is time to write."""

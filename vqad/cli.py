@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import io
 import json
 import os
 import sys
@@ -62,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         By argparse: code 0 after --help and --version, 2 for wrong arguments.
     """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have what it cannot say
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _one_line_warnings():
             code: int = arguments.run(arguments)
@@ -104,11 +108,16 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     paths, outputs = _images_to_score(arguments.images)
+    if arguments.csv is not None:
+        target = Path(arguments.csv).resolve()
+        if target in {Path(path).resolve() for path in (arguments.model, *paths)}:
+            raise ValueError(f"the table {arguments.csv!r} is the model or one of the images; give another name.")
     detector = vqad.load(arguments.model)
     if arguments.maps is not None:
         arguments.maps.mkdir(parents=True, exist_ok=True)
     data = check_images(paths)
-    wide = max(len("path"), *map(len, paths))
+    shown = [_printable(path) for path in paths]
+    wide = max(len("path"), *map(len, shown))
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
     print(f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label")
     n_anomalies = 0
@@ -119,7 +128,7 @@ def _score(arguments: argparse.Namespace) -> int:
             for k, i in enumerate(rows):
                 label = "anomaly" if verdicts.label[k] == -1 else "normal"
                 name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
-                print(f"{paths[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
+                print(f"{shown[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
                 write([paths[i], name, score, float(verdicts.threshold[k]), p, label])
                 if arguments.maps is not None:
                     drawn = _drawn(detector, data.pixels(i), verdicts, k)
@@ -244,6 +253,8 @@ def _images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
     taken: set[Path] = set()
     for argument in arguments:
         root = Path(argument)
+        if not argument:
+            raise ValueError("an image or folder has the empty name ''.")
         if not root.is_dir():
             found, root = [argument], root.parent
         elif loader := loader_of(root):
@@ -297,7 +308,7 @@ def _csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
     if path is None:
         yield lambda row: None
         return
-    with open(_writable(path), "w", newline="", encoding="utf-8") as file:
+    with open(_writable(path), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
         yield writer.writerow
@@ -326,6 +337,11 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.simplefilter("default")
         warnings.showwarning = show
         yield
+
+
+def _printable(text: str) -> str:
+    """On one line, whatever a file is called."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _complain(text: str) -> None:

@@ -20,6 +20,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from vqad._warn import holding_warnings, let_out
 from vqad.backbones import (
     DEFAULT_BACKBONE,
     backbone_strides,
@@ -226,7 +227,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         )  # fmt: skip
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in network.normalization)
+        moments = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in network.normalization)
+        mean, std = (moment.to(pixels.device) for moment in moments)
         pixels = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, dtype != torch.float32):
             maps = network(pixels)
@@ -380,11 +382,11 @@ def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
         waiting: deque[Future] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(read, item))
+                waiting.append(pool.submit(holding_warnings(read), item))
                 if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+                    yield let_out(waiting.popleft().result())
             while waiting:
-                yield waiting.popleft().result()
+                yield let_out(waiting.popleft().result())
         finally:
             for future in waiting:
                 future.cancel()

@@ -98,7 +98,7 @@ class HVQTransDetector(BaseImageDetector):
         Folder to keep the state of the training in, a file for each fit. After a kill at any moment, the same fit with
         the same images goes on from there, to the very model that it would have come to. The file of a finished fit
         stays, so that nothing is lost before the detector is saved. With ``random_state=None`` the seed is in the file,
-        and is used until that fit is finished. `partial_fit` keeps nothing.
+        and the file goes when the fit is finished: the next one is another. `partial_fit` keeps nothing.
     contamination : "auto" or float in (0, 0.5], default="auto"
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
@@ -120,7 +120,7 @@ class HVQTransDetector(BaseImageDetector):
         Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
         any fit or scoring call with the same backbone, is not passed through the backbone again.
     random_state : int, RandomState instance or None, default=None
-        An int makes two fits on one machine identical.
+        An int makes two fits on one machine identical, if torch has as many threads in both.
     verbose : int, default=0
         Whether to show progress.
 

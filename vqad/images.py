@@ -11,6 +11,7 @@ import hashlib
 import numbers
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from vqad._warn import warn
 
 __all__ = ["ImageSequence", "check_images", "read_mask"]
 
+_LOADING = threading.Lock()
 CHANNELS = (1, 3, 4)
 FLOAT_TOLERANCE = 1e-3
 _UNREADABLE = (
@@ -160,9 +162,8 @@ class ImageSequence:
             with _opened(item, name) as image:
                 return _upright_size(image)
         if isinstance(item, Image.Image):
-            with _decoding(name):
-                item.load()
-                return _upright_size(item)
+            with _loaded(item, name) as image:
+                return _upright_size(image)
         return int(item.shape[0]), int(item.shape[1])
 
     def pixels(self, i: int) -> np.ndarray:
@@ -183,9 +184,8 @@ class ImageSequence:
             with _opened(raw, name) as image:
                 raw, has_alpha = _pil_to_array(image)
         elif isinstance(raw, Image.Image):
-            with _decoding(name):
-                raw.load()
-                raw, has_alpha = _pil_to_array(raw)
+            with _loaded(raw, name) as image:
+                raw, has_alpha = _pil_to_array(image)
         else:
             raw, has_alpha = _tensor_to_array(raw), raw.ndim == 3 and raw.shape[2] == 4
         if has_alpha:
@@ -204,9 +204,8 @@ class ImageSequence:
             with _readable(item, name) as file:
                 return hashlib.sha256(file.read()).hexdigest()
         if isinstance(item, Image.Image):
-            with _decoding(name):
-                item.load()
-                item, _ = _pil_to_array(item)
+            with _loaded(item, name) as image:
+                item, _ = _pil_to_array(image)
         values = np.ascontiguousarray(_tensor_to_array(item))
         digest = hashlib.sha256(f"{values.shape}{values.dtype.str}".encode())
         digest.update(values.data)
@@ -323,7 +322,7 @@ def _stack_if_rows(X: list[Any]) -> Any:
 def _items_of_1d(X: Any) -> list[Any]:
     """List the items of a 1-D array of paths or images."""
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
-        return X.astype(str).tolist() if X.dtype.kind == "S" else X.tolist()
+        return [os.fsdecode(path) for path in X.tolist()] if X.dtype.kind == "S" else X.tolist()
     raise ValueError(
         f"X has one dimension, shape {tuple(X.shape)} and dtype {X.dtype}; X must be {_FORMS}. "
         "For one flattened image pass X[None] and image_shape=(H, W)."
@@ -397,6 +396,7 @@ def _check_item(item: Any, i: int) -> Any:
         return str(path)
     name = f"image {i} of X"
     if isinstance(item, Image.Image):
+        _check_shape((item.height, item.width), name, f"(H, W); got {item.height} x {item.width}", "")
         return item
     if isinstance(item, (list, tuple)):
         raise TypeError(f"{name} is a {_kind(item)}; an image is an array, a PIL image or a file path.")
@@ -517,6 +517,18 @@ def _opened(path: str, name: str) -> Iterator[Image.Image]:
     # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
     # plain TIFF files that are turned by their orientation tag when it opens them by name.
     with _readable(path, name) as file, _decoding(name), Image.open(file) as image:
+        yield image
+
+
+@contextmanager
+def _loaded(image: Image.Image, name: str) -> Iterator[Image.Image]:
+    """A caller's PIL image with its pixels, which one thread reads: the same image may be in X many times."""
+    with _decoding(name):
+        try:
+            with _LOADING:
+                image.load()
+        except (AssertionError, AttributeError) as error:  # Pillow's, of an image whose file was closed
+            raise ValueError("its file was closed before it was read") from error
         yield image
 
 

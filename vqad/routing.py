@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.covariance import LedoitWolf
@@ -88,8 +90,9 @@ class CategoryRouter:
         index, _ = discover(self._project(descriptor), random_state)
         _, index = np.unique(index, return_inverse=True)
         if self.categories_.dtype.kind == "U":
-            taken = sum(str(label).startswith("new ") for label in self.categories_)
-            return np.array([f"new {taken + 1 + k}" for k in index])
+            names = (f"new {k}" for k in itertools.count(1))
+            free = (name for name in names if name not in self.categories_)
+            return np.array(list(itertools.islice(free, index.max() + 1)))[index]
         return self.categories_.max() + 1 + index
 
     def predict(self, descriptor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqad._heap import keep_freed_memory
-from vqad._warn import warn
+from vqad._warn import holding_warnings, let_out, warn
 from vqad.training import free_memory_limit
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
@@ -70,7 +70,7 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
     n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
     try:
         with ThreadPool(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.imap(work, np.array_split(rows, n_parts))
+            yield from map(let_out, pool.imap(holding_warnings(work), np.array_split(rows, n_parts)))
     finally:
         torch.set_num_threads(threads)
 

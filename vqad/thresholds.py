@@ -69,6 +69,9 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     changed = np.isin(held["category"], category)
     held["standard"][changed] = standard[changed]
     if detector.contamination != "auto":
+        if not len(detector._seen["score"]):  # of before it was asked for there are those held out
+            before = slice(len(held["score"]) - len(score))
+            detector._seen = {"score": -held["standard"][before], "category": held["category"][before]}
         _score_all(detector, store, descriptor, np.flatnonzero(index >= 0), device)
     _set_thresholds(detector)
 
@@ -142,6 +145,7 @@ def _set_thresholds(detector) -> None:
         own = [score[group] if group.any() else score for group in groups or [category >= 0]]
         offset = np.array([np.quantile(s, detector.contamination) for s in own])
     detector.offset_ = offset if per_category else float(offset[0])
+    detector._offset_from = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
         detector.map_threshold_ = conformal_quantile(np.sort(held["peak"]), rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -153,13 +154,24 @@ def _cpu_has_bfloat16() -> bool:
         return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+_SEEDED = threading.RLock()
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's random state set from ``seed``; leave the global state as it was found."""
+    """Run with torch's random state set from ``seed``, gradients on and float32 its default; leave all as it was found.
+
+    These belong to the whole process, so that one thread at a time may be in here.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _SEEDED, torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def to_device(features: Features, device: torch.device) -> Features:

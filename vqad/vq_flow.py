@@ -97,7 +97,7 @@ class VQFlowDetector(BaseImageDetector):
         Folder to keep the state of the training in, a file for each fit. After a kill at any moment, the same fit with
         the same images goes on from there, to the very model that it would have come to. The file of a finished fit
         stays, so that nothing is lost before the detector is saved. With ``random_state=None`` the seed is in the file,
-        and is used until that fit is finished. `partial_fit` keeps nothing.
+        and the file goes when the fit is finished: the next one is another. `partial_fit` keeps nothing.
     contamination : "auto" or float in (0, 0.5], default="auto"
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
@@ -119,7 +119,7 @@ class VQFlowDetector(BaseImageDetector):
         Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
         any fit or scoring call with the same backbone, is not passed through the backbone again.
     random_state : int, RandomState instance or None, default=None
-        An int makes two fits on one machine identical.
+        An int makes two fits on one machine identical, if torch has as many threads in both.
     verbose : int, default=0
         Whether to show progress.
 
@@ -290,7 +290,6 @@ class VQFlowDetector(BaseImageDetector):
         check_is_fitted(self)
         data = self._check_X(X)
         device = pick_device(self.device)
-        model = self.model_.to(device)
 
         def concepts(part: np.ndarray) -> list[np.ndarray]:
             found = []
@@ -301,12 +300,10 @@ class VQFlowDetector(BaseImageDetector):
                     found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled, category).cpu().numpy())
             return found
 
-        try:
+        with self._model_on(device) as model:
             parts = [
                 each for found in self._side_by_side(concepts, data, np.arange(len(data)), device) for each in found
             ]
-        finally:
-            model.to("cpu")
         return np.concatenate(parts)
 
     def _feature_options(self, strides=None):
@@ -369,9 +366,8 @@ class VQFlowDetector(BaseImageDetector):
             verbose=self.verbose,
         )
 
-    def _judge_data(self, *args, **kwargs):
-        with self.model_.prepared():
-            return super()._judge_data(*args, **kwargs)
+    def _scorer(self, model, dtype):
+        return model.prepared()
 
     def _map_terms(self, model, features, category):
         """Of each stage the energy of the latent and minus the log-density, both up to a constant, in nats per channel.
@@ -401,12 +397,13 @@ class VQFlowDetector(BaseImageDetector):
         return np.maximum(category - self.model_.n_categories + 1, 0)
 
     def _look_up(self, model, features, category):
-        codes = model.look_up(features, category)
+        codes, books = model.look_up(features, category), model.hierarchy
         found = {
-            f"pattern_{k}": (at.index % self.n_patterns, (at.distance * at.encoded.shape[1]).sqrt())
-            for k, at in enumerate(codes.conditions, 1)
+            f"pattern_{k}": (at.index % book.n_codes, (at.distance * at.encoded.shape[1]).sqrt())
+            for k, (at, book) in enumerate(zip(codes.conditions, books.pattern_codebook), 1)
         }
-        index, distance = codes.concept_index % self.n_concepts, (codes.concept_distance * self.d_concept).sqrt()
+        index = codes.concept_index % books.concept_codebook.n_codes
+        distance = (codes.concept_distance * books.concept_codebook.dim).sqrt()
         return {**found, "concept": (index.view(-1, 1, 1), distance.view(-1, 1, 1))}
 
     def _map_weights(self):

@@ -46,8 +46,9 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """List the folders in a folder in natural order, without hidden ones."""
-    return [path for path in _visible(folder) if path.is_dir()]
+    """List the folders in a folder in natural order, without hidden ones and links to it or further up."""
+    above = {folder.resolve(), *folder.resolve().parents}
+    return [p for p in _visible(folder) if p.is_dir() and not (p.is_symlink() and p.resolve() in above)]
 
 
 def existing_folder(root: str | os.PathLike[str]) -> Path:

@@ -12,9 +12,9 @@ Hierarchical Vector Quantization, arXiv 2409.00942.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -313,18 +313,16 @@ class VQFlow(nn.Module):
         """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
         return self.hierarchy.perplexity()
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        """Keep the tables of all codes for the scoring calls made inside, under ``torch.no_grad``.
+    def prepared(self) -> VQFlow:
+        """This module, with the same parameters and parts, as one that keeps the tables of all codes.
 
-        They are built when first needed, built again if a parameter or a codebook has changed since, and
-        dropped at the end. Without this, every call makes the tables of just the codes that it meets.
+        It is for scoring, under ``torch.no_grad``. Tables are built when first needed, and built again if a parameter
+        or a codebook has changed since. The module itself makes, in every call, the tables of just the codes that it
+        meets.
         """
-        self._tables = {}
-        try:
-            yield
-        finally:
-            self._tables = None
+        view = copy.copy(self)
+        view._tables, view._tables_state = {}, []
+        return view
 
     # ---- the computation
 

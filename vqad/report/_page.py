@@ -125,7 +125,7 @@ def write_report(
         n_images=len(data),
     )
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
     return path
 
 
@@ -153,6 +153,14 @@ def _one_each(name: str, values: ArrayLike | None, n: int) -> NDArray[Any] | Non
     return array
 
 
+def _set_for(detector: BaseImageDetector) -> str:
+    if getattr(detector, "_offset_from", None):
+        return str(detector._offset_from)
+    if detector.contamination == "auto":
+        return f"{100 * detector.false_alarm_rate:.3g} % false alarms"
+    return f"{100 * detector.contamination:.3g} % anomalies among the training images"
+
+
 def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | None) -> dict[str, str]:
     names = [str(name) for name in detector.categories_]
     found = " (found without labels)" if detector.router_.discovered_ else ""
@@ -166,9 +174,7 @@ def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | No
         "Threshold of the anomaly score": " to ".join(
             f"{value:.3f}" for value in thresholds[[0, -1][: len(thresholds)]]
         ),
-        "Threshold set for": f"{100 * detector.false_alarm_rate:.3g} % false alarms"
-        if detector.contamination == "auto"
-        else f"{100 * detector.contamination:.3g} % anomalies among the training images",
+        "Threshold set for": _set_for(detector),
         "Images judged": str(len(verdicts)),
         "Called anomalous": f"{anomalies} ({anomalies / len(verdicts):.1%})",
     }
