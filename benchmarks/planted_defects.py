@@ -21,10 +21,10 @@ from vqad import VQFlowDetector
 from vqad._checks import split_rows
 from vqad.calibration import MapCalibration, pool_map
 from vqad.datasets import load_mvtec
+from vqad.device import pick_device
 from vqad.images import check_images
 from vqad.metrics import image_auroc
 from vqad.store import describe
-from vqad.training import pick_device
 from vqad.vq_flow import resize
 
 FRACTIONS = (0.003, 0.005, 0.01, 0.03)

@@ -234,7 +234,9 @@ def test_codes_are_the_nearest_and_distances_are_to_them(fitted, explained):
 
 def test_an_explanation_is_of_the_model_that_there_is(fitted, explained):
     """Whatever the parameters were set to since."""
-    sizes = {"n_codes": 4} if isinstance(fitted, HVQTransDetector) else {"n_patterns": 4, "n_concepts": 2, "d_concept": 2}
+    sizes = (
+        {"n_codes": 4} if isinstance(fitted, HVQTransDetector) else {"n_patterns": 4, "n_concepts": 2, "d_concept": 2}
+    )
     for mine, theirs in zip(copy_of(fitted).set_params(**sizes).explain(MAPS), explained, strict=True):
         assert_same_explanation(mine, theirs)
 

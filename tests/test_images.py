@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from vqad.images import ImageSequence, check_images, read_mask
+from vqad._decode import read_mask
+from vqad.images import ImageSequence, check_images
 
 SMALL_UINT8 = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)))
 
@@ -275,7 +276,7 @@ def test_transparent_palette_is_warned_about(tmp_path):
 
 def test_pil_images_without_pixels_and_of_closed_files_are_told(tmp_path):
     for mode in ("L", "F", "RGB"):
-        with pytest.raises(ValueError, match="image 1 of X must have shape .* got 5 x 0, which has no pixels"):
+        with pytest.raises(ValueError, match=r"image 1 of X must have shape .* got 5 x 0, which has no pixels"):
             check_images([Image.new("L", (4, 4)), Image.new(mode, (0, 5))])
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:

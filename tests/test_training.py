@@ -16,19 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from vqad.device import native_precision, pick_device, seeded
 from vqad.nn.quantize import VectorQuantizer
-from vqad.training import (
-    FeatureSource,
-    Trainer,
-    TrainingPlan,
-    codebook_perplexity,
-    free_memory_limit,
-    native_precision,
-    one_pass,
-    pick_device,
-    seeded,
-    to_device,
-)
+from vqad.training import Trainer, TrainingPlan, codebook_perplexity, one_pass
 
 CPU = torch.device("cpu")
 
@@ -451,22 +441,6 @@ def test_devices_are_checked():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="device='toaster' is no torch device; use 'auto', 'cpu' or 'cuda'"):
         pick_device("toaster")
-
-
-def test_features_move_as_one_map_or_several():
-    one = torch.zeros(2, 3)
-    assert to_device(one, CPU).device == CPU
-    moved = to_device([one, one], CPU)
-    assert [m.shape for m in moved] == [(2, 3), (2, 3)]
-
-
-def test_free_memory_limit_is_less_than_the_machine_has():
-    assert 2**20 < free_memory_limit() < 2**50
-
-
-def test_a_source_is_anything_with_batches():
-    assert isinstance(make_source(), FeatureSource)
-    assert not isinstance([1, 2], FeatureSource)
 
 
 # ---- what is told --------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from vqad._checks import both_labels, check_category, check_features, normal_rows, split_rows
 from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.device import native_precision, on_device, pick_device, seeded, to_device
 from vqad.explain import add_prototypes, explain_images, learn_prototypes
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
@@ -43,15 +43,13 @@ from vqad.store import (
     side_by_side,
 )
 from vqad.thresholds import calibrate, labelled_offset, threshold_rule
-from vqad.training import Trainer, native_precision, pick_device, seeded, to_device
+from vqad.training import Trainer
 
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
 FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
 
-
-_MOVING = threading.RLock()
 
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
 NOT_OF_THE_TRAINING = {
@@ -536,7 +534,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 judged.append((score, category, combined if keep_maps else combined[:0]))
             return judged
 
-        with self._model_on(device) as model:
+        with on_device(self.model_, device) as model:
             scorer = self._scorer(model, native_precision(device, self.precision))
             parts = [each for judged in self._side_by_side(judge, data, rows, device) for each in judged]
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
@@ -583,15 +581,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         moments = zip(maps, self.feature_mean_, self.feature_scale_)
         return [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
 
-    @contextmanager
-    def _model_on(self, device) -> Iterator[nn.Module]:
-        """The model where it is to work; one thread at a time where it is moved there and back."""
-        with nullcontext() if device.type == "cpu" else _MOVING:
-            try:
-                yield self.model_.to(device)
-            finally:
-                self.model_.to("cpu")
-
     def _scorer(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """What gives the same terms as the model for less, in a pass over many images."""
         return model
@@ -612,7 +601,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 out.append(self._model_terms(scorer, maps, category[part], device, compute))
             return out
 
-        with self._model_on(device) as model:
+        with on_device(self.model_, device) as model:
             scorer = self._scorer(model, native_precision(device, self.precision))
             parts = [each for terms in side_by_side(terms_of, np.arange(len(rows)), device) for each in terms]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqad._warn import warn
+from vqad.device import pick_device
 from vqad.features import BackboneFeatures, read_ahead
 from vqad.store import FeatureArray
-from vqad.training import pick_device
 
 __all__ = ["Explanation", "Prototype", "Prototypes"]
 

@@ -30,9 +30,9 @@ from vqad.backbones import (
     state_digest,
 )
 from vqad.cache import FeatureCache
+from vqad.device import on_device, pick_device
 from vqad.images import ImageSequence, check_images
 from vqad.store import chunk_size, in_chunks, pad_chunk
-from vqad.training import pick_device
 
 
 class BackboneFeatures(TransformerMixin, BaseEstimator):
@@ -196,11 +196,10 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         size = chunk_size(device)
         cache = None if memory is None else FeatureCache(memory, self._source(device, dtype, size))
-        on_cpu = device.type == "cpu"
-        if on_cpu:
+        if device.type == "cpu":
             network = ready_network(self.network_, dtype)
         else:
-            network = self.network_.to(device=device, memory_format=torch.channels_last)
+            network = self.network_.to(memory_format=torch.channels_last)
 
         def read(i: int) -> Tensor:
             return images.load([i], self.size_)
@@ -213,11 +212,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             parts = [maps for _, maps in in_chunks(some, torch.arange(len(pixels)), size)]
             return [torch.cat(stage) for stage in zip(*parts)]
 
-        try:
+        with on_device(network, device):
             yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
-        finally:
-            if not on_cpu:
-                network.to("cpu")
 
     def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
         """All that an image's maps depend on, to the last bit, beside the image."""

@@ -1,4 +1,4 @@
-"""From what a caller passes as ``X`` to batches of pixels: the only module that opens image files.
+"""From what a caller passes as ``X`` to batches of pixels.
 
 Every accepted form ends as something indexable whose items are single images (an array, a tensor, a PIL
 image or a path), and every item takes the same way from there: decoded, scaled to 0..1, given three channels,
@@ -10,44 +10,29 @@ from __future__ import annotations
 import hashlib
 import numbers
 import os
-import struct
-import threading
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from vqad._decode import (
+    check_dtype,
+    loaded,
+    opened,
+    pil_to_array,
+    readable,
+    said_of,
+    tensor_to_array,
+    to_unit_range,
+    upright_size,
+)
 from vqad._warn import warn
 
-__all__ = ["ImageSequence", "check_images", "read_mask"]
+__all__ = ["ImageSequence", "check_images"]
 
-_LOADING = threading.Lock()
 CHANNELS = (1, 3, 4)
-FLOAT_TOLERANCE = 1e-3
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _FORMS = (
     "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images or file paths), "
     "an array or Series of file paths, or a vqad.datasets collection"
@@ -159,11 +144,11 @@ class ImageSequence:
         """Height and width of image `i` in pixels, upright; of a file only the header is read."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, str):
-            with _opened(item, name) as image:
-                return _upright_size(image)
+            with opened(item, name) as image:
+                return upright_size(image)
         if isinstance(item, Image.Image):
-            with _loaded(item, name) as image:
-                return _upright_size(image)
+            with loaded(item, name) as image:
+                return upright_size(image)
         return int(item.shape[0]), int(item.shape[1])
 
     def pixels(self, i: int) -> np.ndarray:
@@ -181,18 +166,18 @@ class ImageSequence:
         """
         raw, name = self._item(i), self.name(i)
         if isinstance(raw, str):
-            with _opened(raw, name) as image:
-                raw, has_alpha = _pil_to_array(image)
+            with opened(raw, name) as image:
+                raw, has_alpha = pil_to_array(image)
         elif isinstance(raw, Image.Image):
-            with _loaded(raw, name) as image:
-                raw, has_alpha = _pil_to_array(image)
+            with loaded(raw, name) as image:
+                raw, has_alpha = pil_to_array(image)
         else:
-            raw, has_alpha = _tensor_to_array(raw), raw.ndim == 3 and raw.shape[2] == 4
+            raw, has_alpha = tensor_to_array(raw), raw.ndim == 3 and raw.shape[2] == 4
         if has_alpha:
             self._warn_alpha(name)
         if raw.ndim == 3 and raw.shape[2] == 4:
             raw = raw[:, :, :3]
-        pixels = _to_unit_range(raw, name)
+        pixels = to_unit_range(raw, name)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
@@ -201,12 +186,12 @@ class ImageSequence:
         """SHA-256 of what image `i` is made from: the bytes of its file, or its array. Nothing is decoded."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, str):
-            with _readable(item, name) as file:
+            with readable(item, name) as file:
                 return hashlib.sha256(file.read()).hexdigest()
         if isinstance(item, Image.Image):
-            with _loaded(item, name) as image:
-                item, _ = _pil_to_array(image)
-        values = np.ascontiguousarray(_tensor_to_array(item))
+            with loaded(item, name) as image:
+                item, _ = pil_to_array(image)
+        values = np.ascontiguousarray(tensor_to_array(item))
         digest = hashlib.sha256(f"{values.shape}{values.dtype.str}".encode())
         digest.update(values.data)
         return digest.hexdigest()
@@ -247,27 +232,7 @@ class ImageSequence:
     def _warn_alpha(self, name: str) -> None:
         if not self._said["alpha"]:
             self._said["alpha"] = True
-            warn(f"{_is(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.")
-
-
-def read_mask(path: str) -> np.ndarray:
-    """Read a defect mask: True where any colour channel is not black.
-
-    Parameters
-    ----------
-    path : str
-        An image file of any mode. In JPEG files, which do not keep black black, the limit is half of white.
-
-    Returns
-    -------
-    ndarray of shape (H, W), bool
-    """
-    name = f"mask {path!r}"
-    with _opened(path, name) as image:
-        limit = 0.5 if image.format in ("JPEG", "MPO") else 0.0
-        raw, _ = _pil_to_array(image)
-    marked = raw > limit * (np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1)
-    return np.any(np.atleast_3d(marked), axis=2)
+            warn(f"{said_of(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.")
 
 
 # ---- the form of X -------------------------------------------------------------------------------
@@ -345,7 +310,7 @@ def _check_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
         )
     if shape[0]:
         _check_shape(shape[1:], "X", f"(n, H, W, C); got shape {shape}", "np.moveaxis(X, 1, -1)")
-    _check_dtype(X.dtype, "X")
+    check_dtype(X.dtype, "X")
     return X
 
 
@@ -392,7 +357,7 @@ def _check_item(item: Any, i: int) -> Any:
         if not os.path.isfile(path):
             if os.path.isdir(path):
                 raise _folder_error(name, path)
-            raise FileNotFoundError(f"{_is(name, 'does')} not exist (the working directory is {os.getcwd()!r}).")
+            raise FileNotFoundError(f"{said_of(name, 'does')} not exist (the working directory is {os.getcwd()!r}).")
         return str(path)
     name = f"image {i} of X"
     if isinstance(item, Image.Image):
@@ -410,7 +375,7 @@ def _check_item(item: Any, i: int) -> Any:
         f"(H, W) or (H, W, C); got shape {tuple(item.shape)}",
         "np.moveaxis(image, 0, -1)",
     )
-    _check_dtype(item.dtype, name)
+    check_dtype(item.dtype, name)
     return item.detach() if isinstance(item, torch.Tensor) else item
 
 
@@ -428,156 +393,12 @@ def _check_shape(shape: tuple[int, ...], name: str, expected: str, channels_last
         raise ValueError(f"{name} must have shape {expected}, which has no pixels.")
 
 
-def _check_dtype(dtype: Any, name: str) -> None:
-    kind = _dtype_kind(dtype)
-    if kind in "buf":
-        return
-    if kind == "i":
-        raise ValueError(
-            f"{_is(name, 'has')} dtype {dtype}, and the range of signed integers is not known. If the values "
-            "are 0..255 cast them with .astype(np.uint8): unsigned integers are scaled by their maximum."
-        )
-    raise ValueError(f"{_is(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats.")
-
-
-def _dtype_kind(dtype: Any) -> str:
-    """Numpy's letter for the kind of a numpy or torch dtype."""
-    if not isinstance(dtype, torch.dtype):
-        return str(np.dtype(dtype).kind)
-    if dtype.is_floating_point:
-        return "f"
-    if dtype.is_complex:
-        return "c"
-    name = str(dtype).removeprefix("torch.")
-    return "b" if name == "bool" else "u" if name.startswith("uint") else "i"
-
-
 def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 
-def _is(name: str, verb: str) -> str:
-    """Put a verb after an image's name, with the comma that closes its path."""
-    return f"{name}, {verb}" if ", path " in name else f"{name} {verb}"
-
-
 def _folder_error(name: str, path: str) -> IsADirectoryError:
     return IsADirectoryError(
-        f"{_is(name, 'is')} a folder, not an image file: for the images in it pass vqad.datasets.load_folder({path!r})."
+        f"{said_of(name, 'is')} a folder, not an image file: for the images in it pass "
+        f"vqad.datasets.load_folder({path!r})."
     )
-
-
-# ---- from one image to an array ------------------------------------------------------------------
-
-
-def _tensor_to_array(image: Any) -> np.ndarray:
-    if isinstance(image, torch.Tensor):
-        # numpy has no bfloat16
-        image = image.float() if image.dtype == torch.bfloat16 else image
-        return image.cpu().numpy()
-    return np.asarray(image)
-
-
-def _to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
-    """Check values and scale them to float32 in 0..1, in a new array.
-
-    Values are divided by their type's maximum, not multiplied with its inverse: a correctly rounded quotient
-    is the very same float32 from 8 bit, 16 bit and floats of 32 or 64 bits.
-    """
-    if raw.dtype.kind == "b":
-        return raw.astype(np.float32)
-    if raw.dtype.kind == "u":
-        wide = np.float32 if raw.dtype.itemsize <= 2 else np.float64
-        pixels = raw.astype(wide)
-        pixels /= wide(np.iinfo(raw.dtype).max)
-        return pixels.astype(np.float32, copy=False)
-    _check_dtype(raw.dtype, name)
-    low, high = float(raw.min()), float(raw.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"{_is(name, 'contains')} NaN or infinite pixels.")
-    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
-        negative = "Negative values in data: " if low < -FLOAT_TOLERANCE else ""  # scikit-learn's words
-        raise ValueError(
-            f"{negative}{_is(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If the "
-            "values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
-        )
-    return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
-
-
-def _readable(path: str, name: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise type(error)(f"{_is(name, 'cannot')} be opened: {error.strerror}.") from error
-
-
-@contextmanager
-def _opened(path: str, name: str) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong is told with the image's name."""
-    # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
-    # plain TIFF files that are turned by their orientation tag when it opens them by name.
-    with _readable(path, name) as file, _decoding(name), Image.open(file) as image:
-        yield image
-
-
-@contextmanager
-def _loaded(image: Image.Image, name: str) -> Iterator[Image.Image]:
-    """A caller's PIL image with its pixels, which one thread reads: the same image may be in X many times."""
-    with _decoding(name):
-        try:
-            with _LOADING:
-                image.load()
-        except (AssertionError, AttributeError) as error:  # Pillow's, of an image whose file was closed
-            raise ValueError("its file was closed before it was read") from error
-        yield image
-
-
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    try:
-        yield
-    except _UNREADABLE as error:
-        raise ValueError(f"{_is(name, 'is')} truncated or not an image ({error}).") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    # Pillow's getexif decodes a PNG file to the end in search of a late Exif chunk. Only what precedes the
-    # pixels is heeded here, so that `size` reads no more than the header and still agrees with `pixels`.
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        return 1
-    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if image.format == "TIFF":
-        image.load()  # newer Pillow turns TIFF files itself, and only then drops the tag
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    if _orientation(image) in (5, 6, 7, 8):
-        width, height = _upright(image).size if image.format == "TIFF" else (height, width)
-    return height, width
-
-
-def _pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """Decode an image of any mode; give its pixels, and whether alpha was dropped.
-
-    The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32; int32 if their range cannot be
-    known. 16-bit colour files are read by Pillow with 8 bits a channel.
-    """
-    is_16_bit = image.format in ("PNG", "PPM")  # some versions give these as mode I, signed 32 bit
-    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-    image = _upright(image)
-    if image.mode in ("La", "RGBa"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    elif image.mode == "P" and has_alpha:
-        image = image.convert("RGBA")
-    if image.mode == "LA":
-        image = image.convert("L")
-    elif image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
-        image = image.convert("RGB")
-    pixels = np.asarray(image)
-    return (pixels.astype(np.uint16) if image.mode == "I" and is_16_bit else pixels), has_alpha

@@ -14,10 +14,11 @@ import torch
 
 from vqad._checks import hold_out, known_index, split_rows
 from vqad._warn import warn
+from vqad.device import native_precision
 from vqad.routing import MIN_CATEGORY_SIZE
 from vqad.store import ScaledFeatures, TrainingBatches
 from vqad.thresholds import calibrate
-from vqad.training import Trainer, native_precision
+from vqad.training import Trainer
 
 
 def same_categories(detector, descriptor, category) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,20 @@ from torch import Tensor
 
 from vqad._heap import keep_freed_memory
 from vqad._warn import holding_warnings, let_out, warn
-from vqad.training import free_memory_limit
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
 _CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
 # Images that one thread takes at a time.
 _PART = 32
+
+
+def free_memory_limit() -> int:
+    """Bytes that features may take in memory before they go to disk: a quarter of what the machine has."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2**31
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * page // 4
 
 
 def chunk_size(device: torch.device, cells: int = 196) -> int:

@@ -1,16 +1,14 @@
-"""The one training loop: device, precision, seed, schedule, progress, early stopping, going on after a kill."""
+"""The one training loop: schedule, progress, early stopping, going on after a kill."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from vqad._heap import keep_freed_memory
 from vqad._warn import warn
 from vqad.checkpoint import Checkpoint
+from vqad.device import on_device, to_device
 from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
@@ -33,7 +32,6 @@ class Trainable(Protocol):
         """Scalar training loss of a batch."""
 
 
-@runtime_checkable
 class FeatureSource(Protocol):
     """Features by index, wherever they are kept."""
 
@@ -112,75 +110,6 @@ class TrainingLog:
         return len(self.loss_curve)
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to work on; "auto" takes CUDA where there is one.
-
-    Raises
-    ------
-    ValueError
-        When the asked device is unknown or not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'.") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device here; use device='auto'.")
-    return picked
-
-
-def native_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it natively, or where asked for; float32 elsewhere.
-
-    Emulated bfloat16 is a hundred times slower than float32 on a CPU without AMX or AVX512-BF16.
-    """
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
-    return torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        amx = torch.cpu.get_capabilities()
-        return bool(amx.get("amx_bf16") or amx.get("amx_tile") or amx.get("avx512_bf16"))
-    except AttributeError:  # torch < 2.10
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
-
-
-_SEEDED = threading.RLock()
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's random state set from ``seed``, gradients on and float32 its default; leave all as it was found.
-
-    These belong to the whole process, so that one thread at a time may be in here.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with _SEEDED, torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
-
-
-def to_device(features: Features, device: torch.device) -> Features:
-    """Move one map or a list of maps."""
-    if isinstance(features, Tensor):
-        return features.to(device, non_blocking=True)
-    return [f.to(device, non_blocking=True) for f in features]
-
-
 class Trainer:
     """Trains one model on cached features.
 
@@ -234,8 +163,7 @@ class Trainer:
         plan, started = self.plan, time.monotonic()
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model.to(self.device)
-        with _frozen(self.model, self.parts):
+        with on_device(self.model, self.device), _frozen(self.model, self.parts):
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -251,7 +179,7 @@ class Trainer:
                     "the model keeps what it has learned so far."
                 )
             finally:
-                self.model.to("cpu").eval()
+                self.model.eval()
         run.log.seconds += time.monotonic() - started
         return run.log
 
@@ -482,11 +410,3 @@ class _Run:
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         return int(state["batch_size"])
-
-
-def free_memory_limit() -> int:
-    """Bytes that features may take in memory before they go to disk: a quarter of what the machine has."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return 2**31
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * page // 4

@@ -12,9 +12,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from vqad.backbones import DEFAULT_BACKBONE, spread_stages
 from vqad.base import BaseImageDetector
+from vqad.device import on_device, pick_device
 from vqad.nn.vq_flow import VQFlow
 from vqad.store import describe
-from vqad.training import TrainingPlan, pick_device
+from vqad.training import TrainingPlan
 
 
 class VQFlowDetector(BaseImageDetector):
@@ -300,7 +301,7 @@ class VQFlowDetector(BaseImageDetector):
                     found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled, category).cpu().numpy())
             return found
 
-        with self._model_on(device) as model:
+        with on_device(self.model_, device) as model:
             parts = [
                 each for found in self._side_by_side(concepts, data, np.arange(len(data)), device) for each in found
             ]

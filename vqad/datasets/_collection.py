@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vqad.images import ImageSequence, read_mask
+from vqad._decode import read_mask
+from vqad.images import ImageSequence
 
 
 class ImageDataset:

@@ -1,0 +1,198 @@
+"""From the file of an image, or whatever else holds its pixels, to an array of 0..1: of one image at a time."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+_LOADING = threading.Lock()
+FLOAT_TOLERANCE = 1e-3
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_mask(path: str) -> np.ndarray:
+    """Read a defect mask: True where any colour channel is not black.
+
+    Parameters
+    ----------
+    path : str
+        An image file of any mode. In JPEG files, which do not keep black black, the limit is half of white.
+
+    Returns
+    -------
+    ndarray of shape (H, W), bool
+    """
+    name = f"mask {path!r}"
+    with opened(path, name) as image:
+        limit = 0.5 if image.format in ("JPEG", "MPO") else 0.0
+        raw, _ = pil_to_array(image)
+    marked = raw > limit * (np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1)
+    return np.any(np.atleast_3d(marked), axis=2)
+
+
+def check_dtype(dtype: Any, name: str) -> None:
+    kind = _dtype_kind(dtype)
+    if kind in "buf":
+        return
+    if kind == "i":
+        raise ValueError(
+            f"{said_of(name, 'has')} dtype {dtype}, and the range of signed integers is not known. If the values "
+            "are 0..255 cast them with .astype(np.uint8): unsigned integers are scaled by their maximum."
+        )
+    raise ValueError(f"{said_of(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats.")
+
+
+def _dtype_kind(dtype: Any) -> str:
+    """Numpy's letter for the kind of a numpy or torch dtype."""
+    if not isinstance(dtype, torch.dtype):
+        return str(np.dtype(dtype).kind)
+    if dtype.is_floating_point:
+        return "f"
+    if dtype.is_complex:
+        return "c"
+    name = str(dtype).removeprefix("torch.")
+    return "b" if name == "bool" else "u" if name.startswith("uint") else "i"
+
+
+def said_of(name: str, verb: str) -> str:
+    """Put a verb after an image's name, with the comma that closes its path."""
+    return f"{name}, {verb}" if ", path " in name else f"{name} {verb}"
+
+
+def tensor_to_array(image: Any) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        # numpy has no bfloat16
+        image = image.float() if image.dtype == torch.bfloat16 else image
+        return image.cpu().numpy()
+    return np.asarray(image)
+
+
+def to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
+    """Check values and scale them to float32 in 0..1, in a new array.
+
+    Values are divided by their type's maximum, not multiplied with its inverse: a correctly rounded quotient
+    is the very same float32 from 8 bit, 16 bit and floats of 32 or 64 bits.
+    """
+    if raw.dtype.kind == "b":
+        return raw.astype(np.float32)
+    if raw.dtype.kind == "u":
+        wide = np.float32 if raw.dtype.itemsize <= 2 else np.float64
+        pixels = raw.astype(wide)
+        pixels /= wide(np.iinfo(raw.dtype).max)
+        return pixels.astype(np.float32, copy=False)
+    check_dtype(raw.dtype, name)
+    low, high = float(raw.min()), float(raw.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{said_of(name, 'contains')} NaN or infinite pixels.")
+    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
+        negative = "Negative values in data: " if low < -FLOAT_TOLERANCE else ""  # scikit-learn's words
+        raise ValueError(
+            f"{negative}{said_of(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If "
+            "the values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
+        )
+    return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
+
+
+def readable(path: str, name: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise type(error)(f"{said_of(name, 'cannot')} be opened: {error.strerror}.") from error
+
+
+@contextmanager
+def opened(path: str, name: str) -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong is told with the image's name."""
+    # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
+    # plain TIFF files that are turned by their orientation tag when it opens them by name.
+    with readable(path, name) as file, _decoding(name), Image.open(file) as image:
+        yield image
+
+
+@contextmanager
+def loaded(image: Image.Image, name: str) -> Iterator[Image.Image]:
+    """A caller's PIL image with its pixels, which one thread reads: the same image may be in X many times."""
+    with _decoding(name):
+        try:
+            with _LOADING:
+                image.load()
+        except (AssertionError, AttributeError) as error:  # Pillow's, of an image whose file was closed
+            raise ValueError("its file was closed before it was read") from error
+        yield image
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(f"{said_of(name, 'is')} truncated or not an image ({error}).") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow's getexif decodes a PNG file to the end in search of a late Exif chunk. Only what precedes the
+    # pixels is heeded here, so that `size` reads no more than the header and still agrees with `pixels`.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":
+        image.load()  # newer Pillow turns TIFF files itself, and only then drops the tag
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if _orientation(image) in (5, 6, 7, 8):
+        width, height = _upright(image).size if image.format == "TIFF" else (height, width)
+    return height, width
+
+
+def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """Decode an image of any mode; give its pixels, and whether alpha was dropped.
+
+    The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32; int32 if their range cannot be
+    known. 16-bit colour files are read by Pillow with 8 bits a channel.
+    """
+    is_16_bit = image.format in ("PNG", "PPM")  # some versions give these as mode I, signed 32 bit
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    image = _upright(image)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif image.mode == "P" and has_alpha:
+        image = image.convert("RGBA")
+    if image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    return (pixels.astype(np.uint16) if image.mode == "I" and is_16_bit else pixels), has_alpha
