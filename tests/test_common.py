@@ -779,6 +779,28 @@ def test_modes_of_torch_do_not_matter(fitted, detector, parts, images, labels, s
 # ---- training ------------------------------------------------------------------------------------
 
 
+def test_the_plan_of_the_training_is_what_the_parameters_say(detector):
+    off_their_defaults = {
+        "max_iter": 7, "batch_size": 5, "learning_rate": 0.01, "weight_decay": 0.2, "schedule": "step", "verbose": 1,
+        "category_balance": 0.25, "early_stopping": True, "n_iter_no_change": 3, "tol": 0.5,
+    }  # fmt: skip
+    defaults = type(detector)().get_params()
+    assert all(defaults[name] != value for name, value in off_their_defaults.items())
+    plan = asdict(clone(detector).set_params(**off_their_defaults)._plan())
+    assert plan.pop("clip_norm") == {"HVQTransDetector": 0.1, "VQFlowDetector": 2.0}[type(detector).__name__]
+    assert plan == off_their_defaults
+
+
+def test_how_many_threads_there_are_changes_no_bit_of_a_score(fitted, parts, scores):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            np.testing.assert_array_equal(fitted.score_samples(parts.images), scores)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_early_stopping(detector, rows):
     made = features_only(detector, early_stopping=True, max_iter=30, n_iter_no_change=2, tol=1e9).fit(rows[:48])
     assert made.n_iter_ == 3  # the first pass improves on nothing, two more do not by so much

@@ -24,6 +24,7 @@ PUBLIC = (
     "vqad.explain",
     "vqad.metrics",
     "vqad.model_selection",
+    "vqad.prototypes",
     "vqad.report",
     "vqad.testing",
 )

@@ -1,7 +1,6 @@
 """explain and prototypes_: the arrays behind a map are those that made it; a prototype is the nearest normal patch."""
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 
 import vqad
-import vqad.explain
+import vqad.prototypes
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad.base import resize_map
 from vqad.datasets import make_textured_parts
-from vqad.explain import Explanation, Prototypes
+from vqad.explain import Explanation
+from vqad.prototypes import Prototypes
 
-DATA = Path(__file__).parent / "data"
 DETECTORS = [
     HVQTransDetector(
         backbone=None, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=2, batch_size=8,
@@ -344,7 +343,7 @@ def test_images_are_numbered_as_they_came(detector, fitted):
 
 
 def test_prototypes_do_not_depend_on_how_many_images_are_looked_at_together(detector, fitted, monkeypatch):
-    monkeypatch.setattr(vqad.explain, "_PART", 7)
+    monkeypatch.setattr(vqad.prototypes, "_PART", 7)
     assert_same_prototypes(clone(detector).fit(KNOWN, category=KIND).prototypes_, fitted.prototypes_)
 
 
@@ -404,7 +403,7 @@ def test_a_patch_lies_in_the_image_and_holds_the_middle_of_its_cell(data, rows, 
 
 
 def test_thumbnails_are_bounded_even_and_of_the_most_used_codes(detector, parts, monkeypatch):
-    monkeypatch.setattr(vqad.explain, "MAX_THUMBNAILS", 10)
+    monkeypatch.setattr(vqad.prototypes, "MAX_THUMBNAILS", 10)
     prototypes = with_images(detector).fit(parts.images[:20], category=parts.category[:20]).prototypes_
     assert prototypes.thumbnails.shape == (10, 32, 32, 3)
     kept = {(name, g): np.flatnonzero(row >= 0) for name, slot in prototypes.slot.items() for g, row in enumerate(slot)}
@@ -417,7 +416,7 @@ def test_thumbnails_are_bounded_even_and_of_the_most_used_codes(detector, parts,
 
 
 def test_images_with_a_thumbnail_are_read_once_more_and_no_others(detector, parts, monkeypatch):
-    monkeypatch.setattr(vqad.explain, "MAX_THUMBNAILS", 3)
+    monkeypatch.setattr(vqad.prototypes, "MAX_THUMBNAILS", 3)
     X = Fragile(parts.images, 2)
     made = with_images(detector).fit(X, parts.target, category=parts.category)
     prototypes = made.prototypes_
@@ -502,8 +501,8 @@ def test_more_images_of_a_known_category_leave_all_prototypes(fitted):
 
 def test_a_new_category_gets_thumbnails_however_many_there_are(on_images, monkeypatch):
     more = make_textured_parts(20, 0, categories=("pill",), image_size=64, random_state=1)
-    monkeypatch.setattr(vqad.explain, "MAX_THUMBNAILS", 1)
-    monkeypatch.setattr(vqad.explain, "THUMBNAILS_ADDED", 2)
+    monkeypatch.setattr(vqad.prototypes, "MAX_THUMBNAILS", 1)
+    monkeypatch.setattr(vqad.prototypes, "THUMBNAILS_ADDED", 2)
     made = copy_of(on_images).partial_fit(more.images, category=more.category)
     before, after = on_images.prototypes_, made.prototypes_
     assert_same_prototypes(before, after, slice(before.n_groups))
@@ -518,7 +517,7 @@ def test_a_new_category_gets_thumbnails_however_many_there_are(on_images, monkey
 def test_a_partial_fit_that_fails_leaves_prototypes_as_they_were(fitted, monkeypatch):
     made = copy_of(fitted)
     before = made.prototypes_
-    monkeypatch.setattr(vqad.explain.Prototypes, "__init__", lambda self: 1 / 0)
+    monkeypatch.setattr(vqad.prototypes.Prototypes, "__init__", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made.partial_fit(MAPS[60:], category=["c"] * 24)
     assert made.prototypes_ is before
@@ -537,19 +536,6 @@ def test_prototypes_survive_pickle_and_a_file(fitted, on_images, tmp_path):
             assert_same_explanation(a, b)
     assert_same_prototypes(on_images.prototypes_, copy_of(on_images).prototypes_)
     assert len(copy_of(on_images).prototypes_.thumbnails)
-
-
-@pytest.mark.parametrize("kind", ["features", "flow"])
-def test_a_file_of_before_explains_but_has_no_prototypes(kind):
-    old = vqad.load(DATA / f"model-1-{kind}.safetensors")
-    assert "_prototypes" not in vars(old)
-    with pytest.raises(AttributeError, match="has no prototypes_: it was fitted by a version of vqad that kept none"):
-        _ = old.prototypes_
-    X = np.load(DATA / "model-1.npz")[f"{kind}.X"]
-    explained = old.explain(X)
-    np.testing.assert_array_equal([-e.anomaly_score for e in explained], old.score_samples(X))
-    old.partial_fit(X, category=["even", "odd"] * (len(X) // 2))
-    assert not hasattr(old, "prototypes_")
 
 
 def test_a_fit_that_failed_has_no_prototypes(detector, on_images, parts):

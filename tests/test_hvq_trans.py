@@ -10,7 +10,6 @@ from sklearn.utils._param_validation import InvalidParameterError
 
 from vqad import HVQTransDetector
 from vqad.backbones import load_backbone
-from vqad.training import TrainingPlan
 
 SMALL = HVQTransDetector(
     backbone=None, n_codes=16, d_model=16, n_layers=2, n_heads=2, dim_feedforward=16, max_iter=2,
@@ -171,11 +170,3 @@ def test_patches_change_the_tokens_not_the_map(maps):
 def test_a_grid_that_patches_do_not_divide_is_taken_cell_by_cell(maps):
     made = fit(maps[:, :3], patch_size=2)
     assert made.anomaly_map(maps[:2, :3]).shape == (2, 3, 6)
-
-
-def test_the_plan_is_what_the_parameters_say():
-    made = HVQTransDetector(max_iter=7, batch_size=5, learning_rate=0.01, weight_decay=0.2, early_stopping=True, tol=3)
-    plan = made._plan()
-    assert isinstance(plan, TrainingPlan)
-    assert (plan.max_iter, plan.batch_size, plan.learning_rate, plan.weight_decay) == (7, 5, 0.01, 0.2)
-    assert (plan.early_stopping, plan.tol, plan.n_iter_no_change) == (True, 3, 10)

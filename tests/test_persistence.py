@@ -415,13 +415,6 @@ def test_parameters_that_were_changed_after_fit_are_told(on_maps, path, name, va
         vqad.save(made, path)
 
 
-def test_a_detector_of_before_saving_was_possible_is_told(on_maps, path):
-    made = pickle.loads(pickle.dumps(on_maps))
-    del made._model_shapes
-    with pytest.raises(ValueError, match="fit it again"):
-        vqad.save(made, path)
-
-
 def test_a_file_is_replaced_whole_or_not_at_all(on_maps, saved, monkeypatch):
     before = saved.read_bytes()
 

@@ -211,6 +211,12 @@ def test_step_falls_to_a_tenth_at_four_fifths():
     assert [plan.rate(step, 1000) for step in (0, 799, 800, 999)] == [1, 1, 0.1, 0.1]
 
 
+def test_constant_warms_up_from_a_tenth_over_the_first_twelfth():
+    """VQ-Flow's: 5 of 60 passes."""
+    plan = TrainingPlan(schedule="constant")
+    assert [plan.rate(step, 600) for step in (0, 25, 50, 51, 599)] == pytest.approx([0.1, 0.55, 1, 1, 1])
+
+
 def test_the_schedule_is_scaled_to_the_passes_asked_for():
     plan = RecordingPlan(max_iter=7, batch_size=16)
     source = make_source()

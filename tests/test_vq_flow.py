@@ -155,6 +155,15 @@ def test_backbone_that_merges_its_stages_is_refused():
         clone(SMALL).set_params(backbone=backbone).fit(parts.images)
 
 
+def test_parameters_reach_the_model(maps):
+    made = fit(maps, clamp=0.7, feature_noise=0.1, hidden=5, n_blocks=(1, 2, 1), n_concepts=3, n_patterns=7)
+    model = made.model_
+    assert {block.clamp for flow in model.scale_flow for block in flow.blocks} == {0.7}
+    assert [len(flow.blocks) for flow in model.scale_flow] == [1, 2, 1]
+    assert (model.hierarchy.concept_codebook.n_codes, model.hierarchy.pattern_codebook[0].n_codes) == (3, 7)
+    assert model.noise.std == 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("n_concepts", 0), ("n_patterns", 1), ("d_concept", 0), ("d_position", 3), ("n_blocks", 2), ("hidden", 0),
@@ -297,19 +306,6 @@ def test_a_model_with_added_categories_is_kept(of_three, way, tmp_path):
     again.partial_fit(maps[kind == "c"], category=np.full(10, "d"))
     assert again.model_.n_added == 2
     np.testing.assert_array_equal(again.score_samples(maps[kind == "a"]), of_three.score_samples(maps[kind == "a"]))
-
-
-def test_a_category_added_by_a_version_without_own_parts_goes_on_without(of_two, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        made = untrained(of_two, patch)
-    del made._n_first
-    vqad.save(made, tmp_path / "model.safetensors")
-    again = vqad.load(tmp_path / "model.safetensors")
-    maps, kind = kinds_of_maps(30, 6)
-    np.testing.assert_array_equal(again.score_samples(maps), made.score_samples(maps))
-    again.partial_fit(10 - maps[kind == "c"], category=np.full(10, "d"))
-    assert (again.model_.n_categories, again.model_.n_added) == (3, 1)
-    np.testing.assert_array_equal(again.score_samples(maps), made.score_samples(maps))
 
 
 def test_another_fit_has_no_added_categories_and_a_warm_one_keeps_them(of_three):

@@ -143,12 +143,6 @@ def test_half_precision_around_it_changes_nothing():
     assert torch.equal(under, whitening(x[:3], FIRST))
 
 
-def test_a_state_of_before_there_was_one_loads_as_nothing_learned():
-    whitening = learned(vectors(4, 0))
-    whitening.load_state_dict({})
-    assert torch.equal(whitening.root, torch.eye(6)[None])
-
-
 # ---- in the models -------------------------------------------------------------------------------
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
 from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration
-from vqad.explain import Prototypes
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
+from vqad.prototypes import Prototypes
 from vqad.routing import CategoryRouter
 from vqad.training import TrainingLog
 from vqad.vq_flow import VQFlowDetector
@@ -273,8 +273,6 @@ def _rebuild(detector: BaseImageDetector) -> nn.Module:
 
 def _check_rebuilds(detector: BaseImageDetector, model: nn.Module) -> None:
     """Raise where a detector's parameters would make another model than the one that it has."""
-    if not hasattr(detector, "_model_shapes"):
-        raise ValueError("The detector was fitted by a version of vqad that could not save it: fit it again.")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         twin = _rebuild(detector)
     for (here, has), (there, makes) in zip(_settings(model), _settings(twin)):

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,11 @@ from vqad._checks import both_labels, check_category, check_features, normal_row
 from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.device import native_precision, on_device, pick_device, seeded, to_device
-from vqad.explain import add_prototypes, explain_images, learn_prototypes
+from vqad.explain import explain_images
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
 from vqad.incremental import learn_more, same_categories, take_over
+from vqad.prototypes import add_prototypes, learn_prototypes
 from vqad.routing import CategoryRouter
 from vqad.store import (
     FeatureArray,
@@ -43,7 +44,7 @@ from vqad.store import (
     side_by_side,
 )
 from vqad.thresholds import calibrate, labelled_offset, threshold_rule
-from vqad.training import Trainer
+from vqad.training import Trainer, TrainingPlan
 
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
 FAR = 1.5
@@ -79,7 +80,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
     A detector adds its parameters and six hooks: ``_make_model(channels, shapes, n_categories)`` returns the
-    module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_plan()`` the `TrainingPlan`;
+    module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_clip_norm`` bounds its gradient;
     ``_feature_options(strides)`` says what it wants of `BackboneFeatures`, given the strides of the backbone's stages;
     ``_map_weights()`` how the terms of the map add up;
     ``_codebooks()`` names its codebooks, and ``_look_up(model, features, category)`` gives of each the code of every
@@ -371,6 +372,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
         return index
 
+    def _plan(self) -> TrainingPlan:
+        """All of its fields but one are parameters."""
+        names = {each.name for each in fields(TrainingPlan)} - {"clip_norm"}
+        return TrainingPlan(clip_norm=self._clip_norm, **{name: getattr(self, name) for name in names})
+
     def _note(self, log, add: bool) -> None:
         """Keep what happened in training; add it to what happened before."""
         self.loss_curve_ = (self.loss_curve_ if add else []) + log.loss_curve
@@ -502,12 +508,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     @property
     def prototypes_(self):
-        """Of every code the nearest patch of the normal images; see `vqad.explain.Prototypes`."""
+        """Of every code the nearest patch of the normal images; see `vqad.prototypes.Prototypes`."""
         check_is_fitted(self)
-        if "_prototypes" not in vars(self):
-            raise AttributeError(
-                "The detector has no prototypes_: it was fitted by a version of vqad that kept none. Fit it again."
-            )
         return self._prototypes
 
     def _offset_of(self, category):

@@ -100,10 +100,14 @@ class MapCalibration:
 
     def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
         """The standardised map, (n, h, w) float32, of raw terms (n, h, w) and category numbers (n,)."""
+        return np.einsum("t,nthw->nhw", self.weight_, self.standardise(terms, category), dtype=np.float32)
+
+    def standardise(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
+        """Each term in units of its category's normal images, (n, n_terms, h, w) float32, in the order ``terms_``."""
         z = self._locate(self._stack(terms), category)
         z -= self.center_[category][:, :, None, None]
         z /= self.scale_[category][:, :, None, None]
-        return np.einsum("t,nthw->nhw", self.weight_, z, dtype=np.float32)
+        return z
 
     def leave_one_out(self, held_out: dict[str, np.ndarray], category: np.ndarray, n_known: int = 0) -> np.ndarray:
         """The maps of the held-out images of `fit`, each as if it had taken no part in its category's center and scale.
@@ -167,8 +171,6 @@ class ScoreCalibration:
     fraction : float, default=0.01
         An image's raw score is the mean of this share of the highest cells of its map (docs/choices.md).
     """
-
-    fraction = 0.005  # of detectors that were saved before it was kept with them
 
     def __init__(self, fraction: float = 0.01):
         self.fraction = fraction

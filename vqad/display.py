@@ -361,7 +361,7 @@ class CodebookDisplay:
 
     See Also
     --------
-    vqad.explain.Prototypes : Where the patches come from, and how many are kept.
+    vqad.prototypes.Prototypes : Where the patches come from, and how many are kept.
     AnomalyMapDisplay : Images with their anomaly maps.
 
     Examples

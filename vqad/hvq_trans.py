@@ -10,7 +10,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from vqad.backbones import DEFAULT_BACKBONE, default_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
-from vqad.training import TrainingPlan
 
 # The decoder's error is averaged over so many cells each way before its length is taken (docs/choices.md).
 ERROR_WINDOW = 3
@@ -140,7 +139,7 @@ class HVQTransDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
-    prototypes_ : vqad.explain.Prototypes
+    prototypes_ : vqad.prototypes.Prototypes
         Of every code the nearest patch of the normal images.
 
     References
@@ -158,6 +157,7 @@ class HVQTransDetector(BaseImageDetector):
     (2,)
     """
 
+    _clip_norm = 0.1
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
         "stages": [tuple, list, None],
@@ -332,21 +332,6 @@ class HVQTransDetector(BaseImageDetector):
 
     def _parts_of(self, categories):
         return [*self.model_.codebook, *(self.model_.output_projection[c] for c in categories)]
-
-    def _plan(self):
-        return TrainingPlan(
-            max_iter=self.max_iter,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            weight_decay=self.weight_decay,
-            clip_norm=0.1,
-            category_balance=self.category_balance,
-            early_stopping=self.early_stopping,
-            n_iter_no_change=self.n_iter_no_change,
-            tol=self.tol,
-            verbose=self.verbose,
-        )
 
     def _deviations(self, model, features, category):
         return [model.averaged_error(features, category, ERROR_WINDOW)]

@@ -15,7 +15,6 @@ from vqad.base import BaseImageDetector
 from vqad.device import on_device, pick_device
 from vqad.nn.vq_flow import VQFlow
 from vqad.store import describe
-from vqad.training import TrainingPlan
 
 
 class VQFlowDetector(BaseImageDetector):
@@ -141,7 +140,7 @@ class VQFlowDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
-    prototypes_ : vqad.explain.Prototypes
+    prototypes_ : vqad.prototypes.Prototypes
         Of every code the nearest patch of the normal images; of a concept, the nearest image.
 
     References
@@ -159,6 +158,7 @@ class VQFlowDetector(BaseImageDetector):
     (2,)
     """
 
+    _clip_norm = 2.0
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
         "stages": [tuple, list, None],
@@ -322,8 +322,6 @@ class VQFlowDetector(BaseImageDetector):
             raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
         if min(channels) < 2:
             raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
-        # A detector that was saved by a version without parts for added categories does not say.
-        n_first = getattr(self, "_n_first", n_categories)
         model = VQFlow(
             channels * 4 if len(channels) == 1 else channels,
             n_concepts=self.n_concepts,
@@ -334,9 +332,9 @@ class VQFlowDetector(BaseImageDetector):
             hidden=self.hidden,
             clamp=self.clamp,
             noise=self.feature_noise,
-            n_categories=n_first,
+            n_categories=self._n_first,
         )
-        for _ in range(n_categories - n_first):
+        for _ in range(n_categories - self._n_first):
             model.add_category()
         return model
 
@@ -351,21 +349,6 @@ class VQFlowDetector(BaseImageDetector):
 
     def _parts_of(self, categories):
         return list(dict.fromkeys(part for c in categories for part in self.model_.parts_of(c)))
-
-    def _plan(self):
-        return TrainingPlan(
-            max_iter=self.max_iter,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            weight_decay=self.weight_decay,
-            clip_norm=2.0,
-            category_balance=self.category_balance,
-            early_stopping=self.early_stopping,
-            n_iter_no_change=self.n_iter_no_change,
-            tol=self.tol,
-            verbose=self.verbose,
-        )
 
     def _scorer(self, model, dtype):
         return model.prepared()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqad.nn.condition import Condition
-from vqad.nn.quantize import Quantized, VectorQuantizer
+from vqad.nn.quantize import SAMPLE_NUMBERS, Quantized, VectorQuantizer
 
 
 def positional_encoding(width: int, h: int, w: int) -> Tensor:
@@ -203,7 +203,8 @@ class CodeHierarchy(nn.Module):
         generator : torch.Generator, optional
             CPU generator of all draws; torch's default generator when left out.
         cells_per_image : int, default=64
-            Cells that are drawn from each image and stage.
+            Cells that are drawn from each image and stage; fewer, down to one, where all together would not fit into
+            1 GiB.
         """
         concepts: list[Tensor] = []
         groups: list[Tensor] = []
@@ -224,6 +225,10 @@ class CodeHierarchy(nn.Module):
                     tokens[k].append(g.permute(0, 2, 3, 1).flatten(1, 2).take_along_dim(cell[..., None], 1))
                     positions[k].append(grid[cell])
                     cells[k] += n * h * w
+                if cells_per_image > 1 and sum(t.numel() for of_stage in tokens for t in of_stage) > SAMPLE_NUMBERS:
+                    cells_per_image //= 2  # the first of those drawn are a draw too
+                    for kept in (*tokens, *positions):
+                        kept[:] = [t[:, :cells_per_image].clone() for t in kept]
         if not n_batches:
             raise ValueError("the codes are started from features: expected at least one batch, got none.")
         encoded, of_image = torch.cat(concepts)[:, None], torch.cat(groups).to(concepts[0].device)

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .packed import can_pack
-from .quantize import VectorQuantizer
+from .quantize import SAMPLE_NUMBERS, VectorQuantizer
 from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
 from .whiten import Whitening
-
-_SAMPLE_NUMBERS = 2**28
-"""What initialise_codes keeps of the encoder's outputs, in numbers (1 GiB), if that is two cells a code."""
 
 
 class Level(NamedTuple):
@@ -325,7 +322,7 @@ class HVQTrans(nn.Module):
             raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
         d, n, cells = self.d_model, self.n_layers, self.token_grid[0] * self.token_grid[1]
         n_codes = self.quantizers[0].n_codes
-        room = _SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
+        room = SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
         limit = max_vectors or max(2 * n_codes, min(16 * n_codes, room))
         training = self.training
         self.eval()

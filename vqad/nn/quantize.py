@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SAMPLE_NUMBERS = 2**28
+"""What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
+
 
 class Quantized(NamedTuple):
     """What a quantiser returns.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,11 +98,6 @@ class Whitening(nn.Module):
     def add_groups(self, n: int) -> None:
         """Append ``n`` groups without anything learned; the others keep every bit."""
         self.root = torch.cat([self.root, Whitening(self.dim, n).root.to(self.root)])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Of models of before there was this, every direction counts alike.
-        state_dict.setdefault(f"{prefix}root", torch.eye(self.dim).repeat(len(self.root), 1, 1))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def second_moments(x: Tensor) -> Tensor:

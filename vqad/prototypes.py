@@ -1,0 +1,394 @@
+"""For every code of a detector the nearest patch of the normal images, with a thumbnail."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqad._warn import warn
+from vqad.explain import Explanation, codes_of, known
+from vqad.features import BackboneFeatures, read_ahead
+from vqad.store import FeatureArray
+
+__all__ = ["Prototype", "Prototypes"]
+
+# Height and width of a thumbnail in pixels, and what a fit keeps of them at most: 8 MiB.
+THUMBNAIL = 32
+MAX_THUMBNAILS = 8 * 2**20 // (3 * THUMBNAIL**2)
+# Thumbnails that each codebook of a category added later may have, however many there are already.
+THUMBNAILS_ADDED = 32
+# A patch shows two cells along each side, or this share of the image's side if that is more.
+PATCH_CELLS, PATCH_SHARE = 2, 1 / 7
+# Images whose codes are in memory at a time.
+_PART = 512
+
+
+class Prototype(NamedTuple):
+    """The patch of a normal image that is nearest to a code.
+
+    Attributes
+    ----------
+    image : int
+        Which of the images that were learned from.
+    cell : (int, int)
+        Row and column on the codebook's grid.
+    distance : float
+        Euclidean distance of that cell to the code.
+    usage : int
+        How many cells of all images have this code.
+    thumbnail : ndarray of shape (32, 32, 3), uint8, or None
+        The cell and what is around it; None where none was kept.
+    """
+
+    image: int
+    cell: tuple[int, int]
+    distance: float
+    usage: int
+    thumbnail: np.ndarray | None
+
+
+class Prototypes:
+    """Of every code the nearest patch of the normal images, and how many patches it stands for.
+
+    ``prototypes_`` of a fitted detector. A codebook, see `Explanation` for their names, has K codes in each of G
+    groups: of `HVQTransDetector` a group is a category, in the order of ``categories_``. The categories of one ``fit``
+    of `VQFlowDetector` share the first group, and each that ``partial_fit`` added has one.
+
+    Images are numbered as they came to ``fit``, those that y left out too, and those of ``partial_fit`` go on from
+    there. All normal images count, those held out of training too. ``partial_fit`` adds the prototypes of new groups
+    and leaves those that are there as they are.
+
+    Thumbnails are 32 x 32 pixels of the image as the backbone sees it. A fit keeps 2,730 of them at most, 8 MiB: of all
+    codebooks and groups evenly, those of the most used codes. Groups that are added later get the rest of that, or 32
+    for each codebook if that is more. They are parts of training images, and `vqad.save` writes them:
+    `forget_thumbnails` first if the file is for others.
+
+    Attributes
+    ----------
+    n_images : int
+        Images seen so far, those left out too.
+    grid : dict of str to (int, int)
+        Rows and columns of each codebook's cells.
+    image : dict of str to ndarray of shape (G, K), int64
+        Number of the image with the nearest patch; -1 for a code that no normal image has.
+    cell : dict of str to ndarray of shape (G, K, 2), int64
+        Its row and column; -1 where there is none.
+    distance : dict of str to ndarray of shape (G, K), float32
+        Its Euclidean distance to the code; infinite where there is none.
+    usage : dict of str to ndarray of shape (G, K), int64
+        Number of the cells of all normal images that have the code.
+    slot : dict of str to ndarray of shape (G, K), int64
+        Which of the thumbnails shows it; -1 for none.
+    thumbnails : ndarray of shape (n_thumbnails, 32, 32, 3), uint8
+
+    See Also
+    --------
+    vqad.display.CodebookDisplay : Pictures of the most used codes.
+
+    Examples
+    --------
+    >>> from vqad import HVQTransDetector
+    >>> from vqad.datasets import make_textured_parts
+    >>> parts = make_textured_parts(n_normal=20, n_anomalous=1, categories=["tile"], image_size=64, random_state=0)
+    >>> detector = HVQTransDetector(image_size=64, d_model=16, n_codes=8, max_iter=1, false_alarm_rate=0.2)
+    >>> detector = detector.fit(parts.images[:20])
+    >>> explanation = detector.explain(parts.images[20:])[0]
+    >>> prototype = detector.prototypes_.of(explanation, "level_0")  # what the worst cell was turned into
+    >>> prototype.thumbnail.shape
+    (32, 32, 3)
+    """
+
+    def __init__(self) -> None:
+        self.n_images = 0
+        self.grid: dict[str, tuple[int, int]] = {}
+        self.image: dict[str, np.ndarray] = {}
+        self.cell: dict[str, np.ndarray] = {}
+        self.distance: dict[str, np.ndarray] = {}
+        self.usage: dict[str, np.ndarray] = {}
+        self.slot: dict[str, np.ndarray] = {}
+        self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} ({(u > 0).sum()} of {u.size} codes used)" for name, u in self.usage.items())
+        return f"<{type(self).__name__} of {sizes}; {len(self.thumbnails)} thumbnails>"
+
+    @property
+    def codebooks(self) -> tuple[str, ...]:
+        """Names of the codebooks."""
+        return tuple(self.usage)
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of codes that each codebook has."""
+        return max(map(len, self.usage.values()), default=0)
+
+    def get(self, codebook: str, code: int, group: int = 0) -> Prototype | None:
+        """The prototype of a code.
+
+        Parameters
+        ----------
+        codebook : str
+        code : int
+        group : int, default=0
+
+        Returns
+        -------
+        Prototype or None
+            None where no normal image has the code.
+
+        Raises
+        ------
+        ValueError
+            When there is no such codebook, group or code.
+        """
+        n_groups, n_codes = known(self.usage, codebook).shape
+        if not (0 <= group < n_groups and 0 <= code < n_codes):
+            raise ValueError(
+                f"codebook {codebook!r} has codes 0..{n_codes - 1} in groups 0..{n_groups - 1}; got code={code!r}, "
+                f"group={group!r}."
+            )
+        if self.image[codebook][group, code] < 0:
+            return None
+        slot, (row, col) = self.slot[codebook][group, code], self.cell[codebook][group, code].tolist()
+        return Prototype(
+            int(self.image[codebook][group, code]),
+            (row, col),
+            float(self.distance[codebook][group, code]),
+            int(self.usage[codebook][group, code]),
+            None if slot < 0 else self.thumbnails[slot],
+        )
+
+    def of(self, explanation: Explanation, codebook: str, cell: tuple[int, int] | None = None) -> Prototype | None:
+        """The prototype of the code that a cell of an image was turned into.
+
+        Parameters
+        ----------
+        explanation : Explanation
+        codebook : str
+        cell : (int, int), default=None
+            Row and column on the map; ``explanation.worst_cell`` when left out.
+
+        Returns
+        -------
+        Prototype or None
+            None where no normal image has the code.
+        """
+        at = explanation.cell_of(codebook, cell)
+        return self.get(codebook, int(explanation.codes[codebook][at]), explanation.group)
+
+    def most_used(self, codebook: str, group: int = 0) -> np.ndarray:
+        """Codes that normal images have, the most used first.
+
+        Returns
+        -------
+        code : ndarray of shape (n_used,), int64
+        """
+        usage = known(self.usage, codebook)[group]
+        return np.argsort(-usage, kind="stable")[: int((usage > 0).sum())]
+
+    def box(self, codebook: str, cell: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """What a thumbnail shows of an image: the cell and what is around it.
+
+        Parameters
+        ----------
+        codebook : str
+        cell : (int, int)
+            Row and column on the codebook's grid, as `Explanation.cell_of` gives them.
+        shape : (H, W) or (H, W, C)
+            Of the image.
+
+        Returns
+        -------
+        top, left, height, width : int
+            In pixels.
+        """
+        grid = known(self.grid, codebook)
+        (top, height), (left, width) = (_extent(*along) for along in zip(cell, grid, shape[:2]))
+        return top, left, height, width
+
+    def patch(self, image: np.ndarray, codebook: str, cell: tuple[int, int]) -> np.ndarray:
+        """The same cut of another image, to lay it beside a thumbnail.
+
+        Parameters
+        ----------
+        image : ndarray of shape (H, W, 3), float in 0..1 or uint8
+        codebook, cell
+            As for `box`.
+
+        Returns
+        -------
+        patch : ndarray of shape (32, 32, 3), uint8
+        """
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        return _cut(pixels, self.box(codebook, cell, image.shape))
+
+    def forget_thumbnails(self) -> None:
+        """Drop all thumbnails, for good; where the prototypes are in the images stays known."""
+        self.thumbnails = self.thumbnails[:0].copy()
+        self.slot = {name: np.full_like(slot, -1) for name, slot in self.slot.items()}
+
+
+# ---- finding prototypes --------------------------------------------------------------------------
+
+
+def learn_prototypes(detector, store, index, data, rows, device) -> Prototypes:
+    """Prototypes of all codes of a detector that was just fitted.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Features of the images ``rows`` of ``data``.
+    index : ndarray of shape (len(store),)
+        Their categories; -1 for those to be left out.
+    """
+    return _extended(detector, Prototypes(), store, index, data, rows, device)
+
+
+def add_prototypes(detector, store, index, data, rows, device) -> None:
+    """Add the prototypes of groups of codes that `partial_fit` has made; arguments as for `learn_prototypes`."""
+    detector._prototypes = _extended(detector, detector._prototypes, store, index, data, rows, device)
+
+
+def _extended(detector, before: Prototypes, store, index, data, rows, device) -> Prototypes:
+    first = before.n_groups
+    searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in detector._codebooks().items()}
+    group = np.where(index >= 0, detector._code_groups(np.maximum(index, 0)), -1)
+    places = np.flatnonzero(group >= first)
+    grid = dict(before.grid)
+    for part in np.split(places, range(_PART, len(places), _PART)):
+        if not len(part):
+            continue
+        found = detector._store_terms(store, part, index[part], device, codes_of(detector))
+        for name, search in searches.items():
+            code, distance = found[f"code {name}"], found[f"distance {name}"]
+            grid[name] = code.shape[1:]
+            search.add(np.asarray(rows)[part], group[part] - first, code, distance)
+    made = Prototypes()
+    made.n_images, made.grid = before.n_images + len(data), grid
+    slot, thumbnails = _keep_thumbnails(detector, data, grid, searches, len(before.thumbnails))
+    for name, search in searches.items():
+        search.image[search.image >= 0] += before.n_images
+        for attribute in ("image", "cell", "distance", "usage"):
+            _append(getattr(made, attribute), getattr(before, attribute), name, getattr(search, attribute))
+        _append(made.slot, before.slot, name, slot[name])
+    made.thumbnails = np.concatenate([before.thumbnails, thumbnails])
+    return made
+
+
+def _append(made: dict, before: dict, name: str, new: np.ndarray) -> None:
+    made[name] = np.concatenate([before[name], new]) if name in before else new
+
+
+class _Search:
+    """The nearest cell to every code (G, K), and how many cells it has, over images that come in parts."""
+
+    def __init__(self, n_groups: int, n_codes: int):
+        shape = (n_groups, n_codes)
+        self.image = np.full(shape, -1, np.int64)
+        self.cell = np.full((*shape, 2), -1, np.int64)
+        self.distance = np.full(shape, np.inf, np.float32)
+        self.usage = np.zeros(shape, np.int64)
+
+    def add(self, image: np.ndarray, group: np.ndarray, code: np.ndarray, distance: np.ndarray) -> None:
+        """Look at cells (n, h, w); of equally near ones the first is kept."""
+        n_groups, n_codes = self.usage.shape
+        flat = (group[:, None, None] * n_codes + code).ravel()
+        self.usage += np.bincount(flat, minlength=n_groups * n_codes).reshape(self.usage.shape)
+        order = np.lexsort((distance.ravel(), flat))
+        found, first = np.unique(flat[order], return_index=True)
+        place = order[first]
+        at = np.divmod(found, n_codes)
+        nearer = distance.ravel()[place] < self.distance[at]
+        place, at = place[nearer], (at[0][nearer], at[1][nearer])
+        which, row, col = np.unravel_index(place, code.shape)
+        self.distance[at] = distance.ravel()[place]
+        self.image[at] = image[which]
+        self.cell[at] = np.stack([row, col], 1)
+
+
+# ---- thumbnails ----------------------------------------------------------------------------------
+
+
+def _keep_thumbnails(detector, data, grid, new: dict[str, _Search], n_before: int):
+    """Which thumbnail shows each code, for each codebook (G, K), and the thumbnails.
+
+    The images are read again, each once: what is wanted of them is known only now.
+    """
+    slot = {name: np.full_like(search.image, -1) for name, search in new.items()}
+    empty = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+    if isinstance(data, FeatureArray):
+        return slot, empty
+    chosen = _choose({name: search.usage for name, search in new.items()}, n_before)
+    of_image: dict[int, list[tuple[str, int, int]]] = {}
+    for name, group, code in chosen:
+        of_image.setdefault(int(new[name].image[group, code]), []).append((name, group, code))
+    kept = []
+    for i, pixels in _read(detector, data, sorted(of_image)):
+        for name, group, code in of_image[i]:
+            slot[name][group, code] = n_before + len(kept)
+            cell = zip(new[name].cell[group, code].tolist(), grid[name], pixels.shape[1:])
+            (top, height), (left, width) = (_extent(*along) for along in cell)
+            kept.append(_cut(pixels, (top, left, height, width)))
+    return slot, np.stack(kept) if kept else empty
+
+
+def _choose(usage: dict[str, np.ndarray], n_before: int) -> list[tuple[str, int, int]]:
+    """Codebook, group and code of what is to have a thumbnail: the most used of each, then the second, and so on."""
+    n_groups = sum(len(u) for u in usage.values())
+    room = max(MAX_THUMBNAILS - n_before, THUMBNAILS_ADDED * n_groups) if n_before else MAX_THUMBNAILS
+    ranked = []
+    for name, counts in usage.items():
+        for group, count in enumerate(counts):
+            used = np.argsort(-count, kind="stable")[: int((count > 0).sum())]
+            ranked.extend((rank, name, group, code) for rank, code in enumerate(used.tolist()))
+    ranked.sort(key=lambda choice: choice[0])
+    return [(name, group, code) for _, name, group, code in ranked[:room]]
+
+
+def _read(detector, data, numbers: list[int]):
+    """Number and pixels (3, H, W) of images as the backbone sees them."""
+    seen = detector.features_.size_ if isinstance(detector.features_, BackboneFeatures) else None
+
+    def read(i: int):
+        try:
+            if seen is not None:
+                return i, data.load([i], seen)[0]
+            return i, torch.from_numpy(data.pixels(i)).permute(2, 0, 1)
+        except Exception as error:  # a caller's own collection may raise anything, and the fit is done
+            return i, error
+
+    n_threads = joblib.effective_n_jobs(detector.n_jobs) if data.reads_in_threads else 1
+    failed = []
+    for i, pixels in read_ahead(read, numbers, n_threads, n_threads):
+        if isinstance(pixels, Tensor):
+            yield i, pixels
+        else:
+            failed.append(pixels)
+    if failed:
+        warn(
+            f"{len(failed)} images could not be read a second time, and their prototypes have no thumbnails. "
+            f"The first error: {failed[0]!r}"
+        )
+
+
+def _extent(cell: int, n_cells: int, side: int) -> tuple[int, int]:
+    """Start and length in pixels of a patch around a cell, inside the image."""
+    length = round(side * min(1.0, max(PATCH_CELLS / n_cells, PATCH_SHARE)))
+    length = max(1, length)
+    start = round((cell + 0.5) * side / n_cells - length / 2)
+    return min(max(start, 0), side - length), length
+
+
+def _cut(pixels: Tensor, box: tuple[int, int, int, int]) -> np.ndarray:
+    top, left, height, width = box
+    patch = pixels[:, top : top + height, left : left + width]
+    if patch.shape[1:] != (THUMBNAIL, THUMBNAIL):
+        size = (THUMBNAIL, THUMBNAIL)
+        patch = F.interpolate(patch[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return (patch.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
