@@ -72,6 +72,7 @@ class System:
             with torch.inference_mode(), self.autocast():
                 for part in pixels[rows].split(size):
                     prepared.anomaly_map(self.extract(part.contiguous(memory_format=torch.channels_last)))
+            return rows
 
         list(side_by_side(some, np.arange(len(pixels)), self.device, wanted=not self.plain))
 

@@ -583,6 +583,13 @@ def test_maps_have_the_grid_and_the_channels_that_are_told(name):
     assert [m.shape[1:3] for m in maps] == [(-(-224 // s), -(-224 // s)) for s in features.strides_]
 
 
+def test_parts_of_vqad_are_there_when_they_are_asked_for():
+    code = "import vqad; print(vqad.metrics.image_auroc([1, -1], [0.0, 1.0]), 'datasets' in dir(vqad)); vqad.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1.0 True\n"
+    assert "module 'vqad' has no attribute 'nothing'" in done.stderr
+
+
 def test_to_import_vqad_takes_no_more_than_it_needs():
     heavy = {"timm", "torchvision", "matplotlib", "elpv"}
     code = f"import sys, vqad, vqad.cli; print(*({heavy} & set(sys.modules)))"

@@ -1,5 +1,6 @@
 """Image anomaly detection with scikit-learn estimators: one model, many kinds of object."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from vqad.export import export_onnx
@@ -22,3 +23,16 @@ __all__ = [
     "load",
     "save",
 ]
+
+_PARTS = ("datasets", "display", "explain", "metrics", "model_selection", "nn", "prototypes", "report", "testing")
+
+
+def __getattr__(name):
+    """Import a part when it is asked for: some need libraries that not everybody has."""
+    if name in _PARTS:
+        return import_module(f"vqad.{name}")
+    raise AttributeError(f"module 'vqad' has no attribute {name!r}")
+
+
+def __dir__():
+    return [*globals(), *_PARTS]

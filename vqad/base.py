@@ -471,8 +471,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         def route(part: np.ndarray) -> list[np.ndarray]:
             return [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device, part)]
 
-        parts = [each for routed in self._side_by_side(route, data, np.arange(len(data)), device) for each in routed]
-        return self.categories_[np.concatenate(parts)]
+        routed = self._side_by_side(route, data, np.arange(len(data)), device)
+        return self.categories_[np.concatenate(list(routed))]
 
     def anomaly_map(self, X):
         """Where each image is anomalous, and how much.
@@ -486,11 +486,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         data = self._check_X(X)
-        out = []
-        for start in range(0, len(data), self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, len(data)))
-            maps = self._judge_data(data, rows).maps
-            out.extend(resize_map(m, data.size(i)) for i, m in zip(rows, maps))
+        maps = self._judge_data(data, np.arange(len(data))).maps
+        out = [resize_map(m, data.size(i)) for i, m in enumerate(maps)]
         same = len({m.shape for m in out}) == 1
         return np.stack(out) if same else out
 
@@ -538,7 +535,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         with on_device(self.model_, device) as model:
             scorer = self._scorer(model, native_precision(device, self.precision))
-            parts = [each for judged in self._side_by_side(judge, data, rows, device) for each in judged]
+            parts = list(self._side_by_side(judge, data, rows, device))
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
 
     def _image_score(self, maps, category, excess) -> np.ndarray:
@@ -605,7 +602,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         with on_device(self.model_, device) as model:
             scorer = self._scorer(model, native_precision(device, self.precision))
-            parts = [each for terms in side_by_side(terms_of, np.arange(len(rows)), device) for each in terms]
+            parts = list(side_by_side(terms_of, np.arange(len(rows)), device))
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     # ---------------------------------------------------------------- images and features
@@ -640,8 +637,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return descriptor
 
         with bar:
-            parts = [each for kept in self._side_by_side(keep, data, np.arange(len(rows)), device) for each in kept]
-        return store, np.concatenate(parts)
+            descriptors = list(self._side_by_side(keep, data, np.arange(len(rows)), device))
+        return store, np.concatenate(descriptors)
 
     def _side_by_side(self, work, data, rows, device) -> Iterator:
         """``work`` on parts of ``rows``, in threads unless a caller's own code reads or describes the images."""

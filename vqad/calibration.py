@@ -31,7 +31,7 @@ class MapCalibration:
     shrunk to the category's mean values when images are few; :math:`a, b` the median and a robust standard deviation
     over the cells of held-out normal images, or 0 and 1 where these are fewer than 20 cells in all. Without the
     location, what always looks odd about a product (its border, an edge in the background) would hide what is odd about
-    one piece of it. The map is the mean of the terms.
+    one piece of it. The map is the weighted mean of the terms.
 
     Attributes
     ----------

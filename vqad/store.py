@@ -63,22 +63,23 @@ def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
 
 
 def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = True) -> Iterator[Any]:
-    """``work(part)`` for consecutive parts of ``rows``, in their order; on a CPU in as many threads as torch has.
+    """What the lists ``work(part)`` hold, for consecutive parts of ``rows``; on a CPU in as many threads as torch has.
 
-    Where that is not ``wanted``, or on another device, ``work(rows)``.
+    Where that is not ``wanted``, or on another device, what ``work(rows)`` holds.
 
     Images of the size that a network wants keep one core busy and two cores waiting for each other: every thread works
     on its own images with one core. How many threads there are then does not change a bit of what comes out.
     """
     if device.type != "cpu" or not wanted:
-        yield work(rows)
+        yield from work(rows)
         return
     keep_freed_memory()
     threads = torch.get_num_threads()
     n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
     try:
         with ThreadPool(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from map(let_out, pool.imap(holding_warnings(work), np.array_split(rows, n_parts)))
+            for held in pool.imap(holding_warnings(work), np.array_split(rows, n_parts)):
+                yield from let_out(held)
     finally:
         torch.set_num_threads(threads)
 

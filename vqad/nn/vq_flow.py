@@ -181,7 +181,6 @@ class VQFlow(nn.Module):
         self.fusion = FusionFlow(channels[:3], width, clamp=clamp)
         self.whitening = nn.ModuleList(Whitening(c, n_categories) for c in channels[:3])
         self._tables: dict[tuple[int, ...], Tensor] | None = None
-        self._tables_state: list[tuple[int, int]] = []
 
     # ---- what the floors above call
 
@@ -316,12 +315,11 @@ class VQFlow(nn.Module):
     def prepared(self) -> VQFlow:
         """This module, with the same parameters and parts, as one that keeps the tables of all codes.
 
-        It is for scoring, under ``torch.no_grad``. Tables are built when first needed, and built again if a parameter
-        or a codebook has changed since. The module itself makes, in every call, the tables of just the codes that it
-        meets.
+        It is for scoring, under ``torch.no_grad``. Tables are built when first needed: the module must not change from
+        then on. The module itself makes, in every call, the tables of just the codes that it meets.
         """
         view = copy.copy(self)
-        view._tables, view._tables_state = {}, []
+        view._tables = {}
         return view
 
     # ---- the computation
@@ -359,7 +357,6 @@ class VQFlow(nn.Module):
 
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
         """Pooled stages 1 to 3 to latents, given the codes."""
-        self._drop_stale_tables()
         flow_z, flow_cells, mixed, cells = [], [], [], []
         for k, (x, flow) in enumerate(zip(stages, self._flows())):
             z, of_flow = flow.transform(x, self._project(flow, k, codes))
@@ -373,7 +370,6 @@ class VQFlow(nn.Module):
 
     def restore(self, z: Sequence[Tensor], codes: Codes) -> list[Tensor]:
         """The pooled stages 1 to 3 that :meth:`transform` maps to ``z``, given the same codes."""
-        self._drop_stale_tables()
         stages = []
         mixed = self.fusion.restore(z, self._project(self.fusion, 3, codes))
         for k, (x, flow) in enumerate(zip(mixed, self._flows())):
@@ -427,14 +423,6 @@ class VQFlow(nn.Module):
 
     def _added_flow(self, g: int, k: int) -> ConditionalFlow:
         return cast(ConditionalFlow, cast(nn.ModuleList, self.added_flow[g - 1])[k])
-
-    def _drop_stale_tables(self) -> None:
-        if self._tables is None:
-            return
-        state = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
-        if state != self._tables_state:
-            self._tables.clear()
-            self._tables_state = state
 
     def _project(self, flow: ConditionalFlow | FusionFlow, k: int, codes: Codes) -> list[Tensor]:
         """What the condition of stage k + 1 adds to the first convolution of each subnet of a flow that sees it."""
