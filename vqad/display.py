@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.pipeline import Pipeline
 
 from vqad.base import BaseImageDetector
 from vqad.images import check_images
+from vqad.model_selection import unwrapped
 from vqad.report import judge, overlay
 from vqad.report._figures import draw_histograms, figure_size, tidy
 from vqad.report._verdicts import sequence_of
@@ -425,7 +425,7 @@ class CodebookDisplay:
             When there is no such codebook or category, or there are no thumbnails, as after a fit on features.
         """
         _matplotlib(cls)
-        detector = _detector_of(cls, estimator)
+        detector, _ = _detector_and_images(cls, estimator)
         prototypes = detector.prototypes_
         if not len(prototypes.thumbnails):
             raise ValueError(
@@ -515,28 +515,16 @@ def _group_of(detector: BaseImageDetector, category: Any) -> int:
     return int(detector._code_groups(np.array([known.index(category)]))[0])
 
 
-def _detector_and_images(display: type, estimator: Any, X: Any) -> tuple[BaseImageDetector, Any]:
+def _detector_and_images(display: type, estimator: Any, X: Any = None) -> tuple[BaseImageDetector, Any]:
     """The detector at the end of a pipeline or a search, and X as it comes to it."""
-    if hasattr(estimator, "best_estimator_"):
-        return _detector_and_images(display, estimator.best_estimator_, X)
-    if isinstance(estimator, Pipeline):
-        return _detector_and_images(display, estimator[-1], estimator[:-1].transform(X) if len(estimator) > 1 else X)
-    return _detector_of(display, estimator), X
-
-
-def _detector_of(display: type, estimator: Any) -> BaseImageDetector:
-    """The detector at the end of a pipeline or a search."""
-    if hasattr(estimator, "best_estimator_"):
-        return _detector_of(display, estimator.best_estimator_)
-    if isinstance(estimator, Pipeline):
-        return _detector_of(display, estimator[-1])
-    if not isinstance(estimator, BaseImageDetector):
+    detector, X = unwrapped(estimator, X)
+    if not isinstance(detector, BaseImageDetector):
         instead = " from_predictions takes the scores or maps of any detector."
         raise TypeError(
-            f"{display.__name__}.from_estimator takes a detector of vqad; got {type(estimator).__name__}."
+            f"{display.__name__}.from_estimator takes a detector of vqad; got {type(detector).__name__}."
             + (instead if hasattr(display, "from_predictions") else "")
         )
-    return estimator
+    return detector, X
 
 
 def _matplotlib(display: type) -> Any:

@@ -129,9 +129,13 @@ class ImageSequence:
 
     def name(self, i: int) -> str:
         """Name of image `i` in the caller's terms, such as ``image 17 of X, path 'a.png'``."""
-        origin = int(self._indices[i])
-        path = self._items[origin] if isinstance(self._items, list) else None
-        return f"image {origin} of X" + (f", path {path!r}" if isinstance(path, str) else "")
+        path = self.path(i)
+        return f"image {int(self._indices[i])} of X" + ("" if path is None else f", path {path!r}")
+
+    def path(self, i: int) -> str | None:
+        """The file of image `i`, if it came as one."""
+        item = self._items[int(self._indices[i])] if isinstance(self._items, list) else None
+        return item if isinstance(item, str) else None
 
     def subset(self, indices: Any) -> ImageSequence:
         """Return a view of some images (int array, boolean mask or slice); names keep their number in X."""

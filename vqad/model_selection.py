@@ -289,10 +289,17 @@ class PixelScorer(BaseEstimator):
 
 def _anomaly_map(estimator: Any, X: Any) -> Any:
     """Maps of a detector, also where it ends a pipeline or came out of a search."""
-    if hasattr(estimator, "best_estimator_"):
-        return _anomaly_map(estimator.best_estimator_, X)
-    if isinstance(estimator, Pipeline):
-        return _anomaly_map(estimator[-1], estimator[:-1].transform(X) if len(estimator) > 1 else X)
+    estimator, X = unwrapped(estimator, X)
     if not hasattr(estimator, "anomaly_map"):
         raise TypeError(f"PixelScorer needs a detector with anomaly_map; {type(estimator).__name__} has none.")
     return estimator.anomaly_map(X)
+
+
+def unwrapped(estimator: Any, X: Any = None) -> tuple[Any, Any]:
+    """What a pipeline or a search ends in, and X, if it is given, as it comes there."""
+    if hasattr(estimator, "best_estimator_"):
+        return unwrapped(estimator.best_estimator_, X)
+    if isinstance(estimator, Pipeline):
+        as_it_is = X is None or len(estimator) == 1
+        return unwrapped(estimator[-1], X if as_it_is else estimator[:-1].transform(X))
+    return estimator, X

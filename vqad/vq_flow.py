@@ -6,14 +6,13 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from vqad.backbones import DEFAULT_BACKBONE, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.device import on_device, pick_device
-from vqad.nn.vq_flow import VQFlow
+from vqad.nn.vq_flow import VQFlow, resize
 from vqad.store import describe
 
 
@@ -390,10 +389,3 @@ class VQFlowDetector(BaseImageDetector):
 
     def _map_weights(self):
         return {f"{kind}_{k}": 1.0 for kind in ("energy", "density") for k in (1, 2, 3)}
-
-
-def resize(term: torch.Tensor, grid) -> torch.Tensor:
-    """A term (n, h, w) on another grid."""
-    if term.shape[1:] == grid:
-        return term
-    return F.interpolate(term[:, None], grid, mode="bilinear", align_corners=True)[:, 0]

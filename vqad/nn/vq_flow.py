@@ -457,7 +457,10 @@ def _pyramid(finest: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------ the published maps and scores
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, h, w) on another grid."""
+    if x.shape[1:] == size:
+        return x
     return F.interpolate(x[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
 
 
@@ -475,7 +478,7 @@ def multiplicative_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor
     -------
     Tensor of shape (N, height, width), in 0..1
     """
-    log_p = -torch.stack([_resize(term, size) for term in terms]).sum(0)
+    log_p = -torch.stack([resize(term, size) for term in terms]).sum(0)
     return 1 - (log_p - log_p.amax((1, 2), keepdim=True)).exp()
 
 
@@ -484,7 +487,7 @@ def additive_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
     Parameters and result as in :func:`multiplicative_map`; the range is 0 to the number of stages.
     """
-    p = torch.stack([_resize((term.amin((1, 2), keepdim=True) - term).exp(), size) for term in terms]).sum(0)
+    p = torch.stack([resize((term.amin((1, 2), keepdim=True) - term).exp(), size) for term in terms]).sum(0)
     return p.amax((1, 2), keepdim=True) - p
 
 
@@ -504,7 +507,7 @@ def density_map(terms: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     """
     stages = [terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"] for k in (1, 2, 3)]
     constant = 0.5 * math.log(2 * math.pi) * len(stages)
-    return torch.stack([_resize(stage, size) for stage in stages]).sum(0) + constant
+    return torch.stack([resize(stage, size) for stage in stages]).sum(0) + constant
 
 
 def image_score(anomaly_map: Tensor, fraction: float = 0.03) -> Tensor:

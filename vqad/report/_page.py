@@ -105,7 +105,7 @@ def write_report(
         raise ValueError(f"verdicts has {len(verdicts)} entries for {len(data)} images.")
     given = _one_each("category", category, len(data))
     group = (verdicts.category if given is None else given).astype(str)
-    paths = _paths(data)
+    paths = [data.path(i) or "" for i in range(len(data))]
     sections = [
         (heading, [_card(detector, data, verdicts, truth, paths, i) for i in rows])
         for heading, rows in _sections(verdicts, truth, n_images, random_state)
@@ -216,13 +216,6 @@ def _sections(
         if rows:
             sections.append((heading, sorted(rows, key=lambda i: -verdicts.score[i])))
     return sections
-
-
-def _paths(data: ImageSequence) -> list[str]:
-    """The file of every image, "" where it came as an array."""
-    items = data._items  # a list whenever there are paths
-    chosen = [items[i] if isinstance(items, list) else "" for i in data._indices]
-    return [item if isinstance(item, str) else "" for item in chosen]
 
 
 def _card(
