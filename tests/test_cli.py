@@ -154,13 +154,23 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, tmp_p
 # ---- score ---------------------------------------------------------------------------------------
 
 
-def test_the_table_is_not_written_over_the_model_or_an_image(folders, model, capsys):
-    image = next((folders / "bad").rglob("*.png"))
+def test_nothing_is_written_over_the_model_or_an_image(folders, model, tmp_path, capsys):
+    shutil.copytree(folders / "mvtec", tmp_path / "mvtec")
+    image = next((tmp_path / "mvtec").rglob("test/*/*.png"))
+    kept = image.with_name(f"{image.stem}_map.png")
+    shutil.copy(image, kept)
+    before = {path: path.read_bytes() for path in (model, image, kept)}
     for target in (model, image):
-        before = target.read_bytes()
-        assert main(["score", str(model), str(image), "--csv", str(target)]) == 2
-        assert "is the model or one of the images" in complaint(capsys)
-        assert target.read_bytes() == before
+        for command in (
+            ["score", str(model), str(image), "--csv", str(target)],
+            ["report", str(model), str(tmp_path / "mvtec"), "-o", str(target)],
+            ["evaluate", str(model), str(tmp_path / "mvtec"), "--no-pixels", "--json", str(target)],
+        ):
+            assert main(command) == 2
+            assert "is the model or one of the images" in complaint(capsys)
+    assert main(["score", str(model), str(image), str(kept), "--maps", str(image.parent)]) == 2
+    assert "is the model or one of the images" in complaint(capsys)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_file_may_have_any_name(folders, model, tmp_path, capsys):

@@ -30,7 +30,7 @@ from sklearn.utils.estimator_checks import (
     check_valid_tag_types,
 )
 
-from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
+from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector, load, save
 from vqad.datasets import ImageDataset, make_textured_parts
 
 DETECTORS = [
@@ -761,8 +761,29 @@ def test_threads_may_fit(detector, images, labels):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_fit_is_the_same_whatever_another_thread_does(detector, fitted, parts, images, labels, tmp_path):
+    """Score, which gives threads one core each, and load, which draws random numbers."""
+    save(fitted, tmp_path / "other.safetensors")
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        expected = thumbnails(detector).fit(images, category=labels).score_samples(images)
+        for disturb in (lambda: fitted.score_samples(parts.images), lambda: load(tmp_path / "other.safetensors")):
+            for _ in range(2):
+                with ThreadPoolExecutor(1) as pool:
+                    disturb()
+                    made = pool.submit(lambda: thumbnails(detector).fit(images, category=labels))
+                    while not made.done():
+                        disturb()
+                np.testing.assert_array_equal(made.result().score_samples(images), expected)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_modes_of_torch_do_not_matter(fitted, detector, parts, images, labels, scores, mode):
+def test_modes_of_torch_do_not_matter(fitted, detector, parts, images, labels, scores, mode, tmp_path):
     expected = thumbnails(detector).fit(images, category=labels).score_samples(images)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -771,6 +792,8 @@ def test_modes_of_torch_do_not_matter(fitted, detector, parts, images, labels, s
             made = thumbnails(detector).fit(images, category=labels)
             np.testing.assert_array_equal(made.score_samples(images), expected)
             np.testing.assert_array_equal(fitted.score_samples(parts.images), scores)
+            save(fitted, tmp_path / "fitted.safetensors")
+            np.testing.assert_array_equal(load(tmp_path / "fitted.safetensors").score_samples(parts.images), scores)
             assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(default)

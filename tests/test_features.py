@@ -526,6 +526,35 @@ def test_position_embeddings_are_resampled_to_the_image_size(tmp_path, name, own
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_memory_tells_blocks_of_a_transformer_apart(tmp_path, images):
+    """Blocks have one grid and as many channels."""
+    maps = []
+    for memory in (None, tmp_path):
+        for stages in ((0, 5), (2, 5)):
+            made = BackboneFeatures("vit_tiny_patch16_224", weights="random", image_size=64, stages=stages)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                made.fit()
+            parts = [m for _, (m,) in made.iter_maps(check_images(images[:3]), memory=memory)]
+            maps.append(torch.cat(parts))
+    assert torch.equal(maps[0], maps[2])
+    assert torch.equal(maps[1], maps[3])
+    assert not torch.equal(maps[0], maps[1])
+
+
+def test_the_digest_leaves_out_what_was_resampled():
+    """The last bits of that depend on the processor."""
+    for size, is_resampled in (((64, 64), True), ((224, 224), False)):
+        network = load_backbone("vit_tiny_patch16_224", "random", (5,), size)
+        before = state_digest(network)
+        with torch.no_grad():
+            network.model.pos_embed[0, 0, 0] += 1
+        assert (state_digest(network) == before) == is_resampled
+        with torch.no_grad():
+            network.model.patch_embed.proj.weight[0, 0, 0, 0] += 1
+        assert state_digest(network) != before
+
+
 @pytest.mark.parametrize(
     ("strides", "of_features", "of_hvq_trans", "of_vq_flow"),
     [
@@ -542,7 +571,10 @@ def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow):
     assert HVQTransDetector()._feature_options(strides)["stages"] == of_hvq_trans
     assert VQFlowDetector()._feature_options(strides)["stages"] == of_vq_flow
     assert HVQTransDetector(stages=[1])._feature_options(strides)["stages"] == [1]
-    assert HVQTransDetector()._feature_options(strides)["grid_scale"] == (1 if len(set(strides)) == 1 else 2)
+    has_both = {8, 16} <= set(strides)
+    assert HVQTransDetector()._feature_options(strides)["grid_scale"] == (2 if has_both else 1)
+    assert HVQTransDetector(stages=(2, 3))._feature_options(strides)["grid_scale"] == (2 if has_both else 1)
+    assert HVQTransDetector(stages=(3,))._feature_options(strides)["grid_scale"] == 1
 
 
 def test_strides_of_all_stages():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
 from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration
+from vqad.device import undisturbed
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
 from vqad.prototypes import Prototypes
@@ -273,7 +274,7 @@ def _rebuild(detector: BaseImageDetector) -> nn.Module:
 
 def _check_rebuilds(detector: BaseImageDetector, model: nn.Module) -> None:
     """Raise where a detector's parameters would make another model than the one that it has."""
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with undisturbed():
         twin = _rebuild(detector)
     for (here, has), (there, makes) in zip(_settings(model), _settings(twin)):
         if here != there or has != makes:

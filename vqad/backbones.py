@@ -9,6 +9,7 @@ import importlib
 import itertools
 import logging
 import pickle
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,14 +37,22 @@ WEIGHT_PACKAGES = {
 # What timm raises where a network has no feature maps, not those asked for, or weights of another shape.
 _NOT_MADE = (RuntimeError, AttributeError, IndexError, AssertionError)
 
+# Names of what depends on places in the image.
+_OF_POSITION = re.compile(r"pos_embed|rel_pos|relative_position|rope")
+
 # Where timm defines the networks and the blocks of the EfficientNet family.
 _EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks")
 
 
 def state_digest(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a network's parameters and buffers."""
+    """SHA-256 over names, shapes and values of a network's parameters and buffers.
+
+    Without what was resampled to an image size: its last bits depend on the processor.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
+        if getattr(network, "is_resampled", False) and _OF_POSITION.search(name):
+            continue
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -89,6 +98,7 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     if getattr(network, "output_fmt", "NCHW") == "NHWC":
         network.register_forward_hook(_channels_first)
     config = getattr(network, "pretrained_cfg", None) or network.default_cfg
+    network.is_resampled = image_size is not None and tuple(config["input_size"][1:]) != tuple(image_size)
     network.normalization = (tuple(config["mean"]), tuple(config["std"]))
     for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
         kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's

@@ -108,10 +108,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     paths, outputs = _images_to_score(arguments.images)
-    if arguments.csv is not None:
-        target = Path(arguments.csv).resolve()
-        if target in {Path(path).resolve() for path in (arguments.model, *paths)}:
-            raise ValueError(f"the table {arguments.csv!r} is the model or one of the images; give another name.")
+    drawn = [] if arguments.maps is None else [arguments.maps / output for output in outputs]
+    _spare([arguments.model, *paths], [arguments.csv, *drawn])
     detector = vqad.load(arguments.model)
     if arguments.maps is not None:
         arguments.maps.mkdir(parents=True, exist_ok=True)
@@ -142,6 +140,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
     detector = vqad.load(arguments.model)
     target = None if arguments.json is None else _writable(arguments.json)
+    _spare([arguments.model, *images.paths], [target])
     verdicts = judge(detector, images)
     data = check_images(images)
     pixels: dict[str, Any] = {}
@@ -167,6 +166,7 @@ def _report(arguments: argparse.Namespace) -> int:
     images, truth = _known_images(arguments.directory)
     detector = vqad.load(arguments.model)
     target = _writable(arguments.output)
+    _spare([arguments.model, *images.paths], [target])
     page = write_report(
         target,
         detector,
@@ -182,8 +182,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     target = _writable(arguments.output)
-    if target.resolve() == Path(arguments.model).resolve():
-        raise ValueError(f"the output {str(target)!r} is the model itself; give another name.")
+    _spare([arguments.model], [target])
     detector = vqad.load(arguments.model)
     images = None if arguments.images is None else _known_images(arguments.images)[0]
     try:
@@ -337,6 +336,14 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.simplefilter("default")
         warnings.showwarning = show
         yield
+
+
+def _spare(inputs: list[Any], outputs: list[Any]) -> None:
+    """Raise where an output would be written over what is read."""
+    read = {Path(path).resolve() for path in inputs}
+    for path in outputs:
+        if path is not None and Path(path).resolve() in read:
+            raise ValueError(f"the output {str(path)!r} is the model or one of the images; give another name.")
 
 
 def _printable(text: str) -> str:

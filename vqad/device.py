@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,9 @@ def on_device(module: Module, device: torch.device) -> Iterator[Module]:
         return
     with _MOVING:
         _USERS[module] = _USERS.get(module, 0) + 1
-        module.to(device)
     try:
+        with _MOVING:
+            module.to(device)
         yield module
     finally:
         with _MOVING:
@@ -78,24 +80,80 @@ def on_device(module: Module, device: torch.device) -> Iterator[Module]:
                 module.to("cpu")
 
 
-_SEEDED = threading.RLock()
+# ---- what belongs to the whole process -----------------------------------------------------------
+
+
+_ALONE = threading.RLock()
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's random state set from ``seed``, gradients on and float32 its default; leave all as it was found.
+def undisturbed(device: torch.device | None = None) -> Iterator[None]:
+    """Run with gradients on and float32 as torch's default, and leave its modes and random state as they were found.
 
-    These belong to the whole process, so that one thread at a time may be in here.
+    One thread at a time may be in here. It computes with as many threads as torch had before any `one_core_each`.
     """
-    devices = [device] if device.type == "cuda" else []
-    with _SEEDED, torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with _ALONE, torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
-        torch.manual_seed(seed)
+        with _COUNTING:
+            if _pools:
+                compute_with(_intended)
         try:
             yield
         finally:
             torch.set_default_dtype(default)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run `undisturbed`, with torch's random state set from ``seed``."""
+    with undisturbed(device):
+        torch.manual_seed(seed)
+        yield
+
+
+_COUNTING = threading.Lock()
+_pools, _intended = 0, 1
+
+
+@contextmanager
+def one_core_each() -> Iterator[int]:
+    """For a pool of threads that compute with one core each, and set torch's count to 1: how many there may be.
+
+    Torch gives that count to all threads that are born then, whoever starts them. So it is known here, of before the
+    first of all pools that there are.
+    """
+    global _pools, _intended
+    with _COUNTING:
+        _intended = _intended if _pools else torch.get_num_threads()
+        _pools += 1
+        threads = _intended
+    try:
+        yield threads
+    finally:
+        with _COUNTING:
+            _pools -= 1
+            torch.set_num_threads(threads)
+
+
+def compute_with(threads: int) -> None:
+    """Let torch compute with so many threads in this one.
+
+    A thread takes over the process's count when it first asks for it, even if it was told another before.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+def _unlock() -> None:
+    """In a process that was forked off while another thread held a lock, nobody would ever let go of it."""
+    global _ALONE, _COUNTING, _MOVING
+    _ALONE, _COUNTING, _MOVING = threading.RLock(), threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def to_device(features: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | Sequence[Tensor]:

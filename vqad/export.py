@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vqad
 from vqad.base import FAR_WEIGHT, BaseImageDetector, resize_map
+from vqad.device import undisturbed
 from vqad.features import BackboneFeatures, merge_maps
 from vqad.hvq_trans import HVQTransDetector
 from vqad.images import ImageSequence, check_images
@@ -90,7 +91,7 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
     scorer = copy.copy(detector).set_params(precision="float32", device="cpu", memory=None)
     scorer.features_ = copy.copy(detector.features_).set_params(precision="float32", device="cpu")
     images = check_images(_drawn_images(scorer.features_.size_)) if X is None else scorer._check_X(X)
-    with replacing(Path(path)) as unfinished:
+    with replacing(Path(path)) as unfinished, undisturbed():
         written = _to_onnx(_Scorer(scorer).eval(), scorer).SerializeToString()
         _compare(onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"]), scorer, images)
         unfinished.write_bytes(written)

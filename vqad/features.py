@@ -218,8 +218,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
         """All that an image's maps depend on, to the last bit, beside the image."""
         return joblib.hash(
-            [self.backbone, self.digest_, self.size_, self.channels_, self.merge, self.grid_,
-             self.network_.normalization, device.type, str(dtype), size, str(torch.__version__)]
+            [self.backbone, self.digest_, tuple(self.network_.feature_info.out_indices), self.size_, self.merge,
+             self.grid_, self.network_.normalization, device.type, str(dtype), size, str(torch.__version__)]
         )  # fmt: skip
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:

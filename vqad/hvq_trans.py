@@ -36,7 +36,7 @@ class HVQTransDetector(BaseImageDetector):
     stages : tuple of int or None, default=None
         Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
         takes those of strides 8 and 16: (2, 3) of the default backbone. Of a vision transformer, whose stages are its
-        blocks, it takes the last block of each quarter, and tokens of one cell whatever ``patch_size`` is.
+        blocks, it takes the last block of each quarter.
     image_size : int or (int, int), default=224
         Height and width in pixels that the backbone sees.
     image_shape : tuple of int or None, default=None
@@ -46,7 +46,8 @@ class HVQTransDetector(BaseImageDetector):
         count alike in the reconstruction. The published system does not.
     patch_size : int, default=2
         Cells along each side of a token: features are taken on a grid this many times finer than the tokens' and
-        rebuilt there. Finer features and maps at the same cost of attention. The published system has 1.
+        rebuilt there. Finer features and maps at the same cost of attention. No more than the finest stage has in one
+        cell of the coarsest. The published system has 1.
     n_codes : int, default=512
         Codes of one codebook: one a category and level.
     d_model : int, default=128
@@ -284,11 +285,11 @@ class HVQTransDetector(BaseImageDetector):
     def _feature_options(self, strides=None):
         stages, scale = self.stages, self.patch_size
         if stages is None and strides is not None:
-            stages = spread_stages(strides)
-            if stages is None:
-                stages = tuple(i for i, stride in enumerate(strides) if stride in (8, 16)) or default_stages(strides)
-            else:
-                scale = 1  # no stage is finer than the tokens
+            at_8_and_16 = tuple(i for i, stride in enumerate(strides) if stride in (8, 16))
+            stages = spread_stages(strides) or at_8_and_16 or default_stages(strides)
+        chosen = [] if strides is None else [strides[s] for s in stages if s in range(len(strides))]
+        if chosen:  # a grid finer than all stages would show no more
+            scale = min(scale, max(1, chosen[-1] // min(chosen)))
         return {"stages": stages, "merge": True, "grid_scale": scale}
 
     def _make_model(self, channels, shapes, n_categories):

@@ -22,6 +22,7 @@ import vqad
 from vqad._codec import CLASSES, Reader, Refused, Writer, WrongArgument, dtype_name
 from vqad._warn import warn
 from vqad.base import BaseImageDetector
+from vqad.device import undisturbed
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "timm", "scikit-learn", "numpy")
@@ -126,7 +127,7 @@ def load(path: str | os.PathLike[str], *, backbone: Any = None, weights: str | o
 def _decode(path: Path, metadata: dict[str, str], reader: Reader) -> BaseImageDetector:
     try:
         # The models that are filled from the file start from random draws.
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():
             detector = reader.decode(json.loads(metadata["detector"]))
         if not isinstance(detector, BaseImageDetector):
             raise Refused("it holds no detector")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqad._heap import keep_freed_memory
 from vqad._warn import holding_warnings, let_out, warn
+from vqad.device import compute_with, one_core_each
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
@@ -74,14 +75,11 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
         yield from work(rows)
         return
     keep_freed_memory()
-    threads = torch.get_num_threads()
-    n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
-    try:
-        with ThreadPool(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_core_each() as threads:
+        n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
+        with ThreadPool(threads, initializer=compute_with, initargs=(1,)) as pool:
             for held in pool.imap(holding_warnings(work), np.array_split(rows, n_parts)):
                 yield from let_out(held)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def pad_chunk(x: Tensor, size: int) -> Tensor:

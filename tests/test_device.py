@@ -1,0 +1,91 @@
+"""Where and how to compute: modules that move, and what torch keeps for the whole process."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from vqad.device import on_device, one_core_each, undisturbed
+from vqad.store import side_by_side
+
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
+
+
+class Moving:
+    """Notes where it is; the first move may fail."""
+
+    def __init__(self, fails=False):
+        self.fails, self.where = fails, "cpu"
+
+    def to(self, device):
+        if self.fails and str(device) != "cpu":
+            self.fails = False
+            raise torch.cuda.OutOfMemoryError("full")
+        self.where = str(device)
+
+
+def test_a_module_goes_back_with_the_last_of_its_users():
+    module = Moving()
+    with on_device(module, ELSEWHERE):
+        with on_device(module, ELSEWHERE):
+            assert module.where == "cuda"
+        assert module.where == "cuda"
+    assert module.where == "cpu"
+
+
+def test_a_move_that_failed_is_no_use():
+    module = Moving(fails=True)
+    with pytest.raises(torch.cuda.OutOfMemoryError), on_device(module, ELSEWHERE):
+        pass
+    with on_device(module, ELSEWHERE):
+        assert module.where == "cuda"
+    assert module.where == "cpu"
+
+
+def test_threads_that_are_born_while_others_compute_with_one_core_each():
+    before, seen = torch.get_num_threads(), []
+
+    def look():
+        with one_core_each() as threads, undisturbed():
+            seen.append((threads, torch.get_num_threads()))
+
+    def work(part):
+        born = threading.Thread(target=look)
+        born.start()
+        born.join()
+        return [torch.get_num_threads()]
+
+    torch.set_num_threads(3)
+    try:
+        assert list(side_by_side(work, np.arange(6), CPU)) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+        look()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(3, 3)] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_beside_a_fit_can_fit():
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with undisturbed():
+            inside.set()
+            go_on.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        with undisturbed():
+            os._exit(0)
+    go_on.set()
+    holder.join()
+    assert os.waitpid(child, 0)[1] == 0
