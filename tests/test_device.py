@@ -81,11 +81,14 @@ def test_a_fork_beside_a_fit_can_fit():
     holder = threading.Thread(target=hold)
     holder.start()
     inside.wait()
-    child = os.fork()
-    if not child:
-        signal.alarm(10)
-        with undisturbed():
-            os._exit(0)
+    threads = torch.get_num_threads()
+    with one_core_each():
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            torch.set_num_threads(threads + 1)  # the pool of the parent counts no longer
+            with undisturbed(), one_core_each() as mine:
+                os._exit(mine != threads + 1)
     go_on.set()
     holder.join()
     assert os.waitpid(child, 0)[1] == 0

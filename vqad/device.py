@@ -147,8 +147,9 @@ def compute_with(threads: int) -> None:
 
 
 def _unlock() -> None:
-    """In a process that was forked off while another thread held a lock, nobody would ever let go of it."""
-    global _ALONE, _COUNTING, _MOVING
+    """In a process that was forked off, nobody lets go of what other threads held, and their pools are not there."""
+    global _ALONE, _COUNTING, _MOVING, _pools
+    _pools = 0
     _ALONE, _COUNTING, _MOVING = threading.RLock(), threading.Lock(), threading.Lock()
 
 
