@@ -66,7 +66,7 @@ def load_elpv(*, category: str | None = None) -> ElpvDataset:
     # The package's own loader reads every image; its table has all that is needed here.
     folder = Path(spec.origin).parent / "data"
     with open(folder / "labels.csv", encoding="ascii") as file:
-        names, probability, kinds = zip(*(line.split() for line in file))
+        names, probability, kinds = zip(*(line.split()[:3] for line in file))  # one release has a fourth: a split
     # Thirds are written with four digits or sixteen, depending on the release.
     thirds = np.rint(np.array(probability, dtype=float) * 3)
     cells = ElpvDataset(
