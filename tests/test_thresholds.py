@@ -294,9 +294,10 @@ def test_wrong_arguments_are_explained(fitted, labelled, wrong, match):
 
 
 def test_set_threshold_is_quiet_where_nothing_is_wrong(per_category, labelled):
+    detector = copy_of(per_category)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        copy_of(per_category).set_threshold(*labelled)
+        detector.set_threshold(*labelled)
 
 
 # ---- what is promised without labels -------------------------------------------------------------
