@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import adjusted_rand_score
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from vqad.routing import CategoryRouter, discover
+from vqad.routing import CategoryRouter, _cuts, discover
 
 
 def blobs(k, n=12, dim=16, distance=8.0, seed=0):
@@ -67,6 +68,40 @@ def test_separate_blobs_are_found(k, n, dim, seed):
     np.testing.assert_array_equal(router.categories_, np.arange(k))
     assert adjusted_rand_score(category, index) == 1
     assert k == 1 or router.silhouette_ > 0.4
+
+
+@pytest.mark.parametrize("k", [30, 100])
+def test_many_categories_are_found(k):
+    X, category = blobs(k)
+    index = CategoryRouter().fit(X)
+    assert adjusted_rand_score(category, index) == 1
+
+
+def test_pieces_photographed_a_few_times_each_are_told_from_categories():
+    X, _ = blobs(20, n=6)
+    with pytest.warns(UserWarning, match=r"20 categories were found in 120 images, of 6 images .*category="):
+        CategoryRouter().fit(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CategoryRouter().fit(X, ["part"] * 120).max() == 0
+        CategoryRouter().fit(blobs(20, n=10)[0])
+
+
+@settings(max_examples=20)
+@given(st.integers(10, 70), st.integers(1, 4), st.integers(0, 10**6))
+def test_cuts_are_those_of_wards_tree_and_silhouettes_those_of_scikit_learn(n, dim, seed):
+    X = np.random.default_rng(seed).standard_normal((n, dim))
+    cuts = {len(np.unique(label)) - (label < 0).any(): (label, score) for label, score in _cuts(X)}
+    for k in range(2, n // 5 + 1):
+        label = AgglomerativeClustering(k).fit_predict(X)
+        if np.bincount(label).min() >= 5:  # none is odd
+            mine, score = cuts[k]
+            assert adjusted_rand_score(label, mine) == 1
+            assert score == pytest.approx(silhouette_score(X, label), abs=1e-5)
+    for label, score in cuts.values():
+        placed = label >= 0
+        assert (~placed).sum() <= max(1, 0.02 * n)
+        assert score == pytest.approx(silhouette_score(X[placed], label[placed]), abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -172,9 +207,9 @@ def test_one_seed_finds_the_same_and_global_state_is_left_alone():
 
 
 def test_many_images_are_discovered_from_a_part_of_them():
-    X, category = blobs(2, n=1100, dim=6)
+    X, category = blobs(2, n=2100, dim=6)
     index, silhouette = discover(X)
-    assert len(index) == 2200
+    assert len(index) == 4200
     assert adjusted_rand_score(category, index) == 1
     assert silhouette > 0.8
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
-from sklearn.cluster import KMeans
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import pdist, squareform
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
-from sklearn.metrics import pairwise_distances_argmin, silhouette_score
+from sklearn.metrics import pairwise_distances_argmin
+
+from vqad._warn import warn
 
 # A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
-# products reach 0.36 at the most when they are cut in parts, different products 0.55 and more (docs/choices.md).
+# products reach 0.31 at the most when they are cut in parts, different products 0.51 and more (docs/choices.md).
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
+FEW_IMAGES = 10
 MAX_ODD_IMAGES = 0.02
-MAX_DISCOVERY_IMAGES = 2000
-MAX_CATEGORIES = 128
+MAX_SCALING_IMAGES = 2000
+MAX_DISCOVERY_IMAGES = 4000
+MAX_PARTS = 400
 
 
 class CategoryRouter:
@@ -48,6 +54,11 @@ class CategoryRouter:
         -------
         index : ndarray of shape (n,), int64
             Position of every image's category in ``categories_``.
+
+        Warns
+        -----
+        UserWarning
+            When the categories that were found have fewer than 10 images in the median.
         """
         self.silhouette_ = float("nan")
         self.discovered_ = category is None
@@ -61,6 +72,13 @@ class CategoryRouter:
         self._fit_gaussians(projected, index)
         if category is None:
             index = self._settle(projected, self.predict(descriptor)[0])
+            typical = np.median(np.bincount(index))
+            if len(self.categories_) > 1 and typical < FEW_IMAGES:
+                warn(
+                    f"{len(self.categories_)} categories were found in {len(index)} images, of {typical:g} images in "
+                    "the median: few to learn one from. Give more images; or, if these are several pictures of each of "
+                    "many pieces of one kind, say so by one label for all: category=['part'] * n."
+                )
         return index.astype(np.int64)
 
     def _settle(self, projected: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -104,7 +122,7 @@ class CategoryRouter:
         distance : ndarray of shape (n,), float64
         """
         white = self._whiten(descriptor)
-        distance = np.sqrt(np.square(white[:, None] - self.means_[None]).sum(-1))
+        distance = np.sqrt(np.stack([np.square(row - self.means_).sum(-1) for row in white]))
         index = distance.argmin(1)
         return index, distance[np.arange(len(index)), index]
 
@@ -114,7 +132,7 @@ class CategoryRouter:
         self.scale_ = np.where(scale > 1e-6 * max(scale.max(), 1e-12), scale, 1.0)
         scaled = (descriptor - self.center_) / self.scale_
         n_components = min(32, len(descriptor), descriptor.shape[1])
-        rows = _subsample(len(scaled), random_state)
+        rows = _subsample(len(scaled), random_state, MAX_SCALING_IMAGES)
         with np.errstate(invalid="ignore"):  # images that are all the same
             pca = PCA(min(n_components, len(rows)), svd_solver="full").fit(scaled[rows])
         self.components_ = pca.components_.T
@@ -141,39 +159,76 @@ class CategoryRouter:
 def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, float]:
     """Find the kinds of object in a set of descriptors, and how many there are.
 
-    k-means for k = 2, 3, ...; the k with the largest mean silhouette wins if that is at least 0.4 and no
+    Ward's tree, cut into 2, 3, ... parts; the cut with the largest mean silhouette wins if that is at least 0.4 and no
     part has fewer than 5 images, otherwise everything is one category. One image in fifty, or a single one, may lie
-    in smaller parts: these are broken or foreign images, not categories. At most 2,000 images are looked at.
+    in smaller parts: these are broken or foreign images, not categories. At most 4,000 images are looked at, and 400
+    parts.
 
     Returns
     -------
     index : ndarray of shape (n,), int64
     silhouette : float
     """
-    n = len(projected)
-    rows = _subsample(n, random_state)
+    rows = _subsample(len(projected), random_state, MAX_DISCOVERY_IMAGES)
     sample = projected[rows]
-    best, best_score, waited = None, MIN_SILHOUETTE, 0
-    n_distinct = len(np.unique(sample, axis=0))
-    for k in range(2, min(MAX_CATEGORIES, len(sample) // MIN_CATEGORY_SIZE, n_distinct) + 1):
-        kmeans = KMeans(k, n_init=4, random_state=random_state).fit(sample)
-        is_category = np.bincount(kmeans.labels_, minlength=k) >= MIN_CATEGORY_SIZE
-        placed = is_category[kmeans.labels_]
-        if is_category.sum() < 2 or (~placed).sum() > max(1, MAX_ODD_IMAGES * len(sample)):
-            score = -1.0
-        else:
-            score = float(silhouette_score(sample[placed], kmeans.labels_[placed]))
-        waited = 0 if score > best_score else waited + 1
-        if score > best_score:
-            best, best_score = kmeans.cluster_centers_[is_category], score
-        if waited >= 12:
-            break
+    best, best_score = None, MIN_SILHOUETTE
+    if len(rows) >= 2 * MIN_CATEGORY_SIZE:
+        for label, score in _cuts(sample):
+            if score >= best_score:
+                best, best_score = label, score
     if best is None:
-        return np.zeros(n, dtype=np.int64), 0.0
-    return pairwise_distances_argmin(projected, best).astype(np.int64), best_score
+        return np.zeros(len(projected), dtype=np.int64), 0.0
+    centres = np.stack([sample[best == c].mean(0) for c in np.unique(best[best >= 0])])
+    return pairwise_distances_argmin(projected, centres).astype(np.int64), best_score
 
 
-def _subsample(n: int, random_state: int) -> np.ndarray:
-    if n <= MAX_DISCOVERY_IMAGES:
+def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+    """Cuts of Ward's tree from many parts to few: each image's part, -1 for odd ones; and the mean silhouette.
+
+    A step to fewer parts joins two of them, and so their sums of distances: all cuts take no more than n * k**2 steps.
+    """
+    n = len(sample)
+    pairs = pdist(sample)
+    tree = linkage(pairs, "ward")[:, :2].astype(int)
+    n_odd = max(1, MAX_ODD_IMAGES * n)
+    k = min(n, MAX_PARTS, n // MIN_CATEGORY_SIZE + int(n_odd))
+    node = np.arange(n)
+    for step in range(n - k):
+        node[np.isin(node, tree[step])] = n + step
+    nodes, label = np.unique(node, return_inverse=True)
+    nodes, size = nodes.tolist(), np.bincount(label)
+    # Row p: of each image the sum of its distances to those of part p.
+    to_part = np.eye(k, dtype=np.float32)[:, label] @ squareform(pairs.astype(np.float32))
+    for step in range(n - k, n - 1):
+        is_category = size >= MIN_CATEGORY_SIZE
+        placed = is_category[label]
+        if is_category.sum() >= 2 and n - placed.sum() <= n_odd:
+            yield np.where(placed, label, -1), _silhouette(to_part[:, placed], label[placed], size)
+        kept, gone = sorted(nodes.index(i) for i in tree[step])
+        to_part[kept] += to_part[gone]
+        size[kept] += size[gone]
+        label[label == gone] = kept
+        nodes[kept] = n + step
+        # The last part takes the place of the one that is gone.
+        to_part[gone], size[gone], nodes[gone] = to_part[-1], size[-1], nodes[-1]
+        label[label == len(nodes) - 1] = gone
+        to_part, size = to_part[:-1], size[:-1]
+        nodes.pop()
+
+
+def _silhouette(to_part: np.ndarray, label: np.ndarray, size: np.ndarray) -> float:
+    """Mean silhouette of images in categories; parts that are too small to be one are no neighbours either."""
+    is_category = size >= MIN_CATEGORY_SIZE
+    label = np.cumsum(is_category)[label] - 1
+    to_part, size, each = to_part[is_category], size[is_category], np.arange(len(label))
+    inside = to_part[label, each] / (size[label] - 1)
+    mean = to_part / size[:, None]
+    mean[label, each] = np.inf
+    outside = mean.min(0)
+    return float(np.mean((outside - inside) / np.maximum(np.maximum(outside, inside), 1e-30)))
+
+
+def _subsample(n: int, random_state: int, limit: int) -> np.ndarray:
+    if n <= limit:
         return np.arange(n)
-    return np.sort(np.random.RandomState(random_state).choice(n, MAX_DISCOVERY_IMAGES, replace=False))
+    return np.sort(np.random.RandomState(random_state).choice(n, limit, replace=False))
