@@ -271,6 +271,16 @@ def test_left_out_scores_do_not_help_to_set_their_own_center():
     assert made[10] == pytest.approx((unseen[10] - np.median(score[:10])) / calibration.pooled_scale_)
 
 
+def test_of_many_scores_one_is_not_left_out():
+    rng, category = np.random.default_rng(0), np.repeat([0, 1], [101, 100])
+    score = rng.standard_normal(201)
+    calibration = ScoreCalibration().fit(score, category, 2)
+    made, plain = calibration.leave_one_out(score, score, category), calibration.transform(score, category)
+    np.testing.assert_array_equal(made[:101], plain[:101])
+    assert (made[101:] != plain[101:]).any()
+    np.testing.assert_allclose(made, plain, atol=0.1)
+
+
 @pytest.mark.parametrize("per_category", [2, 3, 8])
 def test_few_images_of_many_categories_raise_no_more_false_alarms_than_asked(per_category):
     """Thresholds from scores that set their own category's scale would: 2 images a category raise them by half."""

@@ -12,6 +12,7 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
+import vqad.calibration
 import vqad.checkpoint
 import vqad.thresholds
 from vqad import HVQTransDetector
@@ -269,7 +270,8 @@ def test_a_checkpoint_folder_that_is_a_file_is_explained(tmp_path):
 
 
 def test_an_interrupted_fit_goes_on_from_its_checkpoint(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(vqad.checkpoint, "SECONDS_BETWEEN", 0)
+    for name in ("SECONDS_BETWEEN", "WRITING_TIMES"):
+        monkeypatch.setattr(vqad.checkpoint, name, 0)
     backward, steps = Trainer._backward, []
 
     def interrupted(self, rows):
@@ -607,3 +609,40 @@ def test_partial_fit_repeats_with_a_random_state(of_two):
     for detector in made:
         detector.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
     np.testing.assert_array_equal(made[0].score_samples(MAPS), made[1].score_samples(MAPS))
+
+
+# ---- many images ---------------------------------------------------------------------------------
+
+
+def test_what_is_held_at_a_time_changes_nothing(plain, monkeypatch):
+    for module in (vqad.thresholds, vqad.calibration):
+        monkeypatch.setattr(module, "IMAGES_AT_A_TIME", 3)
+    made = small().fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+    assert made.offset_ == plain.offset_
+    whole = small(contamination=0.2).fit(MAPS, category=NAMES).offset_
+    monkeypatch.undo()
+    assert small(contamination=0.2).fit(MAPS, category=NAMES).offset_ == whole
+
+
+def test_beyond_some_images_a_category_the_others_are_judged_and_set_no_scale(plain, monkeypatch):
+    monkeypatch.setattr(vqad.thresholds, "MAX_REFERENCE_IMAGES", 3)
+    monkeypatch.setattr(vqad.thresholds, "IMAGES_AT_A_TIME", 2)
+    made = small(false_alarm_rate=0.2).fit(MAPS, category=NAMES)
+    held, before = made._held_out, plain._held_out
+    for name in before:
+        assert len(held[name]) == len(before[name]) == 12
+    np.testing.assert_array_equal(np.sort(held["category"]), np.sort(before["category"]))
+    assert np.isfinite(held["peak"]).all()
+    new = make_maps(seed=5)
+    assert np.corrcoef(made.score_samples(new), plain.score_samples(new))[0, 1] > 0.8
+    assert 0.05 < np.mean(made.predict(new) < 0) < 0.5
+
+
+def test_a_checkpoint_that_takes_long_to_write_is_written_seldom(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path, fingerprint("slow"), 0)
+    now = checkpoint._written_at
+    checkpoint._writing_took = 10.0
+    for waited, due in ((31, False), (199, False), (201, True)):
+        monkeypatch.setattr(vqad.checkpoint.time, "monotonic", lambda waited=waited: now + waited)
+        assert checkpoint.due(after_pass=False) == checkpoint.due(after_pass=True) == due

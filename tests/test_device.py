@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqad.device import on_device, one_core_each, undisturbed
+from vqad.device import on_device, one_core_each, threads_beside, undisturbed
 from vqad.store import side_by_side
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
@@ -66,6 +66,16 @@ def test_threads_that_are_born_while_others_compute_with_one_core_each():
     finally:
         torch.set_num_threads(before)
     assert seen == [(3, 3)] * 4
+
+
+def test_threads_of_a_pool_know_how_many_they_are():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(side_by_side(lambda part: [threads_beside()], np.arange(6), CPU)) == [3, 3, 3]
+        assert threads_beside() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -417,6 +418,16 @@ def test_limit_counts_the_bytes_of_all_maps():
         store = FeatureStore(5, torch.bfloat16, limit=limit)
         store.write([0], maps)
         assert store.on_disk == on_disk
+
+
+def test_a_disk_without_room_is_told_before_it_fills(monkeypatch, tmp_path):
+    """A file that is mapped takes up room as it fills: where the disk is full, the process is killed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free
+    store = FeatureStore(1 + free // 4, limit=0)
+    with pytest.raises(OSError, match=r"take [\d.]+ GB, more than .* free in .*TMPDIR"):
+        store.write([0], [torch.ones(1, 1, 1, 1)])
+    assert not any(tmp_path.iterdir())
 
 
 # ---- in a detector -------------------------------------------------------------------------------

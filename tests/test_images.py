@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+import vqad.images
 from vqad._decode import read_mask
 from vqad.images import ImageSequence, check_images
 
@@ -649,3 +650,23 @@ def test_broken_mask_is_named(tmp_path):
     path.write_bytes(b"no")
     with pytest.raises(ValueError, match=r"mask .*mask\.png' is truncated or not an image"):
         read_mask(str(path))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
+@pytest.mark.parametrize("shape", [(61, 43), (61, 43, 3), (9, 70, 4), (70, 9, 1)])
+@pytest.mark.parametrize("size", [(20, 32), (61, 43), (80, 80)])
+def test_rows_of_large_images_may_become_smaller_some_at_a_time(dtype, shape, size, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 2 if dtype is bool else np.iinfo(dtype).max, shape).astype(dtype)
+    if shape[2:] == (4,):
+        if dtype is bool:
+            return
+        with pytest.warns(UserWarning, match="alpha"):
+            whole = check_images([image]).load([0], size)
+        image = image[:, :, :3]
+    else:
+        whole = check_images([image]).load([0], size)
+    for pixels in (1, 100, 1000):
+        monkeypatch.setattr(vqad.images, "BAND_PIXELS", pixels)
+        assert torch.equal(check_images([image]).load([0], size), whole)
+    if image.ndim == 2 or image.shape[2] == 1:  # and grey may become colour after it
+        assert torch.equal(check_images([np.repeat(image.reshape(*shape[:2], 1), 3, 2)]).load([0], size), whole)

@@ -320,7 +320,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         drawn = None if self.random_state is None else seed
         name = fingerprint(
             type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn,
-            descriptor.tobytes(),
+            memoryview(descriptor).cast("B"),
         )  # fmt: skip
         return Checkpoint(self.checkpoint_dir, name, seed)
 
@@ -530,7 +530,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 score = self._image_score(combined, category, excess)
                 if note is not None:
                     note(scorer, chunk, maps, category, excess, terms, combined, score)
-                judged.append((score, category, combined if keep_maps else combined[:0]))
+                judged.append((score, category, combined if keep_maps else combined[:0].copy()))
             return judged
 
         with on_device(self.model_, device) as model:

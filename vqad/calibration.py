@@ -13,10 +13,12 @@ from vqad._warn import warn
 SHRINKAGE_IMAGES = 20
 # Of fewer cells than these in all no scale of a category's terms is learned: two feature rows would give any.
 MIN_SCALE_CELLS = 20
-# Up to so many held-out images of a category, each is left out of its scale of maps; of more, one hardly counts.
+# Up to so many held-out images of a category, each is left out of its scales; of more, one hardly counts.
 MAX_LEFT_OUT = 100
 # Standard deviations become comparable to a location's neighbours by this blur, in cells.
 LOCATION_BLUR = 1.5
+# Images whose maps are put together at a time: what lies in between is many times as large.
+IMAGES_AT_A_TIME = 512
 NORMAL_CONSISTENCY = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
 
 
@@ -78,29 +80,31 @@ class MapCalibration:
         n_categories: int,
     ) -> MapCalibration:
         """Learn the scales of further categories, up to ``n_categories`` in all; the known ones keep every bit."""
-        n_known, n_terms = self.center_.shape
+        n_known = len(self.center_)
         grown = range(n_known, n_categories)
         self.mean_, self.spread_, self.center_, self.scale_ = (
             np.concatenate([kept, np.full((len(grown), *kept.shape[1:]), value, np.float32)])
             for kept, value in ((self.mean_, 0), (self.spread_, 1), (self.center_, 0), (self.scale_, 1))
         )
-        raw, outer = self._stack(reference), self._stack(held_out)
         for c in grown:
-            rows = raw[reference_category == c]
+            rows = self._stack(reference, reference_category == c)
             if len(rows):
                 self.mean_[c], self.spread_[c] = _location_statistics(rows)
-        located = self._locate(outer, held_out_category)
         for c in grown:
-            own = located[held_out_category == c]
-            own = own if len(own) else located[held_out_category >= n_known]
-            cells = own.transpose(1, 0, 2, 3).reshape(n_terms, -1)
+            own = held_out_category == c
+            cells = self._cells(held_out, held_out_category, own if own.any() else held_out_category >= n_known)
             if cells.shape[1] >= MIN_SCALE_CELLS:
                 self.center_[c], self.scale_[c] = _robust(cells)
         return self
 
     def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
         """The standardised map, (n, h, w) float32, of raw terms (n, h, w) and category numbers (n,)."""
-        return np.einsum("t,nthw->nhw", self.weight_, self.standardise(terms, category), dtype=np.float32)
+        maps = np.empty(terms[self.terms_[0]].shape, dtype=np.float32)
+        for start in range(0, len(maps), IMAGES_AT_A_TIME):
+            part = slice(start, start + IMAGES_AT_A_TIME)
+            z = self.standardise({name: terms[name][part] for name in self.terms_}, category[part])
+            maps[part] = np.einsum("t,nthw->nhw", self.weight_, z, dtype=np.float32)
+        return maps
 
     def standardise(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
         """Each term in units of its category's normal images, (n, n_terms, h, w) float32, in the order ``terms_``."""
@@ -117,20 +121,24 @@ class MapCalibration:
         did not learn from these images.
         """
         maps = self.combine(held_out, category)
-        located = self._locate(self._stack(held_out), category)
         count = np.bincount(category)[category]
         is_scaled = count * maps[0].size >= MIN_SCALE_CELLS
         for i in np.flatnonzero(is_scaled & (count <= MAX_LEFT_OUT) & (category >= n_known)):
-            others = (category == category[i]) | ((count[i] == 1) & (category >= n_known))
+            others = category == category[i] if count[i] > 1 else category >= n_known
             others[i] = False
             if others.any():
-                cells = located[others].transpose(1, 0, 2, 3).reshape(len(self.terms_), -1)
-                center, scale = _robust(cells)
-                maps[i] = np.tensordot(self.weight_, (located[i] - center[:, None, None]) / scale[:, None, None], 1)
+                located = self._locate(self._stack(held_out, [i]), category[[i]])[0]
+                center, scale = _robust(self._cells(held_out, category, others))
+                maps[i] = np.tensordot(self.weight_, (located - center[:, None, None]) / scale[:, None, None], 1)
         return maps
 
-    def _stack(self, terms: dict[str, np.ndarray]) -> np.ndarray:
-        return np.stack([terms[name] for name in self.terms_], axis=1)
+    def _stack(self, terms: dict[str, np.ndarray], rows=slice(None)) -> np.ndarray:
+        return np.stack([terms[name][rows] for name in self.terms_], axis=1)
+
+    def _cells(self, terms: dict[str, np.ndarray], category: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Located terms of all cells of some images, (n_terms, n_cells)."""
+        located = self._locate(self._stack(terms, rows), category[rows])
+        return located.transpose(1, 0, 2, 3).reshape(len(self.terms_), -1)
 
     def _locate(self, terms: np.ndarray, category: np.ndarray) -> np.ndarray:
         return ((terms - self.mean_[category]) / self.spread_[category]).astype(np.float32)
@@ -222,7 +230,7 @@ class ScoreCalibration:
         """Standardised scores of the images of `fit`, each as if it had taken no part in its category's scale.
 
         Thresholds come from these: with few images a category, its median lies too close to each of them. In the
-        place of a category's only image stand the images of the others.
+        place of a category's only image stand the images of the others; and with many, one makes no difference.
 
         Parameters
         ----------
@@ -232,14 +240,18 @@ class ScoreCalibration:
             The raw score of each image from a map that it took no part in calibrating.
         """
         out = np.zeros(len(score))
-        for i, c in enumerate(category):
-            others = np.arange(len(score)) != i
-            own = score[others & (category == c)]
-            if len(own):
-                center = np.median(own)
-                out[i] = (unseen[i] - center) / self._shrunk_scale(own - center)
-            elif others.any():
-                out[i] = (unseen[i] - np.median(score[others])) / self.pooled_scale_
+        for c in np.unique(category):
+            rows = np.flatnonzero(category == c)
+            if len(rows) > MAX_LEFT_OUT:
+                out[rows] = self.transform(unseen[rows], category[rows])
+                continue
+            for i in rows:
+                own = score[rows[rows != i]]
+                if len(own):
+                    center = np.median(own)
+                    out[i] = (unseen[i] - center) / self._shrunk_scale(own - center)
+                elif len(score) > 1:
+                    out[i] = (unseen[i] - np.median(np.delete(score, i))) / self.pooled_scale_
         return out
 
 

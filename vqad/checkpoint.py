@@ -16,10 +16,10 @@ import torch
 
 from vqad._warn import warn
 
-# Within a pass a checkpoint is written this often; what a kill can cost is this much time.
-SECONDS_BETWEEN = 30.0
-# After a pass it is written unless that was done less than so many times ago as the writing took.
+# It is written unless that was done less than so many times ago as the writing took.
 WRITING_TIMES = 20.0
+# And within a pass no more often than this; so much time a kill can cost, where writing does not take long.
+SECONDS_BETWEEN = 30.0
 # An unfinished file that was last written to so long ago is no longer being written.
 STALE_SECONDS = 3600.0
 _MAGIC = b"vqad checkpoint 1\n"
@@ -29,8 +29,9 @@ def fingerprint(*parts: object) -> str:
     """Hexadecimal SHA-256 of some values, by their bytes or ``repr``."""
     digest = hashlib.sha256()
     for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
+        content = part if isinstance(part, (bytes, memoryview)) else repr(part).encode()
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -86,7 +87,7 @@ class Checkpoint:
     def due(self, *, after_pass: bool) -> bool:
         """Whether it is time to write."""
         waited = time.monotonic() - self._written_at
-        return waited >= (WRITING_TIMES * self._writing_took if after_pass else SECONDS_BETWEEN)
+        return waited >= max(WRITING_TIMES * self._writing_took, 0.0 if after_pass else SECONDS_BETWEEN)
 
     def write(self, state: Mapping[str, Any], *, finished: bool = False) -> None:
         """Replace the file; it is on the disk when this returns."""

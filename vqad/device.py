@@ -137,6 +137,20 @@ def one_core_each() -> Iterator[int]:
             torch.set_num_threads(threads)
 
 
+_HERE = threading.local()
+
+
+def join_pool(threads: int) -> None:
+    """What each of ``threads`` threads of a pool begins with that compute with one core each."""
+    _HERE.threads = threads
+    compute_with(1)
+
+
+def threads_beside() -> int:
+    """How many threads of a pool do what this one does, itself included."""
+    return getattr(_HERE, "threads", 1)
+
+
 def compute_with(threads: int) -> None:
     """Let torch compute with so many threads in this one.
 

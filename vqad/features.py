@@ -30,7 +30,7 @@ from vqad.backbones import (
     state_digest,
 )
 from vqad.cache import FeatureCache
-from vqad.device import on_device, pick_device
+from vqad.device import on_device, pick_device, threads_beside
 from vqad.images import ImageSequence, check_images
 from vqad.store import chunk_size, in_chunks, pad_chunk
 
@@ -349,7 +349,7 @@ def stream_maps(
         found = cache.find(key)
         return key, found, None if found is not None else read(i)
 
-    n_threads = joblib.effective_n_jobs(n_jobs)
+    n_threads = max(1, joblib.effective_n_jobs(n_jobs) // threads_beside())
     ahead = size + n_threads
     items = read_ahead(find_or_read, (int(i) for i in indices), n_threads, ahead)
     for start in range(0, len(indices), size):

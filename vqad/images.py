@@ -33,6 +33,8 @@ from vqad._warn import warn
 __all__ = ["ImageSequence", "check_images"]
 
 CHANNELS = (1, 3, 4)
+# Pixels that are floats at a time while a large image is made smaller.
+BAND_PIXELS = 2**20
 _FORMS = (
     "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images or file paths), "
     "an array or Series of file paths, or a vqad.datasets collection"
@@ -168,22 +170,7 @@ class ImageSequence:
         ValueError
             If the file is truncated or no image, or if the values are not finite or not in 0..1.
         """
-        raw, name = self._item(i), self.name(i)
-        if isinstance(raw, str):
-            with opened(raw, name) as image:
-                raw, has_alpha = pil_to_array(image)
-        elif isinstance(raw, Image.Image):
-            with loaded(raw, name) as image:
-                raw, has_alpha = pil_to_array(image)
-        else:
-            raw, has_alpha = tensor_to_array(raw), raw.ndim == 3 and raw.shape[2] == 4
-        if has_alpha:
-            self._warn_alpha(name)
-        if raw.ndim == 3 and raw.shape[2] == 4:
-            raw = raw[:, :, :3]
-        pixels = to_unit_range(raw, name)
-        if pixels.ndim == 2:
-            pixels = pixels[:, :, None]
+        pixels = to_unit_range(self._raw(i), self.name(i))
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def digest(self, i: int) -> str:
@@ -220,12 +207,37 @@ class ImageSequence:
             slot.copy_(self._resized(int(i), size))
         return batch
 
+    def _raw(self, i: int) -> np.ndarray:
+        """Image `i` as it is stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
+        item, name = self._item(i), self.name(i)
+        if isinstance(item, str):
+            with opened(item, name) as image:
+                raw, has_alpha = pil_to_array(image)
+        elif isinstance(item, Image.Image):
+            with loaded(item, name) as image:
+                raw, has_alpha = pil_to_array(image)
+        else:
+            raw = tensor_to_array(item)
+            has_alpha = raw.ndim == 3 and raw.shape[2] == 4
+        if has_alpha:
+            self._warn_alpha(name)
+        return raw[:, :, None] if raw.ndim == 2 else raw[:, :, :3]
+
     def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
-        image = torch.from_numpy(self.pixels(i)).permute(2, 0, 1)
-        if tuple(image.shape[1:]) == tuple(size):
-            return image
-        image = F.interpolate(image[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
-        return image[0].clamp_(0.0, 1.0)
+        """Image `i` at `size`: (3, h, w), or (1, h, w) of a grey one.
+
+        A large image of whole numbers becomes floats, and narrower, some rows at a time: that gives the same to the
+        last bit, and never are there floats of all of it.
+        """
+        raw, name = self._raw(i), self.name(i)
+        height, width = raw.shape[:2]
+        in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)
+        n_rows = max(1, BAND_PIXELS // width) if in_bands else height
+        bands = (to_unit_range(raw[y : y + n_rows], name) for y in range(0, height, n_rows))
+        images = [torch.from_numpy(band).permute(2, 0, 1) for band in bands]
+        if len(images) > 1:
+            images = [torch.cat([_interpolated(image, (image.shape[1], size[1])) for image in images], 1)]
+        return _interpolated(images[0], size).clamp_(0.0, 1.0)
 
     def _item(self, i: int) -> Any:
         origin = int(self._indices[i])
@@ -237,6 +249,12 @@ class ImageSequence:
         if not self._said["alpha"]:
             self._said["alpha"] = True
             warn(f"{said_of(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.")
+
+
+def _interpolated(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    return F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 # ---- the form of X -------------------------------------------------------------------------------

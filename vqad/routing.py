@@ -18,7 +18,8 @@ from vqad._warn import warn
 # products reach 0.31 at the most when they are cut in parts, different products 0.51 and more (docs/choices.md).
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
-FEW_IMAGES = 10
+# So many categories of so few images may be pieces of one kind, of which there are several pictures each.
+MANY_CATEGORIES, FEW_IMAGES = 5, 10
 MAX_ODD_IMAGES = 0.02
 MAX_SCALING_IMAGES = 2000
 MAX_DISCOVERY_IMAGES = 4000
@@ -58,7 +59,7 @@ class CategoryRouter:
         Warns
         -----
         UserWarning
-            When the categories that were found have fewer than 10 images in the median.
+            When five or more categories were found, of fewer than 10 images in the median.
         """
         self.silhouette_ = float("nan")
         self.discovered_ = category is None
@@ -73,7 +74,7 @@ class CategoryRouter:
         if category is None:
             index = self._settle(projected, self.predict(descriptor)[0])
             typical = np.median(np.bincount(index))
-            if len(self.categories_) > 1 and typical < FEW_IMAGES:
+            if len(self.categories_) >= MANY_CATEGORIES and typical < FEW_IMAGES:
                 warn(
                     f"{len(self.categories_)} categories were found in {len(index)} images, of {typical:g} images in "
                     "the median: few to learn one from. Give more images; or, if these are several pictures of each of "
@@ -121,26 +122,27 @@ class CategoryRouter:
         index : ndarray of shape (n,), int64
         distance : ndarray of shape (n,), float64
         """
-        white = self._whiten(descriptor)
-        distance = np.sqrt(np.stack([np.square(row - self.means_).sum(-1) for row in white]))
-        index = distance.argmin(1)
-        return index, distance[np.arange(len(index)), index]
+        index, distance = np.empty(len(descriptor), dtype=np.int64), np.empty(len(descriptor))
+        for i, row in enumerate(self._whiten(descriptor)):
+            away = np.sqrt(np.square(row - self.means_).sum(-1))
+            index[i] = away.argmin()
+            distance[i] = away[index[i]]
+        return index, distance
 
     def _fit_scaling(self, descriptor: np.ndarray, random_state: int) -> None:
-        self.center_ = descriptor.mean(0)
-        scale = descriptor.std(0)
+        rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
+        sample = descriptor[rows].astype(np.float64)
+        self.center_ = sample.mean(0)
+        scale = sample.std(0)
         self.scale_ = np.where(scale > 1e-6 * max(scale.max(), 1e-12), scale, 1.0)
-        scaled = (descriptor - self.center_) / self.scale_
-        n_components = min(32, len(descriptor), descriptor.shape[1])
-        rows = _subsample(len(scaled), random_state, MAX_SCALING_IMAGES)
         with np.errstate(invalid="ignore"):  # images that are all the same
-            pca = PCA(min(n_components, len(rows)), svd_solver="full").fit(scaled[rows])
+            pca = PCA(min(32, *sample.shape), svd_solver="full").fit((sample - self.center_) / self.scale_)
         self.components_ = pca.components_.T
 
     def _project(self, descriptor: np.ndarray) -> np.ndarray:
         # Row by row in float64: a matrix product's last bits may depend on how many rows it has.
-        scaled = (np.asarray(descriptor, dtype=np.float64) - self.center_) / self.scale_
-        return np.stack([row @ self.components_ for row in scaled])
+        rows = (row.astype(np.float64) for row in np.asarray(descriptor))
+        return np.stack([((row - self.center_) / self.scale_) @ self.components_ for row in rows])
 
     def _whiten(self, descriptor: np.ndarray) -> np.ndarray:
         return np.stack([row @ self.whitening_ for row in self._project(descriptor)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vqad._heap import keep_freed_memory
 from vqad._warn import holding_warnings, let_out, warn
-from vqad.device import compute_with, one_core_each
+from vqad.device import join_pool, one_core_each
 
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
@@ -77,7 +78,7 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
     keep_freed_memory()
     with one_core_each() as threads:
         n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
-        with ThreadPool(threads, initializer=compute_with, initargs=(1,)) as pool:
+        with ThreadPool(threads, initializer=join_pool, initargs=(threads,)) as pool:
             for held in pool.imap(holding_warnings(work), np.array_split(rows, n_parts)):
                 yield from let_out(held)
 
@@ -126,14 +127,22 @@ class FeatureStore:
 
     def _allocate(self, maps: list[Tensor]) -> None:
         shapes = [(self.n, *m.shape[1:]) for m in maps]
-        size = torch.empty((), dtype=self.dtype).element_size()
-        if sum(int(np.prod(s)) for s in shapes) * size <= self.limit:
+        needed = sum(math.prod(s) for s in shapes) * self.dtype.itemsize
+        if needed <= self.limit:
             self.maps = [torch.empty(s, dtype=self.dtype) for s in shapes]
             return
+        # The files take up their place as they fill; a disk that is full then ends the process without a word.
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if needed > free:
+            raise OSError(
+                f"The features of {self.n} images take {needed / 1e9:.1f} GB, more than a quarter of the memory and "
+                f"than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set TMPDIR in the environment "
+                "to a folder with more room, give fewer images, or take a smaller image_size."
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-")
         for k, shape in enumerate(shapes):
             path = str(Path(self._folder.name) / f"{k}.bin")
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
 
     def batch(self, indices) -> Tensor | list[Tensor]:
@@ -215,11 +224,11 @@ def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[li
 
 
 def describe(maps: list[Tensor]) -> np.ndarray:
-    """Descriptor of each whole image: mean and standard deviation of every channel over the map."""
+    """Descriptor of each whole image, float32: mean and standard deviation of every channel over the map."""
     parts = []
     for m in maps:
         cells = m.float().flatten(2)
         mean = cells.mean(2)
         # On a CPU torch's own standard deviation takes ten times as long.
         parts += [mean, (cells - mean[..., None]).square().mean(2).sqrt()]
-    return torch.cat(parts, 1).cpu().numpy().astype(np.float64)
+    return torch.cat(parts, 1).cpu().numpy()

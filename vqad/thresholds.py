@@ -16,8 +16,10 @@ from vqad._warn import warn
 from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile
 from vqad.nn.whiten import leaving_out, second_moments, whitenings
 
-# Normal images of a category that say where its maps are high.
+# Normal images of a category that say where its maps are high; and of those held out, that say how high.
 MAX_REFERENCE_IMAGES = 200
+# Images whose terms are held at a time, where each is judged on its own.
+IMAGES_AT_A_TIME = 512
 # Features whose deviations are held at a time, in numbers (256 MiB).
 DEVIATION_NUMBERS = 2**26
 
@@ -36,7 +38,7 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     """
     n_categories = len(detector.categories_)
     _learn_metric(detector, store, np.flatnonzero(index >= n_known), index, device)
-    reference = _reference_rows(index, train, held_out, n_known, n_categories)
+    reference, others = _reference_rows(index, train, held_out, n_known, n_categories)
     is_held = np.isin(reference, held_out)
     terms = _reference_terms(detector, store, reference, is_held, index, device)
     held_terms = {name: term[is_held] for name, term in terms.items()}
@@ -53,13 +55,16 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     pool = detector.score_calibration_.pool
     score = pool(detector.map_calibration_.combine(held_terms, category))
     maps = detector.map_calibration_.leave_one_out(held_terms, category, n_known)
-    found = {
-        "category": category,
-        "score": score,
-        "unseen": pool(maps),
-        "peak": maps.reshape(len(maps), -1).max(1).astype(np.float64),
-        "standard": np.zeros(len(score)),
-    }
+    judged = [(category, score, pool(maps), _peak(maps))]
+    with leaving_out(detector.model_):
+        for part in _parts(others):
+            terms = detector._store_terms(store, part, index[part], device)
+            maps = detector.map_calibration_.combine(terms, index[part])
+            judged.append((index[part], pool(maps), pool(maps), _peak(maps)))
+    for whitening in whitenings(detector.model_):
+        whitening.forget()
+    category, score, unseen, peak = (np.concatenate(column) for column in zip(*judged))
+    found = {"category": category, "score": score, "unseen": unseen, "peak": peak, "standard": np.zeros(len(score))}
     held = detector._held_out = {name: np.append(kept, found[name]) for name, kept in detector._held_out.items()}
     if not n_known:
         detector.score_calibration_.fit(score, category, n_categories)
@@ -110,26 +115,38 @@ def _reference_terms(detector, store, rows, is_held, index, device) -> dict[str,
                 found = detector._store_terms(store, rows[chosen], index[rows[chosen]], device)
             for name, term in found.items():
                 terms.setdefault(name, np.empty((len(rows), *term.shape[1:]), term.dtype))[chosen] = term
-    for whitening in whitenings(detector.model_):
-        whitening.forget()
     return terms
 
 
-def _reference_rows(index, train, held_out, n_known, n_categories) -> np.ndarray:
-    """Images that say how high maps are; of a known category just those held out."""
-    parts = []
+def _reference_rows(index, train, held_out, n_known, n_categories) -> tuple[np.ndarray, np.ndarray]:
+    """Images that say how high maps are, of a known category just some held out; and the other held-out ones."""
+    chosen, others = [], []
     for c in range(n_categories):
+        own = held_out[index[held_out] == c]
         if c >= n_known:
-            parts.append(train[index[train] == c][:MAX_REFERENCE_IMAGES])
-        parts.append(held_out[index[held_out] == c])
-    return np.concatenate(parts)
+            chosen.append(train[index[train] == c][:MAX_REFERENCE_IMAGES])
+        chosen.append(own[:MAX_REFERENCE_IMAGES])
+        others.append(own[MAX_REFERENCE_IMAGES:])
+    return np.concatenate(chosen), np.concatenate(others)
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, range(IMAGES_AT_A_TIME, len(rows), IMAGES_AT_A_TIME)) if len(rows) else []
+
+
+def _peak(maps: np.ndarray) -> np.ndarray:
+    return maps.reshape(len(maps), -1).max(1).astype(np.float64)
 
 
 def _score_all(detector, store, descriptor, rows, device) -> None:
     """Score all images learned from, and keep that with the scores of earlier calls."""
     category, excess = detector._route(descriptor[rows])
-    maps = detector.map_calibration_.combine(detector._store_terms(store, rows, category, device), category)
-    found = {"score": -detector._image_score(maps, category, excess), "category": category}
+    score = [np.empty(0)]
+    for place in _parts(np.arange(len(rows))):
+        terms = detector._store_terms(store, rows[place], category[place], device)
+        maps = detector.map_calibration_.combine(terms, category[place])
+        score.append(-detector._image_score(maps, category[place], excess[place]))
+    found = {"score": np.concatenate(score), "category": category}
     detector._seen = {name: np.append(kept, found[name]) for name, kept in detector._seen.items()}
 
 

@@ -85,7 +85,9 @@ def count_pixels(
             defects[group].add(mask, scores)
         if once:
             held.append((group, _normal_pixels(mask, scores, copy=True)))
-    counters = [_NormalCounter(d.distinct(), CHUNK_PIXELS // n_groups) for d in defects]
+    # A flush looks every distinct score up: no fewer pixels than those at a time.
+    distinct = [d.distinct() for d in defects]
+    counters = [_NormalCounter(scores, max(CHUNK_PIXELS // n_groups, scores.size)) for scores in distinct]
     if once:
         held.reverse()
         while held:
