@@ -223,6 +223,15 @@ def test_every_image_gets_its_own_map_at_its_own_size(model, tmp_path):
     assert sorted(sizes) == [(48, 64), (48, 64), (48, 64), (64, 64)]
 
 
+def test_maps_of_large_images_are_drawn_smaller(model, tmp_path, monkeypatch):
+    pixels = make_textured_parts(1, 0, image_size=64, random_state=1).images[0]
+    save_png(tmp_path / "new" / "part.png", pixels[:33])
+    monkeypatch.setattr(vqad.cli, "DRAWN_SIDE", 32)
+    assert main(["score", str(model), str(tmp_path / "new"), "--maps", str(tmp_path / "maps")]) == 0
+    (drawn,) = (tmp_path / "maps").rglob("*.png")
+    assert vqad.images.check_images([str(drawn)]).size(0) == (16, 32)
+
+
 def test_a_broken_image_is_named(model, tmp_path, capsys):
     save_png(tmp_path / "a.png", np.zeros((64, 64), np.uint8))
     whole = (tmp_path / "a.png").read_bytes()

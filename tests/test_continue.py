@@ -12,10 +12,12 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
+import vqad.base
 import vqad.calibration
 import vqad.checkpoint
 import vqad.thresholds
 from vqad import HVQTransDetector
+from vqad._checks import some_of_each
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.training import Trainer
 
@@ -637,6 +639,20 @@ def test_beyond_some_images_a_category_the_others_are_judged_and_set_no_scale(pl
     new = make_maps(seed=5)
     assert np.corrcoef(made.score_samples(new), plain.score_samples(new))[0, 1] > 0.8
     assert 0.05 < np.mean(made.predict(new) < 0) < 0.5
+
+
+def test_a_fit_starts_from_some_images_of_each_category(plain, monkeypatch):
+    rows, index = np.arange(100, 190), np.repeat([2, 0, 1], [50, 35, 5])
+    some = some_of_each(rows, index, 20, seed=3)
+    np.testing.assert_array_equal(np.bincount(index[some - 100]), [20, 5, 20])
+    assert (np.diff(some) > 0).all()
+    assert some[some < 150].max() > 125  # not the first ones
+    np.testing.assert_array_equal(some_of_each(rows, index, 50, seed=3), rows)
+    monkeypatch.setattr(vqad.base, "START_PER_CATEGORY", 8)
+    monkeypatch.setattr(vqad.base, "START_IMAGES", 0)
+    made, new = small().fit(MAPS, category=NAMES), make_maps(seed=5)
+    assert not np.array_equal(made.feature_mean_[0], plain.feature_mean_[0])
+    assert np.corrcoef(made.score_samples(new), plain.score_samples(new))[0, 1] > 0.8
 
 
 def test_a_checkpoint_that_takes_long_to_write_is_written_seldom(tmp_path, monkeypatch):

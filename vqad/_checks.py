@@ -108,6 +108,16 @@ def hold_out(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(held))
 
 
+def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Rows in their order, of each category at most ``limit``, drawn at random; ``index`` is the category of each."""
+    rng = np.random.RandomState(seed % 2**32)
+    chosen = []
+    for c in np.unique(index):
+        own = rows[index == c]
+        chosen.append(own if len(own) <= limit else rng.permutation(own)[:limit])
+    return rows[np.isin(rows, np.concatenate(chosen))]
+
+
 def split_rows(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
     held_out = hold_out(index, fraction, seed)

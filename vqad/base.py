@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqad._checks import both_labels, check_category, check_features, normal_rows, split_rows
+from vqad._checks import both_labels, check_category, check_features, normal_rows, some_of_each, split_rows
 from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.device import native_precision, on_device, pick_device, seeded, to_device
@@ -50,7 +50,8 @@ from vqad.training import Trainer, TrainingPlan
 FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
-
+# Images that the scale of the features and the start of the model come from: of each category, and of few in all.
+START_PER_CATEGORY, START_IMAGES = 200, 2000
 
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
 NOT_OF_THE_TRAINING = {
@@ -347,8 +348,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if self.early_stopping:
             keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1)
             train, validation = train[keep], torch.from_numpy(train[chosen])
+        some = some_of_each(
+            train, index[train], max(START_PER_CATEGORY, START_IMAGES // n_categories), self._split_seed
+        )
         if not warm:
-            self.feature_mean_, self.feature_scale_ = channel_statistics(store, train, self.standardize)
+            self.feature_mean_, self.feature_scale_ = channel_statistics(store, some, self.standardize)
         scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
         category_tensor = torch.from_numpy(index)
 
@@ -359,7 +363,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if warm:
             take_over(self.model_, before)
         elif checkpoint is None or checkpoint.state is None:
-            self._initialise(batches)
+            self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(some), self.batch_size))
         trainer = Trainer(
             self.model_, scaled, category_tensor, self._plan(),
             device=device, dtype=native_precision(device, self.precision),
@@ -477,6 +481,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def anomaly_map(self, X):
         """Where each image is anomalous, and how much.
 
+        All maps are in memory, four bytes a pixel: of many large photographs ask for some at a time.
+
         Returns
         -------
         maps : ndarray of shape (n, H, W), float32, or list of ndarray of shape (H, W)
@@ -487,9 +493,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         data = self._check_X(X)
         maps = self._judge_data(data, np.arange(len(data))).maps
-        out = [resize_map(m, data.size(i)) for i, m in enumerate(maps)]
-        same = len({m.shape for m in out}) == 1
-        return np.stack(out) if same else out
+        sizes = [data.size(i) for i in range(len(data))]
+        resized = (resize_map(*pair) for pair in zip(maps, sizes))
+        if len(set(sizes)) > 1:
+            return list(resized)
+        out = np.empty((len(maps), *sizes[0]), dtype=np.float32)
+        for whole, m in zip(out, resized):
+            whole[:] = m
+        return out
 
     def explain(self, X):
         """What each image's map is made of: codes, distances and terms of every cell.

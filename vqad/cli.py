@@ -24,14 +24,16 @@ from vqad.base import BaseImageDetector
 from vqad.datasets import ImageDataset, load_folder, load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import DETECTORS, FULL, QUICK, run_demo
-from vqad.images import check_images
+from vqad.images import ImageSequence, check_images
 from vqad.metrics import evaluate
 from vqad.report import Verdicts, judge, overlay, write_report
 
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 DEMO_FOLDER = "demo-output"
 # Images between two lines of output.
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 32
+# Longest side of a heatmap: a map has some dozens of cells, and a photograph thousands of pixels.
+DRAWN_SIDE = 1600
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,8 +131,7 @@ def _score(arguments: argparse.Namespace) -> int:
                 print(f"{shown[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
                 write([paths[i], name, score, float(verdicts.threshold[k]), p, label])
                 if arguments.maps is not None:
-                    drawn = _drawn(detector, data.pixels(i), verdicts, k)
-                    _write_image(arguments.maps / outputs[i], drawn)
+                    _write_image(arguments.maps / outputs[i], _drawn(detector, data, i, verdicts, k))
             n_anomalies += int((verdicts.label == -1).sum())
     print(f"{n_anomalies} of {len(paths)} images are anomalous (scores over {_thresholds(detector)})")
     return OK
@@ -292,8 +293,12 @@ class _Lazy:
 # ---- output --------------------------------------------------------------------------------------
 
 
-def _drawn(detector: BaseImageDetector, pixels: Any, verdicts: Verdicts, k: int) -> Any:
-    return overlay(pixels, verdicts.anomaly_map(k, pixels.shape[:2]), detector.map_threshold_)
+def _drawn(detector: BaseImageDetector, data: ImageSequence, i: int, verdicts: Verdicts, k: int) -> Any:
+    size = data.size(i)
+    shrink = min(1.0, DRAWN_SIDE / max(size))
+    size = max(1, round(shrink * size[0])), max(1, round(shrink * size[1]))
+    pixels = data.load([i], size)[0].permute(1, 2, 0).numpy()
+    return overlay(pixels, verdicts.anomaly_map(k, size), detector.map_threshold_)
 
 
 def _write_image(path: Path, pixels: Any) -> None:
@@ -476,7 +481,9 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
     _add_model(command)
     command.add_argument("images", nargs="+", metavar="DIR|FILE", help="images, or folders of images")
     command.add_argument("--csv", metavar="FILE", help="also write the table to a CSV file")
-    command.add_argument("--maps", type=Path, metavar="DIR", help="also write a heatmap of each image, as PNG")
+    command.add_argument(
+        "--maps", type=Path, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
+    )
     return command
 
 

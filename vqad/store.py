@@ -136,8 +136,8 @@ class FeatureStore:
         if needed > free:
             raise OSError(
                 f"The features of {self.n} images take {needed / 1e9:.1f} GB, more than a quarter of the memory and "
-                f"than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set TMPDIR in the environment "
-                "to a folder with more room, give fewer images, or take a smaller image_size."
+                f"than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set TMPDIR in the "
+                "environment to a folder with more room, give fewer images, or take a smaller image_size."
             )
         self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-")
         for k, shape in enumerate(shapes):

@@ -445,6 +445,7 @@ class _CellSample:
         self.generator = generator
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.bound: dict[int, float] = {}
+        self.count: dict[int, int] = {}
 
     def add(self, vectors: Tensor, category: Tensor) -> None:
         """Offer the cells (N, L, D) of a batch."""
@@ -453,13 +454,15 @@ class _CellSample:
             key = torch.rand(len(offered), generator=self.generator)
             chosen = (key < self.bound.get(c, 1.0)).nonzero().squeeze(1)
             self.kept.setdefault(c, []).append((key[chosen], offered[chosen.to(offered.device)]))
-            if sum(len(key) for key, _ in self.kept[c]) > 2 * self.limit:
+            self.count[c] = self.count.get(c, 0) + len(chosen)
+            if self.count[c] > 2 * self.limit:
                 self._thin(c)
 
     def _thin(self, c: int) -> None:
         keys, vectors = (torch.cat(parts) for parts in zip(*self.kept[c]))
         smallest, chosen = keys.topk(min(self.limit, len(keys)), largest=False)
         self.kept[c] = [(smallest, vectors[chosen.to(vectors.device)])]
+        self.count[c] = len(smallest)
         self.bound[c] = float(smallest[-1])
 
     def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
