@@ -652,7 +652,7 @@ def test_a_fit_starts_from_some_images_of_each_category(plain, monkeypatch):
     monkeypatch.setattr(vqad.base, "START_IMAGES", 0)
     made, new = small().fit(MAPS, category=NAMES), make_maps(seed=5)
     assert not np.array_equal(made.feature_mean_[0], plain.feature_mean_[0])
-    assert np.corrcoef(made.score_samples(new), plain.score_samples(new))[0, 1] > 0.8
+    assert np.mean(made.predict(new) < 0) < 0.5
 
 
 def test_a_checkpoint_that_takes_long_to_write_is_written_seldom(tmp_path, monkeypatch):

@@ -348,9 +348,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if self.early_stopping:
             keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1)
             train, validation = train[keep], torch.from_numpy(train[chosen])
-        some = some_of_each(
-            train, index[train], max(START_PER_CATEGORY, START_IMAGES // n_categories), self._split_seed
-        )
+        limit = max(START_PER_CATEGORY, START_IMAGES // n_categories)
+        some = some_of_each(train, index[train], limit, self._split_seed)
         if not warm:
             self.feature_mean_, self.feature_scale_ = channel_statistics(store, some, self.standardize)
         scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
