@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, n: int, n_kinds: int) -> None:
         f"{args.detector}, {n} images of {n_kinds} kinds, {'with' if args.labels else 'no'} labels: fit {fit:.0f} s, "
         f"{1e3 * fit / n:.1f} ms an image, {held:.2f} GB on top of the images' {before:.2f}; scoring "
         f"{1e3 * score / N_NEW:.1f} ms an image, {1e3 * one:.0f} ms alone; {len(detector.categories_)} categories "
-        f"(adjusted Rand index of new images {agreement:.3f}), false alarms {(~normal).mean():.1%}; {size:.0f} MB saved",
+        f"(adjusted Rand index {agreement:.3f}), false alarms {(~normal).mean():.1%}; saved {size:.0f} MB",
         flush=True,
     )
 

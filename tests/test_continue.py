@@ -617,7 +617,7 @@ def test_partial_fit_repeats_with_a_random_state(of_two):
 
 
 def test_what_is_held_at_a_time_changes_nothing(plain, monkeypatch):
-    for module in (vqad.thresholds, vqad.calibration):
+    for module in (vqad.thresholds, vqad.calibration):  # which has it from there
         monkeypatch.setattr(module, "IMAGES_AT_A_TIME", 3)
     made = small().fit(MAPS, category=NAMES)
     np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))

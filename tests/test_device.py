@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqad.device import on_device, one_core_each, threads_beside, undisturbed
+from vqad.device import on_device, one_core_each, undisturbed
+from vqad.features import readers
 from vqad.store import side_by_side
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
@@ -68,12 +69,13 @@ def test_threads_that_are_born_while_others_compute_with_one_core_each():
     assert seen == [(3, 3)] * 4
 
 
-def test_threads_of_a_pool_know_how_many_they_are():
+def test_threads_of_a_pool_share_those_that_read():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert list(side_by_side(lambda part: [threads_beside()], np.arange(6), CPU)) == [3, 3, 3]
-        assert threads_beside() == 1
+        for n_jobs, each, alone in ((None, 0, 0), (1, 0, 0), (2, 1, 2), (5, 1, 5), (6, 2, 6)):
+            assert list(side_by_side(lambda part, n=n_jobs: [readers(n)], np.arange(6), CPU)) == [each] * 3
+            assert readers(n_jobs) == alone
     finally:
         torch.set_num_threads(before)
 

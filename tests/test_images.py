@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import vqad.images
-from vqad._decode import read_mask
+from vqad._decode import read_mask, to_unit_range
 from vqad.images import ImageSequence, check_images
 
 SMALL_UINT8 = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)))
@@ -668,5 +669,18 @@ def test_rows_of_large_images_may_become_smaller_some_at_a_time(dtype, shape, si
     for pixels in (1, 100, 1000):
         monkeypatch.setattr(vqad.images, "BAND_PIXELS", pixels)
         assert torch.equal(check_images([image]).load([0], size), whole)
+    monkeypatch.setattr(vqad.images, "BAND_PIXELS", 100)
+    kept, made = [], []
+
+    def scaled(raw, name):
+        kept.append(sum(band() is not None for band in made))
+        band = to_unit_range(raw, name)
+        made.append(weakref.ref(band))
+        return band
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqad.images, "to_unit_range", scaled)
+        check_images([image]).load([0], size)
+    assert max(kept) <= 1  # the one before
     if image.ndim == 2 or image.shape[2] == 1:  # and grey may become colour after it
         assert torch.equal(check_images([np.repeat(image.reshape(*shape[:2], 1), 3, 2)]).load([0], size), whole)

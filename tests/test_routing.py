@@ -84,7 +84,7 @@ def test_pieces_photographed_a_few_times_each_are_told_from_categories():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert CategoryRouter().fit(X, ["part"] * 120).max() == 0
-        CategoryRouter().fit(blobs(20, n=10)[0])
+        CategoryRouter().fit(blobs(20, n=20)[0])
 
 
 @settings(max_examples=20)
@@ -102,6 +102,15 @@ def test_cuts_are_those_of_wards_tree_and_silhouettes_those_of_scikit_learn(n, d
         placed = label >= 0
         assert (~placed).sum() <= max(1, 0.02 * n)
         assert score == pytest.approx(silhouette_score(X[placed], label[placed]), abs=1e-5)
+
+
+def test_parts_that_differ_in_last_digits_leave_no_empty_category():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        centre = np.repeat(rng.standard_normal((5, 2)), 2, 0) + 1e-8 * rng.standard_normal((10, 2))
+        X = centre[rng.integers(0, 10, 150)] + 1e-9 * rng.standard_normal((150, 2))
+        index, _ = discover(X)
+        assert len(np.unique(index)) == index.max() + 1
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -111,7 +111,7 @@ def hold_out(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """Rows in their order, of each category at most ``limit``, drawn at random; ``index`` is the category of each."""
     rng = np.random.RandomState(seed % 2**32)
-    chosen = []
+    chosen = [rows[:0]]
     for c in np.unique(index):
         own = rows[index == c]
         chosen.append(own if len(own) <= limit else rng.permutation(own)[:limit])

@@ -50,7 +50,8 @@ from vqad.training import Trainer, TrainingPlan
 FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
-# Images that the scale of the features and the start of the model come from: of each category, and of few in all.
+# Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
+# as make 2,000 in all.
 START_PER_CATEGORY, START_IMAGES = 200, 2000
 
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
@@ -348,9 +349,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if self.early_stopping:
             keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1)
             train, validation = train[keep], torch.from_numpy(train[chosen])
-        limit = max(START_PER_CATEGORY, START_IMAGES // n_categories)
-        some = some_of_each(train, index[train], limit, self._split_seed)
         if not warm:
+            limit = max(START_PER_CATEGORY, START_IMAGES // n_categories)
+            some = some_of_each(train, index[train], limit, self._split_seed)
             self.feature_mean_, self.feature_scale_ = channel_statistics(store, some, self.standardize)
         scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
         category_tensor = torch.from_numpy(index)

@@ -121,15 +121,19 @@ class MapCalibration:
         did not learn from these images.
         """
         maps = self.combine(held_out, category)
-        count = np.bincount(category)[category]
-        is_scaled = count * maps[0].size >= MIN_SCALE_CELLS
-        for i in np.flatnonzero(is_scaled & (count <= MAX_LEFT_OUT) & (category >= n_known)):
-            others = category == category[i] if count[i] > 1 else category >= n_known
-            others[i] = False
-            if others.any():
-                located = self._locate(self._stack(held_out, [i]), category[[i]])[0]
-                center, scale = _robust(self._cells(held_out, category, others))
-                maps[i] = np.tensordot(self.weight_, (located - center[:, None, None]) / scale[:, None, None], 1)
+        n_cells = maps[0].size
+        for c in np.unique(category[category >= n_known]):
+            rows = np.flatnonzero(category == c)
+            if len(rows) * n_cells < MIN_SCALE_CELLS or len(rows) > MAX_LEFT_OUT:
+                continue
+            # In the place of a category's only image stand those of the others.
+            beside = rows if len(rows) > 1 else np.flatnonzero(category >= n_known)
+            cells = self._cells(held_out, category, beside).reshape(len(self.terms_), len(beside), n_cells)
+            for i in rows if len(beside) > 1 else ():
+                is_own = beside == i
+                center, scale = _robust(cells[:, ~is_own].reshape(len(self.terms_), -1))
+                left_out = (cells[:, is_own][:, 0] - center[:, None]) / scale[:, None]
+                maps[i] = (self.weight_ @ left_out).reshape(maps[i].shape)
         return maps
 
     def _stack(self, terms: dict[str, np.ndarray], rows=slice(None)) -> np.ndarray:

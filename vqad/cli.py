@@ -30,7 +30,7 @@ from vqad.report import Verdicts, judge, overlay, write_report
 
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 DEMO_FOLDER = "demo-output"
-# Images between two lines of output.
+# Images that are scored, and then told of, together.
 ROWS_AT_ONCE = 32
 # Longest side of a heatmap: a map has some dozens of cells, and a photograph thousands of pixels.
 DRAWN_SIDE = 1600

@@ -349,7 +349,7 @@ def stream_maps(
         found = cache.find(key)
         return key, found, None if found is not None else read(i)
 
-    n_threads = max(1, joblib.effective_n_jobs(n_jobs) // threads_beside())
+    n_threads = readers(n_jobs)
     ahead = size + n_threads
     items = read_ahead(find_or_read, (int(i) for i in indices), n_threads, ahead)
     for start in range(0, len(indices), size):
@@ -369,9 +369,15 @@ def stream_maps(
         yield chunk, [m.to(device).contiguous() for m in maps]
 
 
+def readers(n_jobs: int | None) -> int:
+    """Threads that read for this one, which shares them with the others of its pool; 0 where it reads itself."""
+    n_threads = joblib.effective_n_jobs(n_jobs)
+    return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
+
+
 def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
-    """``map(read, items)``, with up to ``ahead`` items read by threads before they are asked for."""
-    if n_threads == 1:
+    """``map(read, items)``, with up to ``ahead`` items read by threads, if any, before they are asked for."""
+    if not n_threads:
         yield from map(read, items)
         return
     with ThreadPoolExecutor(n_threads, "vqad-read") as pool:

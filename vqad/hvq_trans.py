@@ -42,7 +42,7 @@ class HVQTransDetector(BaseImageDetector):
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
     standardize : bool, default=True
-        Whether each feature channel is brought to mean 0 and variance 1 over the training images, so that all channels
+        Whether each feature channel is brought to mean 0 and variance 1 over training images, so that all channels
         count alike in the reconstruction. The published system does not.
     patch_size : int, default=2
         Cells along each side of a token: features are taken on a grid this many times finer than the tokens' and
@@ -114,8 +114,8 @@ class HVQTransDetector(BaseImageDetector):
         Of the training and of the model. "auto" takes bfloat16 where the hardware has it natively. The backbone
         computes in bfloat16 only where "bfloat16" is asked for.
     n_jobs : int or None, default=None
-        Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
-        when it is its turn. Results are the same.
+        Threads that read and decode images while the backbone works, at least one for each thread that computes; -1
+        takes all processors. None reads each image when it is its turn. Results are the same.
     memory : None, str, path or joblib.Memory, default=None
         Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
         any fit or scoring call with the same backbone, is not passed through the backbone again.

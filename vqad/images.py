@@ -233,11 +233,11 @@ class ImageSequence:
         height, width = raw.shape[:2]
         in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)
         n_rows = max(1, BAND_PIXELS // width) if in_bands else height
-        bands = (to_unit_range(raw[y : y + n_rows], name) for y in range(0, height, n_rows))
-        images = [torch.from_numpy(band).permute(2, 0, 1) for band in bands]
-        if len(images) > 1:
-            images = [torch.cat([_interpolated(image, (image.shape[1], size[1])) for image in images], 1)]
-        return _interpolated(images[0], size).clamp_(0.0, 1.0)
+        bands = []
+        for y in range(0, height, n_rows):
+            band = torch.from_numpy(to_unit_range(raw[y : y + n_rows], name)).permute(2, 0, 1)
+            bands.append(band if n_rows >= height else _interpolated(band, (band.shape[1], size[1])))
+        return _interpolated(bands[0] if len(bands) == 1 else torch.cat(bands, 1), size).clamp_(0.0, 1.0)
 
     def _item(self, i: int) -> Any:
         origin = int(self._indices[i])

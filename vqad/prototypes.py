@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from vqad._warn import warn
 from vqad.explain import Explanation, codes_of, known
-from vqad.features import BackboneFeatures, read_ahead
+from vqad.features import BackboneFeatures, read_ahead, readers
 from vqad.store import FeatureArray
 
 __all__ = ["Prototype", "Prototypes"]
@@ -363,7 +362,7 @@ def _read(detector, data, numbers: list[int]):
         except Exception as error:  # a caller's own collection may raise anything, and the fit is done
             return i, error
 
-    n_threads = joblib.effective_n_jobs(detector.n_jobs) if data.reads_in_threads else 1
+    n_threads = readers(detector.n_jobs) if data.reads_in_threads else 0
     failed = []
     for i, pixels in read_ahead(read, numbers, n_threads, n_threads):
         if isinstance(pixels, Tensor):

@@ -19,7 +19,7 @@ from vqad._warn import warn
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
 # So many categories of so few images may be pieces of one kind, of which there are several pictures each.
-MANY_CATEGORIES, FEW_IMAGES = 5, 10
+MANY_CATEGORIES, FEW_IMAGES = 5, 20
 MAX_ODD_IMAGES = 0.02
 MAX_SCALING_IMAGES = 2000
 MAX_DISCOVERY_IMAGES = 4000
@@ -59,7 +59,7 @@ class CategoryRouter:
         Warns
         -----
         UserWarning
-            When five or more categories were found, of fewer than 10 images in the median.
+            When five or more categories were found, of fewer than 20 images in the median.
         """
         self.silhouette_ = float("nan")
         self.discovered_ = category is None
@@ -181,7 +181,9 @@ def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, 
     if best is None:
         return np.zeros(len(projected), dtype=np.int64), 0.0
     centres = np.stack([sample[best == c].mean(0) for c in np.unique(best[best >= 0])])
-    return pairwise_distances_argmin(projected, centres).astype(np.int64), best_score
+    # Of centres that differ in their last digits alone one may have no image nearest to it.
+    _, index = np.unique(pairwise_distances_argmin(projected, centres), return_inverse=True)
+    return index.astype(np.int64), best_score
 
 
 def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:

@@ -174,7 +174,7 @@ class FeatureArray:
 
 
 class ScaledFeatures:
-    """A feature source whose channels have mean 0 and standard deviation 1 over the training images."""
+    """A feature source whose channels have mean 0 and standard deviation 1 over training images."""
 
     def __init__(self, store: FeatureStore, mean: list[Tensor], scale: list[Tensor]):
         self.store, self.mean, self.scale = store, mean, scale

@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
+from vqad._checks import some_of_each
 from vqad._warn import warn
-from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration, conformal_quantile
+from vqad.calibration import (
+    IMAGES_AT_A_TIME,
+    ConformalCalibration,
+    MapCalibration,
+    ScoreCalibration,
+    conformal_quantile,
+)
 from vqad.nn.whiten import leaving_out, second_moments, whitenings
 
 # Normal images of a category that say where its maps are high; and of those held out, that say how high.
 MAX_REFERENCE_IMAGES = 200
-# Images whose terms are held at a time, where each is judged on its own.
-IMAGES_AT_A_TIME = 512
 # Features whose deviations are held at a time, in numbers (256 MiB).
 DEVIATION_NUMBERS = 2**26
 
@@ -38,7 +43,7 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     """
     n_categories = len(detector.categories_)
     _learn_metric(detector, store, np.flatnonzero(index >= n_known), index, device)
-    reference, others = _reference_rows(index, train, held_out, n_known, n_categories)
+    reference, others = _reference_rows(index, train, held_out, n_known, detector._split_seed)
     is_held = np.isin(reference, held_out)
     terms = _reference_terms(detector, store, reference, is_held, index, device)
     held_terms = {name: term[is_held] for name, term in terms.items()}
@@ -60,7 +65,8 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
         for part in _parts(others):
             terms = detector._store_terms(store, part, index[part], device)
             maps = detector.map_calibration_.combine(terms, index[part])
-            judged.append((index[part], pool(maps), pool(maps), _peak(maps)))
+            score = pool(maps)  # of that many images, whether this one is among them or not
+            judged.append((index[part], score, score, _peak(maps)))
     for whitening in whitenings(detector.model_):
         whitening.forget()
     category, score, unseen, peak = (np.concatenate(column) for column in zip(*judged))
@@ -118,16 +124,11 @@ def _reference_terms(detector, store, rows, is_held, index, device) -> dict[str,
     return terms
 
 
-def _reference_rows(index, train, held_out, n_known, n_categories) -> tuple[np.ndarray, np.ndarray]:
+def _reference_rows(index, train, held_out, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
     """Images that say how high maps are, of a known category just some held out; and the other held-out ones."""
-    chosen, others = [], []
-    for c in range(n_categories):
-        own = held_out[index[held_out] == c]
-        if c >= n_known:
-            chosen.append(train[index[train] == c][:MAX_REFERENCE_IMAGES])
-        chosen.append(own[:MAX_REFERENCE_IMAGES])
-        others.append(own[MAX_REFERENCE_IMAGES:])
-    return np.concatenate(chosen), np.concatenate(others)
+    new = train[index[train] >= n_known]
+    chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held_out)]
+    return np.concatenate(chosen), np.setdiff1d(held_out, chosen[1])
 
 
 def _parts(rows: np.ndarray) -> list[np.ndarray]:

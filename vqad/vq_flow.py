@@ -44,7 +44,7 @@ class VQFlowDetector(BaseImageDetector):
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
     standardize : bool, default=True
-        Whether each feature channel is brought to mean 0 and variance 1 over the training images. The published
+        Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
         system does not.
     n_concepts : int, default=32
         Codes of the concept codebook: an upper bound on the kinds of object that are told apart.
@@ -113,8 +113,8 @@ class VQFlowDetector(BaseImageDetector):
         Of the training and of the model. "auto" takes bfloat16 where the hardware has it natively. The backbone
         computes in bfloat16 only where "bfloat16" is asked for.
     n_jobs : int or None, default=None
-        Threads that read and decode images while the backbone works; -1 takes all processors. None reads each image
-        when it is its turn. Results are the same.
+        Threads that read and decode images while the backbone works, at least one for each thread that computes; -1
+        takes all processors. None reads each image when it is its turn. Results are the same.
     memory : None, str, path or joblib.Memory, default=None
         Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
         any fit or scoring call with the same backbone, is not passed through the backbone again.
