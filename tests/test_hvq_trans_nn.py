@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqad.nn.attention import Attention, _Attend
-from vqad.nn.dropout import add_dropped, dropout, relu_dropped
+from vqad.nn.dropout import add_dropped, negate_at_random_, random_int16, rounded, zero_at_random_
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, LearnedPosition
 
@@ -160,13 +160,32 @@ def test_attention_and_its_gradients_are_those_of_torch(memory, cached, monkeypa
     )
 
 
+@pytest.mark.parametrize("layer", [Attention(64, 4), EncoderLayer(64, 4, 128, 0.0), DecoderLayer(64, 4, 128, 0.0)])
+def test_layers_in_bfloat16_are_nearly_those_in_float32(layer):
+    x, other, slope = torch.randn(3, 4, 30, 64)
+    position = torch.randn(30, 64)
+    inputs = [x.requires_grad_(), position.requires_grad_(), *layer.parameters()]
+    arguments = (other, position) if isinstance(layer, DecoderLayer) else (position,)
+
+    def run(enabled: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = layer(x, *arguments)
+        return [output, *torch.autograd.grad(output, inputs, slope.to(output.dtype))]
+
+    exact, rounded_ = run(False), run(True)
+    assert all(g.dtype == torch.float32 for g in rounded_[1:])
+    for a, b in zip(exact, rounded_):
+        # The gradient of the keys' bias is zero but for rounding.
+        assert (a - b.float()).norm() < 0.08 * a.norm() + 0.08
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_attention_drops_weights_with_the_asked_probability(dtype):
     n_images, length, p = 6, 40, 0.3
     # All scores are equal and each value is one cell's own: the output is the dropped attention weights.
-    q = k = torch.zeros(n_images, length, length, dtype=dtype)
-    v = torch.eye(length, dtype=dtype).expand(n_images, -1, -1)
-    weights = _Attend.apply(q, k, v, 1, p).double() * length
+    heads = torch.zeros(3, n_images, 1, length, length, dtype=dtype)
+    heads[2] = torch.eye(length, dtype=dtype)
+    weights = _Attend.apply(heads, p).double() * length
     kept = weights[weights != 0]
     deviation = (p * (1 - p) / weights.numel()) ** 0.5
     assert abs(len(kept) / weights.numel() - (1 - p)) < 5 * deviation
@@ -176,28 +195,43 @@ def test_attention_drops_weights_with_the_asked_probability(dtype):
 
 def test_gradients_of_attention_are_of_the_weights_that_were_kept(monkeypatch):
     monkeypatch.setattr("vqad.nn.attention._CACHED", 200)
-    q, k, v = (torch.randn(3, 6, 8).double().requires_grad_() for _ in range(3))
 
-    def attend(*qkv: Tensor) -> Tensor:
+    def attend(heads: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return _Attend.apply(*qkv, 2, 0.4)
+        return _Attend.apply(heads, 0.4)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert torch.autograd.gradcheck(attend, torch.randn(3, 3, 2, 6, 4).double().requires_grad_())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_dropout_next_to_another_operation_is_dropout_of_it(p):
-    x, branch = torch.randn(2, 300, 40).double().requires_grad_().unbind()
+def test_feed_forward_network_drops_after_the_relu(p):
+    layer = EncoderLayer(6, 2, 30, dropout=p).double()
+    x = torch.randn(2, 5, 6).double().requires_grad_()
+    inputs = [x, *layer.linear1.parameters(), *layer.linear2.parameters()]
 
-    def same_draws(f, *inputs: Tensor) -> list[Tensor]:
+    def drawn_again(f) -> list[Tensor]:
         torch.manual_seed(3)
-        output = f(*inputs)
+        output = f(x)
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
-    fused = same_draws(lambda a, b: add_dropped(a, b, p), x, branch)
-    torch.testing.assert_close(fused, same_draws(lambda a, b: a + dropout(b, p), x, branch))
-    fused = same_draws(lambda a: relu_dropped(a * 1, p), x)
-    torch.testing.assert_close(fused, same_draws(lambda a: dropout(a.relu(), p), x))
+    def reference(x: Tensor) -> Tensor:
+        hidden = layer.linear1(x).relu()
+        kept = torch.ones_like(hidden)
+        if p:
+            zero_at_random_(kept, p)
+            assert 0 < kept.mean() < 1
+        return layer.linear2(hidden * kept / (1 - rounded(p)))
+
+    torch.testing.assert_close(drawn_again(layer.feed_forward), drawn_again(reference))
+
+
+def test_feed_forward_network_without_gradients_drops_in_training_too():
+    layer = EncoderLayer(6, 2, 30, dropout=0.5)
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad():
+        assert not torch.equal(layer.feed_forward(x), layer.feed_forward(x))
+        layer.eval()
+        torch.testing.assert_close(layer.feed_forward(x), layer.linear2(layer.linear1(x).relu()))
 
 
 def test_encoder_layer_without_position_is_that_of_torch():
@@ -247,11 +281,15 @@ def test_stacks_go_from_layer_to_layer():
     torch.testing.assert_close(decoder([first, second], position), decoder.norm(passed))
 
 
+def dropped(x: Tensor, p: float) -> Tensor:
+    return add_dropped(torch.zeros_like(x), x, p)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_asked_share_and_the_expectation(dtype, p):
     n = 400_003
-    output = dropout(torch.ones(n, dtype=dtype), p).double()
+    output = dropped(torch.ones(n, dtype=dtype), p).double()
     kept = output[output != 0]
     deviation = (p * (1 - p) / n) ** 0.5
     assert abs(len(kept) / n - (1 - p)) < 5 * deviation + 4e-3 * (1 - p) * (dtype == torch.bfloat16)
@@ -260,32 +298,58 @@ def test_dropout_keeps_the_asked_share_and_the_expectation(dtype, p):
     assert abs(float(output.mean()) - 1) < 5 * deviation / (1 - p) + 2**-16
 
 
-@pytest.mark.parametrize("n", [64, 2**15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(7,), (211, 499)])
+def test_numbers_are_zeroed_and_negated_with_the_asked_probability(dtype, p, shape):
+    x = torch.rand(shape, dtype=dtype) + 0.1
+    zeroed, signed = x.clone(), x.clone()
+    zero_at_random_(zeroed, p)
+    negate_at_random_(signed, p)
+    assert torch.equal(signed.abs(), x)
+    assert torch.equal(zeroed, x * (zeroed != 0))
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    for chosen in (zeroed == 0, signed < 0):
+        assert abs(float(chosen.double().mean()) - p) < 5 * deviation
+
+
+@pytest.mark.parametrize("n", [64, 2**17 + 3])
 def test_dropped_elements_are_pairwise_independent(n):
     p, draws = 0.3, 2000
-    dropped = torch.stack([dropout(torch.ones(n), p)[:: n // 64] == 0 for _ in range(draws)]).double()
-    covariance = torch.cov(dropped.T)
+    x = torch.ones(n)
+    sample = torch.stack([dropped(x, p)[:: n // 64][:64] == 0 for _ in range(draws)]).double()
+    covariance = torch.cov(sample.T)
     deviation = p * (1 - p) / draws**0.5
     torch.testing.assert_close(covariance.diagonal(), torch.full((64,), p * (1 - p)).double(), atol=0.03, rtol=0)
     off_diagonal = covariance[~torch.eye(64, dtype=torch.bool)]
     assert off_diagonal.abs().max() < 5.5 * deviation
 
 
+@pytest.mark.parametrize("n", [1, 5, 2**16 - 1, 2**16, 2**16 + 1, 100_003])
+def test_random_integers_are_as_many_as_asked_for_and_uniform(n):
+    numbers = random_int16(n).double()
+    assert numbers.shape == (n,)
+    # The mean of n uniform numbers of variance 2**32 / 12, and the share in each sixteenth of their range.
+    assert abs(float(numbers.mean())) < 5 * 2**16 / (12 * n) ** 0.5 + 1
+    share = torch.histc(numbers, 16, -(2**15), 2**15) / n
+    assert float((share - 1 / 16).abs().max()) < 5 * (1 / 16 * 15 / 16 / n) ** 0.5
+
+
 def test_dropout_mask_is_the_gradient_s_too_and_differs_between_calls():
     x = torch.randn(300, 100, requires_grad=True)
-    first = dropout(x, 0.4)
+    first = dropped(x, 0.4)
     first.sum().backward()
     torch.testing.assert_close(x.grad, (first != 0) / 0.6, rtol=1e-4, atol=0)
-    second = dropout(x, 0.4)
+    second = dropped(x, 0.4)
     same = ((first == 0) == (second == 0)).double().mean()
     assert abs(float(same) - (0.4**2 + 0.6**2)) < 0.02
 
 
 def test_dropout_at_the_ends_of_its_range():
-    x = torch.randn(50)
-    assert torch.equal(dropout(x, 0.3, training=False), x)
-    assert torch.equal(dropout(x, 0.0), x)
-    assert torch.equal(dropout(x, 1.0), torch.zeros(50))
+    x, y = torch.randn(2, 50)
+    assert torch.equal(add_dropped(y, x, 0.3, training=False), y + x)
+    assert torch.equal(add_dropped(y, x, 0.0), y + x)
+    assert torch.equal(add_dropped(y, x, 1.0), y)
 
 
 def test_dropout_acts_in_training_only():

@@ -1,8 +1,8 @@
 """Attention whose position enters queries and keys only.
 
 It is written out for a CPU, where the backward pass of torch's fused attention takes longer than the rest of a training
-step. What counts there is the number of passes over memory: a few images at a time go through all steps of the
-attention, in buffers that stay in the cache.
+step. What counts there is the number of passes over memory, and what an element costs in each: some images at a time go
+through all steps of the attention, and dropping is arithmetic on the sign bits of the weights.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .dropout import random_signs, rounded
-from .packed import PackedLinear
+from .dropout import bits, negate_at_random_, rounded
+from .packed import PackedLinear, linear, product_type
 
-_CACHED = 2**20
+_CACHED = 2**22
 """Attention weights that are worked on at a time."""
 
 
@@ -71,42 +71,84 @@ class Attention(nn.Module):
         -------
         Tensor of shape (N, L, D)
         """
-        memory = x if memory is None else memory
-        position = position.to(x.dtype)
-        located = x + position
-        key = located if memory is x else memory + position
-        # Three products, though two would do: the gradient of a wide one takes longer than those of its parts.
-        if self.packed is None:
-            parts = zip((located, key, memory), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-            q, k, v = (F.linear(inputs, weight, bias) for inputs, weight, bias in parts)
-        else:
-            q, k, v = (packed(inputs) for packed, inputs in zip(self.packed, (located, key, memory)))
         p = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and (torch.is_grad_enabled() or p):
-            attended: Tensor = _Attend.apply(q, k, v, self.n_heads, p)
+            heads = _Project.apply(x, memory, position, self.in_proj_weight, self.in_proj_bias, self.n_heads)
+            attended: Tensor = _Attend.apply(heads, p)
         else:
-            q, k, v = (_heads(t, self.n_heads) for t in (q, k, v))
+            memory = x if memory is None else memory
+            position = position.to(x.dtype)
+            located = x + position
+            key = located if memory is x else memory + position
+            if self.packed is None:
+                parts = zip((located, key, memory), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+                q, k, v = (F.linear(inputs, weight, bias) for inputs, weight, bias in parts)
+            else:
+                q, k, v = (packed(inputs) for packed, inputs in zip(self.packed, (located, key, memory)))
+            q, k, v = (_heads(t, self.n_heads)[0] for t in (q, k, v))
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
         merged: Tensor = self.out_proj(attended)
         return merged
 
 
-def _heads(x: Tensor, n_heads: int) -> Tensor:
-    """(N, L, D) as (N, heads, L, D / heads), the same memory."""
-    return x.view(*x.shape[:2], n_heads, -1).transpose(1, 2)
+def _heads(x: Tensor, n_heads: int, parts: int = 1) -> Tensor:
+    """(N, L, parts * D) as (parts, N, heads, L, D / heads), the same memory."""
+    return x.view(*x.shape[:2], parts, n_heads, -1).permute(2, 0, 3, 1, 4)
+
+
+class _Project(torch.autograd.Function):
+    """Queries, keys and values of all heads, (3, N, heads, L, D / heads), of (N, L, D) at positions (L, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, memory: Tensor | None, position: Tensor, weight: Tensor, bias: Tensor, n_heads: int
+    ) -> Tensor:
+        dtype = product_type(x)
+        ctx.types = [None if t is None else t.dtype for t in (x, memory, position, weight, bias)]
+        (n, length, dim), at, weight, bias = x.shape, position.to(dtype), weight.to(dtype), bias.to(dtype)
+        values = (x if memory is None else memory).to(dtype)
+        # What is projected, and by which of the three parts of the weights: two products where one source serves two.
+        sources = [values + at, values] if memory is None else [x.to(dtype) + at, values + at, values]
+        ctx.parts = ((0, 2), (2, 3)) if memory is None else ((0, 1), (1, 2), (2, 3))
+        heads = at.new_empty(3, n, n_heads, length, dim // n_heads)
+        for (i, j), source in zip(ctx.parts, sources):
+            some = slice(i * dim, j * dim)
+            heads[i:j] = _heads(linear(source, weight[some], bias[some]), n_heads, j - i)
+        ctx.save_for_backward(weight, *sources)
+        return heads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *sources = ctx.saved_tensors
+        n, length, dim = sources[0].shape
+        of_weight, of_bias, of_sources = torch.empty_like(weight), weight.new_empty(3 * dim), []
+        for (i, j), source in zip(ctx.parts, sources):
+            some = slice(i * dim, j * dim)
+            g = grad[i:j].permute(1, 3, 0, 2, 4).reshape(n * length, -1)
+            torch.mm(g.mT, source.flatten(0, 1), out=of_weight[some])
+            torch.sum(g, 0, out=of_bias[some])
+            if j < 3:
+                of_sources.append((g @ weight[some]).view(n, length, dim))
+        of_position = torch.stack([t.sum(0) for t in of_sources]).sum(0)
+        # The last source, the values, is the one before without its position.
+        of_sources[-1].view(n * length, dim).addmm_(g, weight[some])
+        of_x, of_memory = (*of_sources, None)[:2]
+        grads = of_x, of_memory, of_position, of_weight, of_bias
+        return *(g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.types)), None
 
 
 class _Attend(torch.autograd.Function):
-    """Attention of all heads, (N, L, D) each, for a CPU; some images at a time, in buffers that stay in the cache.
+    """Attention of all heads, (3, N, heads, L, D / heads) to (N, L, D), for a CPU.
 
     Kept for the backward pass are the weights before dropout, those that were dropped with a negative sign.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, n_heads: int, p: float) -> Tensor:
-        output = torch.empty_like(q)
-        q, k, v = (_heads(t, n_heads).contiguous() for t in (q, k, v))
-        n, _, length, width = q.shape
+    def forward(ctx: Any, heads: Tensor, p: float) -> Tensor:
+        _, n, n_heads, length, width = heads.shape
+        q, k, v = heads
+        output: Tensor = q.new_empty(n, length, n_heads * width)
         keep = any(ctx.needs_input_grad)
         alpha, step = 1 / math.sqrt(width), min(n, max(1, _CACHED // (n_heads * length**2)))
         scores = q.new_empty(step * n_heads, length, length)
@@ -118,40 +160,42 @@ class _Attend(torch.autograd.Function):
             torch.baddbmm(s, q_i, k_i.mT, beta=0, alpha=alpha, out=s)
             torch.softmax(s, -1, out=weights)
             if p:
-                weights.copysign_(random_signs(weights.numel(), p).view(weights.shape))
-                torch.clamp_min(weights, 0, out=s)
+                negate_at_random_(weights, p)
+                torch.clamp_min(bits(weights), 0, out=bits(s))
             attended = torch.bmm(s if p else weights, v_i).view(-1, *q.shape[1:])
-            torch.mul(attended, _scale(p), out=_heads(output[some], n_heads))
+            torch.mul(attended, _scale(p), out=_heads(output[some], n_heads)[0])
         if keep:
-            ctx.save_for_backward(q, k, v, kept)
+            ctx.save_for_backward(heads, kept)
             ctx.p, ctx.alpha, ctx.step = p, alpha, step
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, kept = ctx.saved_tensors
+        heads, kept = ctx.saved_tensors
+        q, k, v = heads
         n, n_heads, length, _ = q.shape
-        g_q, g_k, g_v = grads = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3)]
-        g_q, g_k, g_v, grad = (_heads(t, n_heads) for t in (*grads, grad))
+        grads = torch.empty_like(heads)
+        grad = _heads(grad.contiguous(), n_heads)[0]
         first, second = grad.new_empty(2, ctx.step * n_heads, length, length)
         for i in range(0, n, ctx.step):
             some = slice(i, i + ctx.step)
             q_i, k_i, v_i, weights = (t[some].flatten(0, 1) for t in (q, k, v, kept))
+            g_q, g_k, g_v = (t[some].flatten(0, 1) for t in grads)
             g = torch.mul(grad[some], _scale(ctx.p), out=torch.empty_like(q[some])).flatten(0, 1)
             a, b = first[: len(g)], second[: len(g)]
             torch.bmm(g, v_i.mT, out=a)
             if ctx.p:
-                torch.clamp_min(weights, 0, out=b)
-            g_v[some] = torch.bmm((b if ctx.p else weights).mT, g).view(-1, *q.shape[1:])
+                torch.clamp_min(bits(weights), 0, out=bits(b))
+            torch.bmm((b if ctx.p else weights).mT, g, out=g_v)
             if ctx.p:
                 # Into the other buffer: in place the same takes longer.
-                torch.ops.aten.threshold_backward(a, weights, 0, grad_input=b)
+                torch.ops.aten.threshold_backward(bits(a), bits(weights), 0, grad_input=bits(b))
                 a, weights = b, torch.abs(weights, out=a)
             torch.ops.aten._softmax_backward_data(a, weights, -1, a.dtype, grad_input=a)
-            g_q[some] = torch.baddbmm(g, a, k_i, beta=0, alpha=ctx.alpha).view(-1, *q.shape[1:])
-            g_k[some] = torch.baddbmm(g, a.mT, q_i, beta=0, alpha=ctx.alpha).view(-1, *q.shape[1:])
-        return (*grads, None, None)
+            torch.baddbmm(g, a, k_i, beta=0, alpha=ctx.alpha, out=g_q)
+            torch.baddbmm(g, a.mT, q_i, beta=0, alpha=ctx.alpha, out=g_k)
+        return grads, None
 
 
 def _scale(p: float) -> float:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packed import product_type
+
 SAMPLE_NUMBERS = 2**28
 """What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
 
@@ -190,19 +192,19 @@ class VectorQuantizer(nn.Module):
         key = int(present[0]), dtype
         if kept is not None and key in kept:
             return kept[key]
-        codes = self.embed[present].to(dtype)
+        codes = self.embed if len(present) == self.n_groups else self.embed[present]
         # Seen from the middle of the codebook the products are as small as the distances that decide, so that
         # rounding (under autocast, to 8 bits) hardly changes which code is nearest.
         centre = codes.mean(1, keepdim=True)
         codes = codes - centre
         # |x|^2 is the same for every code: it does not change which one is nearest.
-        bias = codes.square().sum(-1).mul_(-0.5).unsqueeze(1)
+        bias = torch.linalg.vector_norm(codes, dim=-1).square_().mul_(-0.5).unsqueeze(1)
+        centre = centre.to(dtype)
+        product = product_type(centre)
+        centred = centre, codes.to(product), bias.to(product)
         if kept is not None:
-            # As the product would cast them.
-            kind = codes.device.type
-            product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-            kept[key] = centre, codes.to(product), bias.to(product)
-        return centre, codes, bias
+            kept[key] = centred
+        return centred
 
     @torch.no_grad()
     def _update(self, x: Tensor, flat: Tensor, present: Tensor) -> None:

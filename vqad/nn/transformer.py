@@ -7,13 +7,16 @@ parameter names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .attention import Attention
-from .dropout import add_dropped, relu_dropped
-from .packed import PackedLinear
+from .dropout import add_dropped, bits, rounded, zero_at_random_
+from .packed import PackedLinear, linear, product_type
 
 
 class FeedForward(nn.Module):
@@ -24,8 +27,8 @@ class FeedForward(nn.Module):
         self.dropout = dropout
         self.linear1: nn.Linear | PackedLinear = nn.Linear(dim, dim_feedforward)
         self.linear2: nn.Linear | PackedLinear = nn.Linear(dim_feedforward, dim)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
 
     def pack(self, rows: int) -> None:
         """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image."""
@@ -33,14 +36,52 @@ class FeedForward(nn.Module):
         self.linear2 = PackedLinear(self.linear2.weight, self.linear2.bias, rows)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear1(x)
-        if not isinstance(self.linear1, PackedLinear):
-            hidden = relu_dropped(hidden, self.dropout, self.training)
-        output: Tensor = self.linear2(hidden)
+        if isinstance(self.linear1, PackedLinear):
+            output: Tensor = self.linear2(self.linear1(x))
+        elif x.device.type == "cpu" and torch.is_grad_enabled():
+            p = self.dropout if self.training else 0.0
+            output = _FeedForward.apply(x, *self.linear1.parameters(), *self.linear2.parameters(), p)
+        else:
+            output = self.linear2(F.dropout(self.linear1(x).relu(), self.dropout, self.training))
         return output
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         return add_dropped(x, branch, self.dropout, self.training)
+
+
+class _FeedForward(torch.autograd.Function):
+    """Linear map, ReLU, dropout, linear map of (N, L, D) for a CPU; the hidden layer is all that is kept of it.
+
+    What makes up for dropping is part of the second map, which is smaller than what it is applied to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, p: float
+    ) -> Tensor:
+        dtype = product_type(x)
+        ctx.types = [t.dtype for t in (x, weight1, bias1, weight2, bias2)]
+        ctx.scale = 1 / (1 - rounded(p))
+        inputs, weight1, weight2 = x.to(dtype), weight1.to(dtype), (weight2 * ctx.scale).to(dtype)
+        hidden = linear(inputs, weight1, bias1.to(dtype), relu=True)
+        if p:
+            zero_at_random_(hidden, p)
+        ctx.save_for_backward(inputs, weight1, weight2, hidden)
+        return linear(hidden, weight2, bias2.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, weight2, hidden = ctx.saved_tensors
+        g, rows = grad.flatten(0, 1), hidden.flatten(0, 1)
+        g_hidden = g @ weight2
+        # 0 where the hidden layer is.
+        torch.ops.aten.threshold_backward(bits(g_hidden), bits(rows), 0, grad_input=bits(g_hidden))
+        of_first = (g_hidden @ weight1).view(x.shape), g_hidden.mT @ x.flatten(0, 1), g_hidden.sum(0)
+        of_second = g.mT @ rows, g.sum(0)
+        grads = [t.to(dtype) for t, dtype in zip((*of_first, *of_second), ctx.types)]
+        grads[3].mul_(ctx.scale)
+        return *grads, None
 
 
 class EncoderLayer(FeedForward):
