@@ -48,10 +48,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.packed: nn.ModuleList | None = None
 
-    def pack(self, rows: int) -> None:
-        """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image."""
-        parts = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        self.packed = nn.ModuleList(PackedLinear(weight, bias, rows) for weight, bias in parts)
+    def pack(self, rows: int, crossing: bool) -> None:
+        """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image; ``crossing``: with a memory."""
+        parts = ((0, 1), (1, 2), (2, 3)) if crossing else ((0, 2), (2, 3))
+        slices = [slice(i * self.dim, j * self.dim) for i, j in parts]
+        self.packed = nn.ModuleList(
+            PackedLinear(self.in_proj_weight[some], self.in_proj_bias[some], rows) for some in slices
+        )
         self.out_proj = PackedLinear(self.out_proj.weight, self.out_proj.bias, rows)
 
     def extra_repr(self) -> str:
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         x : Tensor of shape (N, L, D)
         position : Tensor of shape (L, D)
         memory : Tensor of shape (N, L, D), optional
-            ``x`` itself when left out: the projections are then one product.
+            ``x`` itself when left out.
 
         Returns
         -------
@@ -76,19 +79,23 @@ class Attention(nn.Module):
             heads = _Project.apply(x, memory, position, self.in_proj_weight, self.in_proj_bias, self.n_heads)
             attended: Tensor = _Attend.apply(heads, p)
         else:
-            memory = x if memory is None else memory
-            position = position.to(x.dtype)
-            located = x + position
-            key = located if memory is x else memory + position
+            sources, parts = _sources(x, memory, position.to(x.dtype))
             if self.packed is None:
-                parts = zip((located, key, memory), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-                q, k, v = (F.linear(inputs, weight, bias) for inputs, weight, bias in parts)
+                slices = [slice(i * self.dim, j * self.dim) for i, j in parts]
+                products = [F.linear(t, self.in_proj_weight[s], self.in_proj_bias[s]) for t, s in zip(sources, slices)]
             else:
-                q, k, v = (packed(inputs) for packed, inputs in zip(self.packed, (located, key, memory)))
-            q, k, v = (_heads(t, self.n_heads)[0] for t in (q, k, v))
+                products = [packed(t) for packed, t in zip(self.packed, sources)]
+            q, k, v = (h for product in products for h in _heads(product, self.n_heads, product.shape[-1] // self.dim))
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
         merged: Tensor = self.out_proj(attended)
         return merged
+
+
+def _sources(x: Tensor, memory: Tensor | None, position: Tensor) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """What queries, keys and values are made of, and which of these three are made of each: the first, the end."""
+    if memory is None:
+        return [x + position, x], ((0, 2), (2, 3))
+    return [x + position, memory + position, memory], ((0, 1), (1, 2), (2, 3))
 
 
 def _heads(x: Tensor, n_heads: int, parts: int = 1) -> Tensor:
@@ -105,12 +112,10 @@ class _Project(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_type(x)
         ctx.types = [None if t is None else t.dtype for t in (x, memory, position, weight, bias)]
-        (n, length, dim), at, weight, bias = x.shape, position.to(dtype), weight.to(dtype), bias.to(dtype)
-        values = (x if memory is None else memory).to(dtype)
-        # What is projected, and by which of the three parts of the weights: two products where one source serves two.
-        sources = [values + at, values] if memory is None else [x.to(dtype) + at, values + at, values]
-        ctx.parts = ((0, 2), (2, 3)) if memory is None else ((0, 1), (1, 2), (2, 3))
-        heads = at.new_empty(3, n, n_heads, length, dim // n_heads)
+        (n, length, dim), weight, bias = x.shape, weight.to(dtype), bias.to(dtype)
+        memory = None if memory is None else memory.to(dtype)
+        sources, ctx.parts = _sources(x.to(dtype), memory, position.to(dtype))
+        heads = weight.new_empty(3, n, n_heads, length, dim // n_heads)
         for (i, j), source in zip(ctx.parts, sources):
             some = slice(i * dim, j * dim)
             heads[i:j] = _heads(linear(source, weight[some], bias[some]), n_heads, j - i)

@@ -217,7 +217,7 @@ class HVQTrans(nn.Module):
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
-        rebuilt, _, passed = self._forward(cells, category)
+        rebuilt, _, passed = self._forward(cells, category, learns=False)
         error = self._error(rebuilt, cells)
         terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
         if window is not None:
@@ -235,7 +235,7 @@ class HVQTrans(nn.Module):
         What :attr:`whitening` is to learn from normal images.
         """
         cells = self._tokens(features)
-        return _averaged(self._error(self._forward(cells, category)[0], cells), window)
+        return _averaged(self._error(self._forward(cells, category, learns=False)[0], cells), window)
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -247,17 +247,17 @@ class HVQTrans(nn.Module):
         category : Tensor of shape (N,), int64
         """
         states = self.encoder(self.input_projection(self._tokens(features)), self.position())
-        return self._quantise(states, category)[0]
+        return self._quantise(states, category, learns=False)[0]
 
     def scoring_copy(self, dtype: torch.dtype) -> HVQTrans:
-        """A copy for inference under autocast to ``dtype``: it gives the same, and nothing is cast at every call.
+        """A copy for inference under autocast to ``dtype``, which gives the same up to rounding for less.
 
         It shares the codebooks and all else that autocast leaves alone with this model, which must not change from then
         on: what can be worked out beforehand, is.
         """
         shared: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
         for module in self.modules():
-            if isinstance(module, (nn.Linear, Attention)):
+            if isinstance(module, (nn.Linear, Attention, LearnedPosition)):
                 for parameter in module.parameters(recurse=False):
                     shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
         shared[id(self.whitening._moments)] = self.whitening._moments
@@ -266,7 +266,7 @@ class HVQTrans(nn.Module):
             quantizer.freeze()
         if can_pack(scorer.input_projection.weight):
             for module in scorer.modules():
-                if isinstance(module, (Attention, FeedForward)):
+                if isinstance(module, FeedForward):
                     module.pack(math.prod(self.token_grid))
         return scorer
 
@@ -377,10 +377,15 @@ class HVQTrans(nn.Module):
         maps = cells.mT.reshape(len(cells), -1, *self.token_grid)
         return maps if self.patch_size == 1 else F.pixel_shuffle(maps, self.patch_size)
 
-    def _forward(self, cells: Tensor, category: Tensor) -> tuple[Tensor, Tensor, tuple[Level, ...]]:
-        """(N, L, C) to the rebuilt (N, L, C), the commitment (N,) and the levels."""
+    def _forward(
+        self, cells: Tensor, category: Tensor, learns: bool = True
+    ) -> tuple[Tensor, Tensor, tuple[Level, ...]]:
+        """(N, L, C) to the rebuilt (N, L, C), the commitment (N,) and the levels.
+
+        Without ``learns``, the codes are only looked up: no updates, no gradients through them, a commitment of 0.
+        """
         position = self.position()
-        levels, commitment = self._quantise(self.encoder(self.input_projection(cells), position), category)
+        levels, commitment = self._quantise(self.encoder(self.input_projection(cells), position), category, learns)
         memories = [level.quantized for level in reversed(levels[:-1])]
         decoded = self.decoder(memories, torch.cat([position, position], 1))
         return self._head(decoded, category), commitment, levels
@@ -388,16 +393,23 @@ class HVQTrans(nn.Module):
     def _error(self, rebuilt: Tensor, cells: Tensor) -> Tensor:
         return self._untokenise(rebuilt.to(cells.dtype) - cells)
 
-    def _quantise(self, states: list[Tensor], category: Tensor) -> tuple[tuple[Level, ...], Tensor]:
+    def _quantise(
+        self, states: list[Tensor], category: Tensor, learns: bool = True
+    ) -> tuple[tuple[Level, ...], Tensor]:
         *below, last = self.quantizers
-        top, indices, commitment = last(states[-1], category)
-        levels = []
-        for quantizer, state in zip(below, states):
-            joined = torch.cat([state, top], -1)
-            quantized, index, loss = quantizer(joined, category)
-            levels.append(Level(joined, quantized, index))
+        commitment = states[0].new_zeros(len(category), dtype=torch.promote_types(states[0].dtype, torch.float32))
+
+        def quantise(quantizer: VectorQuantizer, x: Tensor) -> Level:
+            nonlocal commitment
+            if not learns:
+                return Level(x, *quantizer.look_up(x, category))
+            quantized, indices, loss = quantizer(x, category)
             commitment = commitment + loss
-        return (*levels, Level(states[-1], top, indices)), commitment
+            return Level(x, quantized, indices)
+
+        top = quantise(last, states[-1])
+        levels = [quantise(q, torch.cat([state, top.quantized], -1)) for q, state in zip(below, states)]
+        return (*levels, top), commitment
 
     def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
         """Apply to each image the head of its category; the other heads take no part in the graph."""

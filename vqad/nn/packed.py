@@ -49,7 +49,8 @@ class PackedLinear(nn.Module):
 
     Parameters
     ----------
-    weight, bias : Tensor of shape (D, E), (D,)
+    weight : Tensor of shape (D, E)
+    bias : Tensor of shape (D,)
     rows : int
         Rows of an input (vectors), for which the layout is chosen; other numbers give the same.
     relu : bool, default=False

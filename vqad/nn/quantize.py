@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packed import product_type
+from .packed import PackedLinear, can_pack, product_type
 
 SAMPLE_NUMBERS = 2**28
 """What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
@@ -113,7 +113,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(n_groups, n_codes))
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("n_updates", torch.zeros(n_groups, dtype=torch.long))
-        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, nn.Module]] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -153,12 +153,10 @@ class VectorQuantizer(nn.Module):
         """
         if group is None:
             group = x.new_zeros(x.shape[0], dtype=torch.long)
-        present, row = torch.unique(group, return_inverse=True)
-        indices = self._nearest(x, present, row)
-        flat = indices + group[:, None] * self.n_codes
-        code = F.embedding(flat, self.embed.flatten(0, 1)).to(x.dtype)
+        code, indices = self.look_up(x, group)
         quantized, loss = _StraightThrough.apply(x, code)
         if self.training:
+            present, flat = torch.unique(group), indices + group[:, None] * self.n_codes
             self._update(x.detach(), flat, present)
             if self.revive_threshold > 0:
                 due = present[self.n_updates[present] % self.revive_every == 0]
@@ -168,30 +166,38 @@ class VectorQuantizer(nn.Module):
         return Quantized(quantized, indices, loss)
 
     @torch.no_grad()
+    def look_up(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code (N, L, D), in the type of ``x``, and its index (N, L); neither gradients nor updates."""
+        indices = self.nearest(x, group)
+        flat = indices + group[:, None] * self.n_codes
+        return F.embedding(flat, self.embed.flatten(0, 1)).to(x.dtype), indices
+
+    @torch.no_grad()
     def nearest(self, x: Tensor, group: Tensor) -> Tensor:
         """Index of the nearest code of every vector, (N, L, D) to (N, L), int64."""
         present, row = torch.unique(group, return_inverse=True)
-        return self._nearest(x, present, row)
+        # max finds what argmax does, on a CPU in a quarter of the time.
+        if len(present) > 1:
+            centre, codes, bias = self._centred(present, x.dtype)
+            return torch.baddbmm(bias[row], x - centre[row], codes[row].mT).max(-1).indices
+        if self._kept is None or not can_pack(x.new_empty(0, dtype=product_type(x))):
+            centre, codes, bias = self._centred(present, x.dtype)
+            product = torch.addmm(bias[0], (x - centre).flatten(0, 1), codes[0].T)
+        else:
+            key = int(present[0]), x.dtype
+            if key not in self._kept:
+                centre, codes, bias = self._centred(present, x.dtype)
+                self._kept[key] = centre, PackedLinear(codes[0], bias[0, 0], x.shape[1])
+            centre, packed = self._kept[key]
+            product = packed((x - centre).flatten(0, 1))
+        return product.max(-1).indices.view(x.shape[:2])
 
     def freeze(self) -> None:
         """From now on the codes do not change: what a look-up needs of them is worked out only once."""
         self._kept = {}
 
-    @torch.no_grad()
-    def _nearest(self, x: Tensor, present: Tensor, row: Tensor) -> Tensor:
-        centre, codes, bias = self._centred(present, x.dtype)
-        # max finds what argmax does, on a CPU in a quarter of the time.
-        if len(present) == 1:
-            centred = (x - centre).flatten(0, 1)
-            return torch.addmm(bias[0], centred, codes[0].T).max(-1).indices.view(x.shape[:2])
-        return torch.baddbmm(bias[row], x - centre[row], codes[row].mT).max(-1).indices
-
     def _centred(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Of some codebooks the middle (n, 1, D), the codes seen from there (n, K, D), and their bias (n, 1, K)."""
-        kept = self._kept if len(present) == 1 else None
-        key = int(present[0]), dtype
-        if kept is not None and key in kept:
-            return kept[key]
         codes = self.embed if len(present) == self.n_groups else self.embed[present]
         # Seen from the middle of the codebook the products are as small as the distances that decide, so that
         # rounding (under autocast, to 8 bits) hardly changes which code is nearest.
@@ -201,10 +207,7 @@ class VectorQuantizer(nn.Module):
         bias = torch.linalg.vector_norm(codes, dim=-1).square_().mul_(-0.5).unsqueeze(1)
         centre = centre.to(dtype)
         product = product_type(centre)
-        centred = centre, codes.to(product), bias.to(product)
-        if kept is not None:
-            kept[key] = centred
-        return centred
+        return centre, codes.to(product), bias.to(product)
 
     @torch.no_grad()
     def _update(self, x: Tensor, flat: Tensor, present: Tensor) -> None:

@@ -104,6 +104,10 @@ class EncoderLayer(FeedForward):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
+    def pack(self, rows: int) -> None:
+        super().pack(rows)
+        self.self_attn.pack(rows, crossing=False)
+
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Map tokens (N, L, D), at positions (L, D), to tokens of the same shape."""
         x = self.norm1(self._add(x, self.self_attn(x, position)))
@@ -132,6 +136,11 @@ class DecoderLayer(FeedForward):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
+
+    def pack(self, rows: int) -> None:
+        super().pack(rows)
+        self.self_attn.pack(rows, crossing=False)
+        self.cross_attn.pack(rows, crossing=True)
 
     def forward(self, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """Map tokens (N, L, D), looking at memory (N, L, D) of the same positions (L, D), to (N, L, D)."""
