@@ -159,8 +159,8 @@ def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What computes the same as a frozen network with less work, up to rounding; made once in the network's life.
 
     In a copy of an EfficientNet, each batch normalisation that follows a convolution becomes part of it, depthwise
-    convolutions pad by themselves, and weights of convolutions and linear maps are in the type that autocast would cast
-    them to at every call. Other networks are returned as they are.
+    convolutions pad by themselves, squeeze-and-excitation acts on the weights after it, and weights of convolutions and
+    linear maps are in the type that autocast would cast them to at every call. Other networks are returned as they are.
     """
     # Threads ask at the same time; none may touch a network that another one uses.
     with _PREPARING:
@@ -174,6 +174,7 @@ def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
             ready = copy.deepcopy(network)
             _fold_normalization(ready)
             _pad_by_kernel(ready)
+            _gate_weights(ready)
             for module in ready.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear, _SamePadding)):
                     module.to(dtype)
@@ -231,6 +232,37 @@ class _SamePadding(nn.Module):
             return output
         weight = self.longer if rows % 2 else layer.weight
         return F.conv2d(x, weight, layer.bias, layer.stride, (-(-rows // 2), -(-columns // 2)), 1, layer.groups)
+
+
+def _gate_weights(network: nn.Module) -> None:
+    """Let squeeze-and-excitation act on the weights of the pointwise convolution after it."""
+    for block in network.modules():
+        if type(block).__module__ not in _EFFICIENTNETS:
+            continue
+        for (before, gate), (name, layer) in itertools.pairwise(list(block._modules.items())):
+            is_pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+            if type(gate).__name__ == "SqueezeExcite" and is_pointwise and layer.stride == (1, 1):
+                block._modules[before], block._modules[name] = nn.Identity(), _GatedConvolution(gate, layer)
+
+
+class _GatedConvolution(nn.Module):
+    """Squeeze-and-excitation and a pointwise convolution; of one image the gates are factors of the weights.
+
+    A large map is then not gone through once more. It may be overwritten.
+    """
+
+    def __init__(self, gate: nn.Module, convolution: nn.Conv2d):
+        super().__init__()
+        self.gate = gate
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, gate = self.convolution, self.gate
+        gates = gate.gate(gate.conv_expand(gate.act1(gate.conv_reduce(x.mean((2, 3), keepdim=True)))))
+        if len(x) > 1 or layer.out_channels >= x.shape[2] * x.shape[3]:
+            output: Tensor = layer(x.mul_(gates))
+            return output
+        return F.conv2d(x, layer.weight * gates, layer.bias)
 
 
 def _cut(network: nn.Module) -> nn.Module:
