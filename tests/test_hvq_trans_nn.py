@@ -139,7 +139,7 @@ def test_loss_gradients_and_codebooks_of_a_training_step_are_the_release_s(relea
 @pytest.mark.parametrize("memory", [None, "another"])
 @pytest.mark.parametrize("cached", [1, 150, 2**20])
 def test_attention_and_its_gradients_are_those_of_torch(memory, cached, monkeypatch):
-    monkeypatch.setattr("vqad.nn.attention._CACHED", cached)  # one image at a time, two and then one, all
+    monkeypatch.setattr("vqad.nn.attention._AT_A_TIME", cached)  # one image at a time, two and then one, all
     ours = Attention(12, 3).double()
     theirs = nn.MultiheadAttention(12, 3, batch_first=True).double()
     nn.init.normal_(ours.in_proj_bias)
@@ -194,7 +194,7 @@ def test_attention_drops_weights_with_the_asked_probability(dtype):
 
 
 def test_gradients_of_attention_are_of_the_weights_that_were_kept(monkeypatch):
-    monkeypatch.setattr("vqad.nn.attention._CACHED", 200)
+    monkeypatch.setattr("vqad.nn.attention._AT_A_TIME", 200)
 
     def attend(heads: Tensor) -> Tensor:
         torch.manual_seed(7)
@@ -223,6 +223,44 @@ def test_feed_forward_network_drops_after_the_relu(p):
         return layer.linear2(hidden * kept / (1 - rounded(p)))
 
     torch.testing.assert_close(drawn_again(layer.feed_forward), drawn_again(reference))
+
+
+def test_everything_may_be_dropped():
+    layer = EncoderLayer(6, 2, 30, dropout=1.0)
+    assert torch.equal(layer.feed_forward(torch.randn(2, 5, 6)), layer.linear2.bias.expand(2, 5, 6))
+
+
+@pytest.mark.parametrize("layer", [EncoderLayer(8, 2, 16, 0.0), DecoderLayer(8, 2, 16, 0.0)])
+def test_autocast_may_begin_with_the_backward_pass(layer):
+    x, memory, position = torch.randn(2, 5, 8).requires_grad_(), torch.randn(2, 5, 8), torch.randn(5, 8)
+    arguments = (x, memory, position) if isinstance(layer, DecoderLayer) else (x, position)
+    expected = torch.autograd.grad(layer(*arguments).square().sum(), x)[0]
+    loss = layer(*arguments).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        gradient = torch.autograd.grad(loss, x)[0]
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def test_what_autocast_leaves_alone_stays_as_it_is():
+    model = small().double()
+    features, category = batch(0, 1, 1)
+    features = features.double()
+    expected = model.eval().anomaly_map(features, category)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, term in model.anomaly_map(features, category).items():
+            torch.testing.assert_close(term, expected[name])
+        loss = model.train().loss(features, category)
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("part", ["linear1.weight", "linear2.bias", "self_attn.in_proj_weight"])
+def test_weights_that_are_not_finite_show(part):
+    layer = EncoderLayer(64, 4, 64, dropout=0.1)
+    layer.get_parameter(part).data[0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer(torch.randn(2, 30, 64), torch.randn(30, 64)).isfinite().all()
 
 
 def test_feed_forward_network_without_gradients_drops_in_training_too():

@@ -9,13 +9,13 @@ from functools import cache
 
 # Parameters of glibc's mallopt (malloc.h), and what they are set to.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**29
 LARGEST_IN_HEAP = 2**25
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process hold up to 1 GiB of freed memory, once and for good; gives whether it does.
+    """Let this process hold up to 512 MiB of freed memory, once and for good; gives whether it does.
 
     A training step frees as much memory as it takes. Handed back to the system, every page of it has to be asked for
     and zeroed again in the next step: at the published size of HVQ-Trans that costs a tenth of the time, and several

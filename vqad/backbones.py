@@ -153,6 +153,8 @@ def _channels_first(network: nn.Module, inputs, maps: list[Tensor]) -> list[Tens
 
 _PREPARING = threading.Lock()
 _READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
+PREPARATION = 2
+"""Another number whenever the last bits of what :func:`ready_network` computes change."""
 
 
 def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -248,7 +250,7 @@ def _gate_weights(network: nn.Module) -> None:
 class _GatedConvolution(nn.Module):
     """Squeeze-and-excitation and a pointwise convolution; of one image the gates are factors of the weights.
 
-    A large map is then not gone through once more. It may be overwritten.
+    A large map is then not gone through once more. The map may be overwritten.
     """
 
     def __init__(self, gate: nn.Module, convolution: nn.Conv2d):

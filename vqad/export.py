@@ -257,13 +257,16 @@ class _TraceableQuantizer(VectorQuantizer):
 
     def forward(self, x: Tensor, group: Tensor | None = None) -> Quantized:
         group = x.new_zeros(x.shape[0], dtype=torch.long) if group is None else group
+        return Quantized(*self.look_up(x, group), x.new_zeros(x.shape[0]))
+
+    def look_up(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         codes = self.embed[group]
         centre = codes.mean(1, keepdim=True)
         centred = codes - centre
         near = (x - centre) @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)
         indices = near.argmax(-1)
         # The one image's codes, by row: gathering along an axis would take an index for every number.
-        return Quantized(codes[0][indices], indices, x.new_zeros(x.shape[0]))
+        return codes[0][indices], indices
 
 
 class _TraceableWhitening(Whitening):

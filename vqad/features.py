@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vqad._warn import holding_warnings, let_out
 from vqad.backbones import (
     DEFAULT_BACKBONE,
+    PREPARATION,
     backbone_strides,
     load_backbone,
     ready_network,
@@ -219,7 +220,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         """All that an image's maps depend on, to the last bit, beside the image."""
         return joblib.hash(
             [self.backbone, self.digest_, tuple(self.network_.feature_info.out_indices), self.size_, self.merge,
-             self.grid_, self.network_.normalization, device.type, str(dtype), size, str(torch.__version__)]
+             self.grid_, self.network_.normalization, device.type, str(dtype), size, str(torch.__version__),
+             PREPARATION]
         )  # fmt: skip
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from .dropout import bits, negate_at_random_, rounded
 from .packed import PackedLinear, linear, product_type
 
-_CACHED = 2**22
-"""Attention weights that are worked on at a time."""
+_AT_A_TIME = 2**22
+"""Attention weights that are worked on together, or those of one image if they are more."""
 
 
 class Attention(nn.Module):
@@ -129,15 +129,17 @@ class _Project(torch.autograd.Function):
         n, length, dim = sources[0].shape
         of_weight, of_bias, of_sources = torch.empty_like(weight), weight.new_empty(3 * dim), []
         for (i, j), source in zip(ctx.parts, sources):
-            some = slice(i * dim, j * dim)
+            some, rows = slice(i * dim, j * dim), source.flatten(0, 1)
             g = grad[i:j].permute(1, 3, 0, 2, 4).reshape(n * length, -1)
-            torch.mm(g.mT, source.flatten(0, 1), out=of_weight[some])
+            torch.mm(g.mT, rows, out=of_weight[some])
             torch.sum(g, 0, out=of_bias[some])
             if j < 3:
-                of_sources.append((g @ weight[some]).view(n, length, dim))
-        of_position = torch.stack([t.sum(0) for t in of_sources]).sum(0)
-        # The last source, the values, is the one before without its position.
-        of_sources[-1].view(n * length, dim).addmm_(g, weight[some])
+                # With "out", which autocast leaves alone: it may be on here though it was off before.
+                of_sources.append(torch.mm(g, weight[some], out=torch.empty_like(rows)))
+            else:  # the values, whose source is the one before without its position
+                of_position = torch.stack([t.view(n, length, dim).sum(0) for t in of_sources]).sum(0)
+                torch.addmm(of_sources[-1], g, weight[some], out=of_sources[-1])
+        of_sources = [t.view(n, length, dim) for t in of_sources]
         of_x, of_memory = (*of_sources, None)[:2]
         grads = of_x, of_memory, of_position, of_weight, of_bias
         return *(g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.types)), None
@@ -155,7 +157,7 @@ class _Attend(torch.autograd.Function):
         q, k, v = heads
         output: Tensor = q.new_empty(n, length, n_heads * width)
         keep = any(ctx.needs_input_grad)
-        alpha, step = 1 / math.sqrt(width), min(n, max(1, _CACHED // (n_heads * length**2)))
+        alpha, step = 1 / math.sqrt(width), min(n, max(1, _AT_A_TIME // (n_heads * length**2)))
         scores = q.new_empty(step * n_heads, length, length)
         kept = q.new_empty(n if keep else step, n_heads, length, length)
         for i in range(0, n, step):

@@ -1,7 +1,7 @@
 """Dropout for a CPU: cheap random numbers, and arithmetic on the bits of what they drop.
 
 There random numbers and comparisons one element at a time cost more than the layer that they follow. What is here uses
-every random number several times, and 16-bit integers in place of booleans, which take ten times as long.
+every random number several times, and 16-bit integers in place of booleans, which take several times as long.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def add_dropped(x: Tensor, branch: Tensor, p: float, training: bool = True) -> T
     """``x + dropout(branch, p, training)``.
 
     On a CPU ``p`` is rounded so that ``1 / (1 - p)`` is exact in the type of ``branch`` (to 2e-3 of ``1 - p`` in
-    bfloat16) and to a multiple of 2**-16: the expectation is right to 2**-16. Any two elements of a mask are
-    independent of each other, and so are two masks.
+    bfloat16) and to a multiple of 2**-16: the expectation is right to 2**-17 of ``1 / (1 - p)``. Any two elements of a
+    mask are independent of each other, and so are two masks.
 
     Parameters
     ----------
@@ -67,15 +67,15 @@ def rounded(p: float) -> float:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The same memory as integers: those of floating-point zero are zero, and they have the number's sign."""
+    """The same memory as integers, which have the sign of the number; those of 0.0 are 0."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def random_int16(n: int) -> Tensor:
     """(n,) uniform 16-bit integers on the CPU, pairwise independent, from torch's default generator.
 
-    One 64-bit draw gives four of them, and of many each is used in 32 blocks, every time in another place and with
-    another random number added.
+    One 64-bit draw gives four of them, and of many each is used in 32 blocks, as a rule every time in another place,
+    and with another random number added.
     """
     blocks = 32 if n >= 2**16 else 1
     length = -(-n // (4 * blocks)) * 4

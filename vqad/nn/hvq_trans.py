@@ -250,7 +250,7 @@ class HVQTrans(nn.Module):
         return self._quantise(states, category, learns=False)[0]
 
     def scoring_copy(self, dtype: torch.dtype) -> HVQTrans:
-        """A copy for inference under autocast to ``dtype``, which gives the same up to rounding for less.
+        """A copy for inference under autocast to ``dtype``: it gives the same, and nothing is cast at every call.
 
         It shares the codebooks and all else that autocast leaves alone with this model, which must not change from then
         on: what can be worked out beforehand, is.
@@ -264,7 +264,7 @@ class HVQTrans(nn.Module):
         scorer = copy.deepcopy(self, shared)
         for quantizer in scorer.quantizers:
             quantizer.freeze()
-        if can_pack(scorer.input_projection.weight):
+        if can_pack(self.input_projection.weight.device, dtype):
             for module in scorer.modules():
                 if isinstance(module, FeedForward):
                     module.pack(math.prod(self.token_grid))
@@ -370,7 +370,7 @@ class HVQTrans(nn.Module):
     def _tokens(self, features: Tensor) -> Tensor:
         """(N, C, h, w) to one vector a token, (N, L, C * patch_size²), row by row."""
         folded = features if self.patch_size == 1 else F.pixel_unshuffle(features, self.patch_size)
-        return folded.flatten(2).mT
+        return folded.flatten(2).mT.contiguous()
 
     def _untokenise(self, cells: Tensor) -> Tensor:
         """The inverse of `_tokens`."""
@@ -419,8 +419,9 @@ class HVQTrans(nn.Module):
             only: Tensor = heads[0](decoded)
             return only
         order = category.argsort(stable=True)
-        parts = torch.split(decoded[order], counts.tolist())
-        return torch.cat([head(part) for head, part in zip(heads, parts)])[order.argsort()]
+        parts = torch.split(decoded.index_select(0, order), counts.tolist())
+        rebuilt = torch.cat([head(part) for head, part in zip(heads, parts)])
+        return rebuilt.index_select(0, order.argsort())
 
     def _codes(self, category: Tensor, levels: Iterable[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
         """Codes and shares of each image on the given levels; None where the look-up itself is the plan."""

@@ -1,4 +1,6 @@
-"""Linear maps on a CPU by the operators of torch's own compiler, with the bits of ``torch.nn.functional.linear``.
+"""Linear maps on a CPU by the operators of torch's own compiler.
+
+Of contiguous inputs they have the bits of ``torch.nn.functional.linear``; a ReLU in the same operator makes NaN zero.
 
 For scoring, weights are laid out for the processor's matrix unit once, not at every call: with one image at a time this
 takes a third of the time of the product itself.
@@ -14,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch has the operators, and they take this weight."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_operators()
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this build of torch has the operators, and they take numbers of this type there."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and _has_operators()
 
 
 @cache
@@ -26,22 +28,22 @@ def _has_operators() -> bool:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """What a product of ``x`` is computed in: what autocast says, if it is on, and the type of ``x`` otherwise."""
+    """What a product of ``x`` is computed in: what autocast says, which leaves float64 alone, or the type of ``x``."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
-    """``x @ weight.T + bias``, and its ReLU if wanted, where no gradient is; all of one type.
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x @ weight.T + bias`` where no gradient is asked for; all of one type.
 
-    In bfloat16 on a CPU, bias and ReLU need no pass over memory of their own.
+    In bfloat16 on a CPU the bias needs no pass over memory of its own.
     """
-    if can_pack(weight):
-        fused: Any = torch.ops.mkldnn._linear_pointwise
-        output: Tensor = fused(x, weight, bias, "relu" if relu else "none", [], "")
-        return output
-    product = F.linear(x, weight, bias)
-    return product.relu_() if relu else product
+    if not can_pack(weight.device, weight.dtype):
+        return F.linear(x, weight, bias)
+    product: Any = torch.ops.mkldnn._linear_pointwise
+    output: Tensor = product(x, weight, bias, "none", [], "")
+    return output
 
 
 class PackedLinear(nn.Module):

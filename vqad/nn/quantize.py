@@ -5,6 +5,8 @@ A group is whatever has a codebook of its own: an object category in HVQ-Trans, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +115,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(n_groups, n_codes))
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("n_updates", torch.zeros(n_groups, dtype=torch.long))
-        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, nn.Module]] | None = None
+        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -179,18 +181,23 @@ class VectorQuantizer(nn.Module):
         # max finds what argmax does, on a CPU in a quarter of the time.
         if len(present) > 1:
             centre, codes, bias = self._centred(present, x.dtype)
-            return torch.baddbmm(bias[row], x - centre[row], codes[row].mT).max(-1).indices
-        if self._kept is None or not can_pack(x.new_empty(0, dtype=product_type(x))):
-            centre, codes, bias = self._centred(present, x.dtype)
-            product = torch.addmm(bias[0], (x - centre).flatten(0, 1), codes[0].T)
-        else:
-            key = int(present[0]), x.dtype
-            if key not in self._kept:
-                centre, codes, bias = self._centred(present, x.dtype)
-                self._kept[key] = centre, PackedLinear(codes[0], bias[0, 0], x.shape[1])
-            centre, packed = self._kept[key]
-            product = packed((x - centre).flatten(0, 1))
-        return product.max(-1).indices.view(x.shape[:2])
+            centre, codes, bias = (t.index_select(0, row) for t in (centre, codes, bias))
+            return torch.baddbmm(bias, x - centre, codes.mT).max(-1).indices
+        centre, product = self._single(present, x)
+        return product((x - centre).flatten(0, 1)).max(-1).indices.view(x.shape[:2])
+
+    def _single(self, present: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The middle of the one codebook, and what gives the nearness of centred vectors (V, D) to codes, (V, K)."""
+        key = int(present[0]), x.dtype
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        centre, codes, bias = (t[0] for t in self._centred(present, x.dtype))
+        product: Callable[[Tensor], Tensor] = partial(F.linear, weight=codes, bias=bias[0])
+        if self._kept is not None:
+            if can_pack(x.device, codes.dtype):
+                product = PackedLinear(codes, bias[0], x.shape[1])
+            self._kept[key] = centre, product
+        return centre, product
 
     def freeze(self) -> None:
         """From now on the codes do not change: what a look-up needs of them is worked out only once."""
@@ -198,14 +205,13 @@ class VectorQuantizer(nn.Module):
 
     def _centred(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Of some codebooks the middle (n, 1, D), the codes seen from there (n, K, D), and their bias (n, 1, K)."""
-        codes = self.embed if len(present) == self.n_groups else self.embed[present]
+        codes = self.embed if len(present) == self.n_groups else self.embed.index_select(0, present)
         # Seen from the middle of the codebook the products are as small as the distances that decide, so that
         # rounding (under autocast, to 8 bits) hardly changes which code is nearest.
-        centre = codes.mean(1, keepdim=True)
+        centre = codes.mean(1, keepdim=True).to(dtype)
         codes = codes - centre
         # |x|^2 is the same for every code: it does not change which one is nearest.
         bias = torch.linalg.vector_norm(codes, dim=-1).square_().mul_(-0.5).unsqueeze(1)
-        centre = centre.to(dtype)
         product = product_type(centre)
         return centre, codes.to(product), bias.to(product)
 

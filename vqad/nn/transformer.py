@@ -36,13 +36,15 @@ class FeedForward(nn.Module):
         self.linear2 = PackedLinear(self.linear2.weight, self.linear2.bias, rows)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
         if isinstance(self.linear1, PackedLinear):
             output: Tensor = self.linear2(self.linear1(x))
-        elif x.device.type == "cpu" and torch.is_grad_enabled():
-            p = self.dropout if self.training else 0.0
-            output = _FeedForward.apply(x, *self.linear1.parameters(), *self.linear2.parameters(), p)
+        elif x.device.type == "cpu" and torch.is_grad_enabled() and p < 1:
+            # By their weights: what hooks are on the two maps is not called.
+            first, second = self.linear1, self.linear2
+            output = _FeedForward.apply(x, first.weight, first.bias, second.weight, second.bias, p)
         else:
-            output = self.linear2(F.dropout(self.linear1(x).relu(), self.dropout, self.training))
+            output = self.linear2(F.dropout(self.linear1(x).relu(), p))
         return output
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class _FeedForward(torch.autograd.Function):
-    """Linear map, ReLU, dropout, linear map of (N, L, D) for a CPU; the hidden layer is all that is kept of it.
+    """Linear map, ReLU, dropout, linear map of (N, L, D) for a CPU; the hidden layer says by itself what was dropped.
 
     What makes up for dropping is part of the second map, which is smaller than what it is applied to.
     """
@@ -63,7 +65,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.types = [t.dtype for t in (x, weight1, bias1, weight2, bias2)]
         ctx.scale = 1 / (1 - rounded(p))
         inputs, weight1, weight2 = x.to(dtype), weight1.to(dtype), (weight2 * ctx.scale).to(dtype)
-        hidden = linear(inputs, weight1, bias1.to(dtype), relu=True)
+        hidden = linear(inputs, weight1, bias1.to(dtype)).relu_()
         if p:
             zero_at_random_(hidden, p)
         ctx.save_for_backward(inputs, weight1, weight2, hidden)
