@@ -20,6 +20,10 @@ from .packed import PackedLinear, linear, product_type
 
 _AT_A_TIME = 2**22
 """Attention weights that are worked on together, or those of one image if they are more."""
+_Parts = tuple[tuple[int, int], ...]
+_SELF: _Parts = ((0, 2), (2, 3))
+_CROSS: _Parts = ((0, 1), (1, 2), (2, 3))
+"""Which of queries (0), keys (1) and values (2) are made of each source: from the first of them to the end."""
 
 
 class Attention(nn.Module):
@@ -50,11 +54,8 @@ class Attention(nn.Module):
 
     def pack(self, rows: int, crossing: bool) -> None:
         """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image; ``crossing``: with a memory."""
-        parts = ((0, 1), (1, 2), (2, 3)) if crossing else ((0, 2), (2, 3))
-        slices = [slice(i * self.dim, j * self.dim) for i, j in parts]
-        self.packed = nn.ModuleList(
-            PackedLinear(self.in_proj_weight[some], self.in_proj_bias[some], rows) for some in slices
-        )
+        maps = self._maps(_CROSS if crossing else _SELF)
+        self.packed = nn.ModuleList(PackedLinear(weight, bias, rows) for weight, bias in maps)
         self.out_proj = PackedLinear(self.out_proj.weight, self.out_proj.bias, rows)
 
     def extra_repr(self) -> str:
@@ -81,8 +82,7 @@ class Attention(nn.Module):
         else:
             sources, parts = _sources(x, memory, position.to(x.dtype))
             if self.packed is None:
-                slices = [slice(i * self.dim, j * self.dim) for i, j in parts]
-                products = [F.linear(t, self.in_proj_weight[s], self.in_proj_bias[s]) for t, s in zip(sources, slices)]
+                products = [F.linear(t, weight, bias) for t, (weight, bias) in zip(sources, self._maps(parts))]
             else:
                 products = [packed(t) for packed, t in zip(self.packed, sources)]
             q, k, v = (h for product in products for h in _heads(product, self.n_heads, product.shape[-1] // self.dim))
@@ -90,12 +90,16 @@ class Attention(nn.Module):
         merged: Tensor = self.out_proj(attended)
         return merged
 
+    def _maps(self, parts: _Parts) -> list[tuple[Tensor, Tensor]]:
+        slices = [slice(i * self.dim, j * self.dim) for i, j in parts]
+        return [(self.in_proj_weight[some], self.in_proj_bias[some]) for some in slices]
 
-def _sources(x: Tensor, memory: Tensor | None, position: Tensor) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
-    """What queries, keys and values are made of, and which of these three are made of each: the first, the end."""
+
+def _sources(x: Tensor, memory: Tensor | None, position: Tensor) -> tuple[list[Tensor], _Parts]:
+    """What queries, keys and values are made of, and which of these are made of each."""
     if memory is None:
-        return [x + position, x], ((0, 2), (2, 3))
-    return [x + position, memory + position, memory], ((0, 1), (1, 2), (2, 3))
+        return [x + position, x], _SELF
+    return [x + position, memory + position, memory], _CROSS
 
 
 def _heads(x: Tensor, n_heads: int, parts: int = 1) -> Tensor:
