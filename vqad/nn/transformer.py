@@ -79,11 +79,10 @@ class _FeedForward(torch.autograd.Function):
         g_hidden = g @ weight2
         # 0 where the hidden layer is.
         torch.ops.aten.threshold_backward(bits(g_hidden), bits(rows), 0, grad_input=bits(g_hidden))
-        of_first = (g_hidden @ weight1).view(x.shape), g_hidden.mT @ x.flatten(0, 1), g_hidden.sum(0)
-        of_second = g.mT @ rows, g.sum(0)
-        grads = [t.to(dtype) for t, dtype in zip((*of_first, *of_second), ctx.types)]
-        grads[3].mul_(ctx.scale)
-        return *grads, None
+        of_first = g_hidden.mT @ x.flatten(0, 1), g_hidden.sum(0)
+        of_second = (g.mT @ rows).to(ctx.types[3]).mul_(ctx.scale), g.sum(0)
+        grads = (g_hidden @ weight1).view(x.shape), *of_first, *of_second
+        return *(t.to(dtype) for t, dtype in zip(grads, ctx.types)), None
 
 
 class EncoderLayer(FeedForward):
