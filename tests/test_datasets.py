@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -124,6 +125,27 @@ def test_mvtec_skips_hidden_files_and_other_files(mvtec_root):
     (mvtec_root / ".cache").mkdir()
     (mvtec_root / "license.txt").write_text("")
     assert load_mvtec(mvtec_root, split="all").paths.tolist() == expected
+
+
+def test_mvtec_names_folders_of_images_beside_the_categories(mvtec_root):
+    """A licence, and what lies in a category, are no such folders."""
+    (mvtec_root / "license.txt").write_text("")
+    for name in ("papers", ".cache", "nut/validation/good"):
+        (mvtec_root / name).mkdir(parents=True)
+    save_png(mvtec_root / ".cache" / "a.png", np.zeros((4, 4), np.uint8))
+    save_png(mvtec_root / "nut" / "validation" / "good" / "a.png", np.zeros((4, 4), np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for split in ("train", "test", "all"):
+            load_mvtec(mvtec_root, split=split)
+            load_mvtec(mvtec_root / "nut", split=split)
+    save_png(mvtec_root / "screw" / "deep" / "a.png", np.zeros((4, 4), np.uint8))
+    with pytest.warns(UserWarning, match=r"has images in folders without train/good too, left out here: screw\.$"):
+        data = load_mvtec(mvtec_root)
+    assert set(data.category) == {"bolt", "nut"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_mvtec(mvtec_root, categories=["nut"])
 
 
 def test_mvtec_errors_say_what_was_found(mvtec_root, tmp_path_factory):
@@ -273,6 +295,19 @@ def test_folder_does_not_follow_a_link_to_itself(tmp_path):
     assert load_folder(tmp_path).category.tolist() == ["bolt", "nut"]
 
 
+def test_subfolders_that_are_left_out_are_named(tmp_path):
+    save_png(tmp_path / "nut" / "a.png", np.zeros((4, 4), np.uint8))
+    for name in ("bolt", "nut/deep", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bolt" / "a.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"has subfolders without an image, which are no categories: bolt\.$"):
+        data = load_folder(tmp_path)
+    assert set(data.category) == {"nut"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_folder(tmp_path / "nut", recursive=False)
+
+
 def test_folder_errors_say_what_was_found(tmp_path, mvtec_root):
     with pytest.raises(ValueError, match=r"vqad\.datasets\.load_mvtec reads.*tells defects and masks from normal"):
         load_folder(mvtec_root)
@@ -335,6 +370,24 @@ def test_taking_a_part_keeps_every_column_in_step(key, mvtec_root):
         assert part.category.tolist() == data.category[rows].tolist()
         assert part.defect.tolist() == data.defect[rows].tolist()
         assert part.mask_paths == [data.mask_paths[i] for i in rows]
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, "Series"])
+def test_mask_paths_come_in_every_form_of_a_column(form):
+    given = ["a_mask.png", None, Path("None")]
+    if form == "Series":
+        form = pytest.importorskip("pandas").Series
+        given[2] = "None"  # pandas has no column of paths and str
+    assert ImageDataset(["a.png", "b.png", "c.png"], mask_paths=form(given)).mask_paths == ["a_mask.png", None, "None"]
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, "NA"])
+def test_a_missing_category_is_no_name(missing):
+    missing = pytest.importorskip("pandas").NA if missing == "NA" else missing
+    for category in (["nut", missing], np.array(["nut", missing], dtype=object)):
+        with pytest.raises(ValueError, match=r"category is missing, .*, for 1 images"):
+            ImageDataset(["a.png", "b.png"], category=category)
+    assert ImageDataset(["a.png", "b.png"], category=["nan", "None"]).category.tolist() == ["nan", "None"]
 
 
 @pytest.mark.parametrize("key", ["a", 1.5, [0.5], None, np.zeros((2, 2), int)])

@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import re
+import signal
+import struct
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, features
 
 import vqad.images
 from vqad._decode import read_mask, to_unit_range
+from vqad.datasets import load_folder
 from vqad.images import ImageSequence, check_images
 
 SMALL_UINT8 = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)))
@@ -344,10 +347,56 @@ def test_exif_orientation_is_applied_and_size_agrees(orientation, suffix, tmp_pa
         np.testing.assert_array_equal(of_pil.pixels(0), images.pixels(0))
 
 
-def test_first_frame_of_many_is_taken(tmp_path):
+@pytest.mark.parametrize("suffix", ["tiff", "gif", "png", "webp"])
+def test_first_frame_of_many_is_taken_with_a_warning(suffix, tmp_path):
     frames = [Image.fromarray(np.full((4, 5), value, dtype=np.uint8)) for value in (50, 200)]
-    path = saved(tmp_path, frames[0], "frames.tiff", save_all=True, append_images=frames[1:])
-    assert (check_images([path]).pixels(0) == np.float32(50 / 255)).all()
+    options = {"lossless": True} if suffix == "webp" else {}
+    one = saved(tmp_path, frames[0], f"one.{suffix}", **options)
+    many = saved(tmp_path, frames[0], f"many.{suffix}", save_all=True, append_images=frames[1:], **options)
+    images = check_images([one, many, many])
+    images.pixels(0)
+    with pytest.warns(UserWarning, match=rf"image 1 of X, path '.*many\.{suffix}', has several pages") as caught:
+        read = [images.pixels(i) for i in (1, 2)]
+    assert len(caught) == 1
+    assert (np.stack(read) == np.float32(50 / 255)).all()
+
+
+def test_previews_of_photographs_are_no_pages(tmp_path):
+    frames = [Image.fromarray(np.full((4, 5), value, dtype=np.uint8)) for value in (50, 200)]
+    path = saved(tmp_path, frames[0], "photo.mpo", save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_images([path]).pixels(0).shape == (4, 5, 3)
+
+
+def test_a_gif_that_is_cut_off_in_its_second_frame_is_its_first(tmp_path):
+    frames = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (9, 7), dtype=np.uint8)) for k in (0, 1)]
+    whole = saved(tmp_path, frames[0], "whole.gif", save_all=True, append_images=frames[1:]).read_bytes()
+    first = saved(tmp_path, frames[0], "first.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(whole[: len(first) + 6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        pixels = check_images([tmp_path / "cut.gif"]).pixels(0)
+    np.testing.assert_array_equal(pixels[..., 0], np.asarray(frames[0]) / np.float32(255))
+
+
+ORIENTATIONS = {
+    "text": (2, b"6\0"),
+    "byte": (1, b"\6"),
+    "nan": (11, b"\0\0\xc0\x7f"),
+    "infinity": (11, b"\0\0\x80\x7f"),
+}
+
+
+@pytest.mark.parametrize("kind", [*ORIENTATIONS, "nine"])
+def test_an_orientation_that_is_none_turns_nothing(kind, tmp_path):
+    type_, value = ORIENTATIONS.get(kind, (3, b"\t\0"))
+    count = len(value) if type_ == 2 else 1
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, type_, count, value, 0)
+    path = saved(tmp_path, Image.new("L", (6, 4), 90), "turned.jpg", exif=exif)
+    images = check_images([path])
+    assert images.size(0) == (4, 6)
+    np.testing.assert_allclose(images.pixels(0), np.full((4, 6, 3), 90 / 255), atol=0.01)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -371,6 +420,16 @@ def test_truncated_pil_image_is_named(colour_images):
         check_images([colour_images[0], image]).pixels(1)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_a_broken_avif_file_is_named(tmp_path, colour_images):
+    path = saved(tmp_path, Image.fromarray(colour_images[0]), "broken.avif")
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 8
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+    with pytest.raises(ValueError, match=r"broken\.avif', is truncated or not an image"):
+        check_images([path]).pixels(0)
+
+
 def test_text_file_is_not_an_image(tmp_path):
     path = tmp_path / "notes.png"
     path.write_text("not pixels")
@@ -391,6 +450,37 @@ def test_missing_path_and_folder_are_named(tmp_path, colour_images):
     paths[4].unlink()
     with pytest.raises(FileNotFoundError, match=r"image 4 of X, path '.*4\.png'"):
         images.pixels(4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders on this system")
+def test_pipes_devices_and_links_in_a_circle_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    for path in (tmp_path / "pipe.png", tmp_path / "circle.png", "/dev/zero"):
+        with pytest.raises(FileNotFoundError, match=rf"image 0 of X, path '{path}', is no file but a device, a pipe"):
+            check_images([path])
+    signal.alarm(10)
+    try:  # unchecked, a pipe would be waited for, and a device read without end
+        for path in (tmp_path / "pipe.png", "/dev/zero"):
+            images = ImageSequence([str(path)], np.arange(1))
+            for read in (images.pixels, images.size, images.digest):
+                with pytest.raises(FileNotFoundError, match="is no file but"):
+                    read(0)
+        with pytest.raises(FileNotFoundError, match=r"mask '.*pipe\.png' is no file but"):
+            read_mask(str(tmp_path / "pipe.png"))
+    finally:
+        signal.alarm(0)
+
+
+def test_a_deleted_working_folder_hides_no_name(tmp_path, monkeypatch):
+    def no_folder():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", no_folder)
+    with pytest.raises(FileNotFoundError, match=r"image 0 of X, path 'gone\.png', does not exist \(nor does the work"):
+        check_images(["gone.png"])
+    with pytest.raises(FileNotFoundError, match=r"root 'gone' does not exist \(nor does the working"):
+        load_folder("gone")
 
 
 def test_no_file_is_opened_by_checking(tmp_path, colour_images, monkeypatch):

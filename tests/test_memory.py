@@ -293,6 +293,11 @@ def test_digests_tell_images_apart():
     assert check_images([Image.fromarray(grey)]).digest(0) == check_images([torch.from_numpy(grey)]).digest(0)
 
 
+def test_a_file_and_its_pixels_are_two_entries(tmp_path):
+    [path] = save_all(tmp_path / "images", PARTS.images[:1])
+    assert check_images([path]).digest(0) != check_images(PARTS.images[:1]).digest(0)
+
+
 # ---- accidents -----------------------------------------------------------------------------------
 
 
@@ -315,6 +320,12 @@ def test_an_image_that_cannot_be_read_is_named_and_not_kept(tmp_path):
     for n_jobs in (None, 3):
         with pytest.raises(ValueError, match=r"image 3 of X, path .*3\.png', is truncated"):
             clone(SMALL).set_params(memory=tmp_path / "memory", n_jobs=n_jobs).fit(paths)
+
+
+def test_a_memory_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"memory='.*file' must be a folder, or the path of one to be made"):
+        clone(SMALL).set_params(memory=tmp_path / "file").fit(PARTS.images)
 
 
 def test_a_transformer_that_does_not_pickle_is_explained(tmp_path):

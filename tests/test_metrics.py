@@ -166,6 +166,7 @@ def test_image_f1_max_is_the_best_f1_at_the_highest_such_threshold(data):
 def test_image_metrics_take_lists_and_integer_scores():
     assert metrics.image_auroc([1, 1, -1], [0, 1, 2]) == 1.0
     assert metrics.image_auroc((1.0, -1.0), np.array([3, 1], np.uint8)) == 0.0
+    assert metrics.image_auroc(np.array([1, 1, np.int8(-1)], dtype=object), [0, 1, 2]) == 1.0
 
 
 @pytest.mark.parametrize("metric", [metrics.image_auroc, metrics.image_average_precision, metrics.image_f1_max])
@@ -175,6 +176,7 @@ def test_image_metrics_take_lists_and_integer_scores():
         ([1, 0, -1], [1.0, 2.0, 3.0], r"\+1 \(normal\) and -1 \(anomaly\) only, but also holds 0"),
         ([True, False], [1.0, 2.0], "dtype bool"),
         (["good", "bad"], [1.0, 2.0], "dtype <U4"),
+        (np.array([1, -1, None], dtype=object), [1.0, 2.0, 3.0], "dtype object"),
         ([1, 1], [1.0, 2.0], r"no anomaly \(-1\)"),
         ([-1, -1], [1.0, 2.0], r"no normal image \(\+1\)"),
         ([1, -1], [1.0, 2.0, 3.0], "y_true has 2 images but anomaly_score has 3"),
@@ -562,6 +564,16 @@ def test_without_category_and_maps_there_is_one_row_of_image_metrics():
 def test_integer_categories_are_sorted_as_numbers():
     evaluation = metrics.evaluate([1, -1] * 3, np.arange(6.0), [10, 10, 9, 9, -1, -1])
     assert list(evaluation.per_category) == [-1, 9, 10]
+
+
+def test_a_missing_category_is_told():
+    pandas = pytest.importorskip("pandas")
+    for missing in (None, np.nan, pandas.NA, pandas.NaT):
+        for category in (["a", "a", "b", missing], pandas.Series(["a", "a", "b", missing], dtype=object)):
+            with pytest.raises(ValueError, match=r"category is missing, .*, for 1 images"):
+                metrics.evaluate([1, -1, 1, -1], [0.0, 1.0, 0.0, 1.0], category)
+    with pytest.raises(ValueError, match="category is missing, nan, for 2 images"):
+        metrics.evaluate([1, -1, 1, -1], [0.0, 1.0, 0.0, 1.0], np.array([np.nan, 1, 1, np.nan]))
 
 
 def test_evaluate_says_what_is_wrong(benchmark_set):

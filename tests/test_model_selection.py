@@ -201,6 +201,14 @@ def test_a_y_that_cannot_be_split_is_explained(rows, y, match):
         next(InlierKFold().split(rows, y))
 
 
+@pytest.mark.parametrize("missing", [None, np.nan, "NA"])
+def test_a_missing_category_is_explained(rows, missing):
+    missing = pytest.importorskip("pandas").NA if missing == "NA" else missing
+    for category in ([missing, *NAMES[1:]], np.array([missing, *NAMES[1:]], dtype=object)):
+        with pytest.raises(ValueError, match=r"category is missing, .*, for 1 images"):
+            next(InlierKFold(3).split(rows, Y, category=category))
+
+
 def test_wrong_parameters_of_the_splitter_are_explained(rows):
     for n_splits in (1, 2.0, True, "3"):
         with pytest.raises(ValueError, match="n_splits must be an int of at least 2"):
@@ -297,7 +305,8 @@ def test_scores_for_want_of_anomalies_are_nan_with_a_warning(grey):
     made = Brightness().fit(X)
     for scorer in (image_auroc_scorer, image_average_precision_scorer, image_f1_max_scorer):
         for label in (1, -1):
-            with pytest.warns(UndefinedMetricWarning, match=rf"but y is \{label:+d} throughout"):
+            causes = r"use cv=InlierKFold\(\); its training folds hold no anomaly, so set return_train_score=False"
+            with pytest.warns(UndefinedMetricWarning, match=rf"but y is \{label:+d} throughout: .*{causes}"):
                 assert np.isnan(scorer(made, X, np.full(12, label)))
     for some in (masks[:8], [None] * 8):
         with pytest.warns(UndefinedMetricWarning, match="aupro needs a defect, but the masks mark none"):

@@ -170,6 +170,14 @@ def test_memory_stays_a_share_of_the_normal_pixels(monkeypatch):
     assert peak < 6e6
 
 
+def test_an_image_without_pixels_changes_nothing():
+    masks, maps = example()
+    empty = np.zeros((0, 5))
+    np.testing.assert_array_equal(
+        quiet([empty > 0, *masks], [empty, *maps]), np.append(np.nan, quiet(list(masks), list(maps)))
+    )
+
+
 @pytest.mark.parametrize("limits", [(0, 0.1), (0.1, 0.1), (0.2, 0.1), (0.1, 1.1), (np.nan, 0.1), 0.1])
 def test_limits_must_rise_within_0_1(limits):
     with pytest.raises(ValueError, match="fpr_limits must be two numbers with 0 < lower < upper <= 1"):

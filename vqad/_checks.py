@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from numbers import Integral
+from os import PathLike
+from typing import Any
 
 import numpy as np
 from sklearn.utils import check_array
@@ -20,6 +22,8 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
             )
         maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
         if reset:
+            for name in ("n_features_in_", "feature_names_in_"):  # of rows that an earlier fit saw
+                vars(estimator).pop(name, None)
             estimator.map_shape_ = maps.shape[1:]
         elif maps.shape[1:] != estimator.map_shape_:
             raise ValueError(
@@ -35,7 +39,7 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
 
 
 def normal_rows(y, n: int) -> np.ndarray:
-    """Rows to train on: all but those labelled -1."""
+    """Rows to train on: all but those labelled -1; one at least."""
     if y is None:
         return np.arange(n)
     y = np.asarray(y)
@@ -44,7 +48,10 @@ def normal_rows(y, n: int) -> np.ndarray:
     if not np.isin(y, (-1, 1)).all():
         warn("y has values other than +1 (normal) and -1 (anomaly) and is ignored: all images are taken as normal.")
         return np.arange(n)
-    return np.flatnonzero(y == 1)
+    rows = np.flatnonzero(y == 1)
+    if len(rows) == 0:
+        raise ValueError("No normal image to learn from: every y is -1.")
+    return rows
 
 
 def both_labels(y, n: int) -> np.ndarray:
@@ -79,6 +86,19 @@ def check_category(category, n: int) -> np.ndarray | None:
     raise ValueError(f"category must have a label for every image, all of them str or all int; got {names}.")
 
 
+def is_missing(value: Any) -> bool:
+    """Whether an entry of a table is None, nan, NaT or pandas' NA, which compares to nothing."""
+    return not isinstance(value, (str, PathLike)) and str(value) in ("None", "nan", "NaT", "<NA>")
+
+
+def check_none_missing(category: Any) -> None:
+    """Raise ValueError where a label is missing."""
+    # As they are: numpy makes strings of all labels where one is a string.
+    missing = [label for label in np.asarray(category, dtype=object).flat if is_missing(label)]
+    if missing:
+        raise ValueError(f"category is missing, {missing[0]}, for {len(missing)} images: give each a label")
+
+
 def known_index(category: np.ndarray, categories: np.ndarray) -> np.ndarray:
     """Position of each label in ``categories``, -1 for those that are not there.
 
@@ -91,7 +111,8 @@ def known_index(category: np.ndarray, categories: np.ndarray) -> np.ndarray:
         known = ", ".join(map(repr, categories[:3].tolist())) + (", ..." if len(categories) > 3 else "")
         raise ValueError(
             f"category has labels such as {category[0].item()!r}, but the detector knows {known}: labels must be all "
-            "str or all int, and are numbers where fit found the categories itself."
+            "str or all int, and are numbers where fit found the categories itself: give numbers here too, or fit "
+            "with labels."
         )
     position = {label: k for k, label in enumerate(categories.tolist())}
     return np.array([position.get(label, -1) for label in category.tolist()], dtype=np.int64)
@@ -118,11 +139,27 @@ def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> 
     return rows[np.isin(rows, np.concatenate(chosen))]
 
 
-def split_rows(index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two."""
+def warn_of_single_images(categories: np.ndarray, index: np.ndarray) -> None:
+    """Say which categories cannot be judged, having one image each; ``index`` is the category of each image."""
+    found, count = np.unique(index, return_counts=True)
+    names = categories[found[count == 1]]
+    if len(names):
+        warn(
+            f"Of category {', '.join(map(repr, names.tolist()))} there is one image: nothing says how normal images of "
+            "it differ, and others are likely to be called anomalies. Give more, or mend the label."
+        )
+
+
+def split_rows(
+    index: np.ndarray, fraction: float, seed: int, otherwise="thresholds come from the training images"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two.
+
+    Where there are not, all rows are both, and a warning says what comes of that ``otherwise``.
+    """
     held_out = hold_out(index, fraction, seed)
     keep = np.setdiff1d(np.arange(len(index)), held_out)
     if len(held_out) == 0:
-        warn("Too few images to hold any out: thresholds come from the training images.")
+        warn(f"Too few images to hold any out: {otherwise}.")
         held_out = keep
     return keep, held_out

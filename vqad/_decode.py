@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import zlib
@@ -20,6 +21,7 @@ _UNREADABLE = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,  # of the AVIF decoder
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -119,7 +121,20 @@ def to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
     return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
 
 
+def not_there(path: str | os.PathLike[str], name: str) -> FileNotFoundError:
+    """The error of a path that leads to no file or folder: what is there, or from where it was looked for."""
+    if os.path.lexists(path):
+        return FileNotFoundError(f"{said_of(name, 'is')} no file but a device, a pipe or a broken link.")
+    try:
+        here = f"the working directory is {os.getcwd()!r}"
+    except OSError:  # it was deleted
+        here = "nor does the working directory"
+    return FileNotFoundError(f"{said_of(name, 'does')} not exist ({here}).")
+
+
 def readable(path: str, name: str) -> BinaryIO:
+    if not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path):
+        raise not_there(path, name)  # to open a pipe would wait for its other end
     try:
         return open(path, "rb")
     except OSError as error:
@@ -160,7 +175,8 @@ def _orientation(image: Image.Image) -> int:
     # pixels is heeded here, so that `size` reads no more than the header and still agrees with `pixels`.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
-    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    turn = image.getexif().get(_EXIF_ORIENTATION)
+    return int(turn) if turn in range(1, 9) else 1  # files have text, bytes, NaN and infinity there too
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -175,6 +191,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     if _orientation(image) in (5, 6, 7, 8):
         width, height = _upright(image).size if image.format == "TIFF" else (height, width)
     return height, width
+
+
+def has_more_pages(image: Image.Image) -> bool:
+    """Whether a file has further pictures of its own, in place of previews (MPO) or layers (PSD)."""
+    try:
+        return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
+    except (IndexError, *_UNREADABLE):  # a GIF that is cut off behind its first frame
+        return False
 
 
 def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
@@ -196,3 +220,13 @@ def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
         image = image.convert("RGB")
     pixels = np.asarray(image)
     return (pixels.astype(np.uint16) if image.mode == "I" and is_16_bit else pixels), has_alpha
+
+
+def _unlock() -> None:
+    """In a process that was forked off, nobody lets go of what another thread held."""
+    global _LOADING
+    _LOADING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_unlock)

@@ -16,20 +16,24 @@ Kept = tuple[str, list[np.ndarray]]
 class FeatureCache:
     """Feature maps of images in a joblib cache, one entry an image.
 
-    The same image gives the same key in every fit, fold, form of X and process. Entries are written in one piece, so
-    processes may share the folder.
+    The key of an image is its digest, the same in every fit, fold and process: of a file that of its bytes, wherever it
+    lies; of an array, tensor or PIL image that of its pixels. So a file and its pixels are two entries. Entries are
+    written in one piece, so processes may share the folder.
 
     Parameters
     ----------
     memory : str, path or joblib.Memory
-        As in scikit-learn's `Pipeline`.
+        As in scikit-learn's `Pipeline`. OSError if it is no folder and none can be made there.
     source : str
         Digest of all that features depend on beside the image: backbone, options, precision, device.
     """
 
     def __init__(self, memory, source: str):
-        memory = check_memory(memory if hasattr(memory, "cache") else str(memory))
-        self._cached = memory.cache(_feature_maps, ignore=["make"])
+        memory = memory if hasattr(memory, "cache") else str(memory)
+        try:
+            self._cached = check_memory(memory).cache(_feature_maps, ignore=["make"])
+        except OSError as error:
+            raise type(error)(f"memory={memory!r} must be a folder, or the path of one to be made: {error}.") from error
         self.source = source
 
     def find(self, image: str) -> list[Tensor] | None:

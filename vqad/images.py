@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from vqad._decode import (
     check_dtype,
+    has_more_pages,
     loaded,
+    not_there,
     opened,
     pil_to_array,
     readable,
@@ -112,11 +114,11 @@ class ImageSequence:
         Which items, in which order.
     """
 
-    def __init__(self, items: Any, indices: np.ndarray, _said: dict[str, bool] | None = None) -> None:
+    def __init__(self, items: Any, indices: np.ndarray, _said: set[str] | None = None) -> None:
         self._items = items
         self._indices = indices
         # Shared with every subset, so that one X warns once.
-        self._said = {"alpha": False} if _said is None else _said
+        self._said = set() if _said is None else _said
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -213,6 +215,9 @@ class ImageSequence:
         if isinstance(item, str):
             with opened(item, name) as image:
                 raw, has_alpha = pil_to_array(image)
+                has_pages = has_more_pages(image)
+            if has_pages:
+                self._warn_once(name, "several pages or frames: the first is taken, the others are not looked at.")
         elif isinstance(item, Image.Image):
             with loaded(item, name) as image:
                 raw, has_alpha = pil_to_array(image)
@@ -220,7 +225,7 @@ class ImageSequence:
             raw = tensor_to_array(item)
             has_alpha = raw.ndim == 3 and raw.shape[2] == 4
         if has_alpha:
-            self._warn_alpha(name)
+            self._warn_once(name, "an alpha channel: it is dropped, the colours are kept as stored.")
         return raw[:, :, None] if raw.ndim == 2 else raw[:, :, :3]
 
     def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
@@ -245,10 +250,10 @@ class ImageSequence:
         # Lists and arrays were checked by check_images; what a lazy object gives is seen only here.
         return item if isinstance(self._items, list) or _is_array(self._items) else _check_item(item, origin)
 
-    def _warn_alpha(self, name: str) -> None:
-        if not self._said["alpha"]:
-            self._said["alpha"] = True
-            warn(f"{said_of(name, 'has')} an alpha channel: it is dropped, the colours are kept as stored.")
+    def _warn_once(self, name: str, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warn(f"{said_of(name, 'has')} {what}")
 
 
 def _interpolated(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -379,7 +384,7 @@ def _check_item(item: Any, i: int) -> Any:
         if not os.path.isfile(path):
             if os.path.isdir(path):
                 raise _folder_error(name, path)
-            raise FileNotFoundError(f"{said_of(name, 'does')} not exist (the working directory is {os.getcwd()!r}).")
+            raise not_there(path, name)
         return str(path)
     name = f"image {i} of X"
     if isinstance(item, Image.Image):

@@ -36,6 +36,7 @@ from vqad.metrics import (
     pixel_average_precision,
     pixel_f1_max,
 )
+from vqad.metrics._evaluation import split_by
 
 __all__ = [
     "InlierKFold",
@@ -126,15 +127,14 @@ class InlierKFold(BaseCrossValidator):
         Raises
         ------
         ValueError
-            When y is missing or has other values, has fewer normal samples than there are folds, or when y or category
-            have another length than X.
+            When y is missing or has other values, has fewer normal samples than there are folds, when y or category
+            have another length than X, or a category is missing.
         """
         if groups is not None:
             warnings.warn("InlierKFold does not use groups.", UserWarning, stacklevel=2)
         X, y, category = indexable(X, y, category)
         y = self._check_y(y)
-        kind = np.zeros(len(y), dtype=int) if category is None else np.unique(category, return_inverse=True)[1]
-        folds = self._deal(y, kind)
+        folds = self._deal(y, split_by(category, len(y))[1])
         for fold in range(self.n_splits):
             yield np.flatnonzero((folds != fold) & (y == 1)), np.flatnonzero(folds == fold)
 
@@ -186,7 +186,8 @@ def _with_both_labels(metric, y_true, y_score):
 
 def _undefined(reason: str) -> float:
     message = (
-        f"{reason}: the score is nan. Training folds of InlierKFold hold no anomaly: set return_train_score=False."
+        f"{reason}: the score is nan. For test folds with both labels use cv=InlierKFold(); its training folds hold no "
+        "anomaly, so set return_train_score=False."
     )
     warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
     return float("nan")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vqad._checks import check_none_missing, is_missing
 from vqad._decode import read_mask
 from vqad.images import ImageSequence
 
@@ -29,7 +30,7 @@ class ImageDataset:
         Kind of object of each image.
     defect : array-like of str, shape (n,), default=None
         Kind of defect. None: "good" for normal images and "defect" for others.
-    mask_paths : sequence of (path-like or None), length n, default=None
+    mask_paths : sequence, array or Series of (path-like or None), length n, default=None
         Image files that are black where there is no defect. None: not known.
 
     Attributes
@@ -53,7 +54,7 @@ class ImageDataset:
         target: Any = None,
         category: Any = "images",
         defect: Any = None,
-        mask_paths: Sequence[str | os.PathLike[str] | None] | None = None,
+        mask_paths: Sequence[str | os.PathLike[str] | None] | np.ndarray | None = None,
     ) -> None:
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"paths must be a sequence of file paths; got the single path {os.fspath(paths)!r}.")
@@ -64,11 +65,13 @@ class ImageDataset:
         if not np.isin(self.target, (1, -1)).all():
             raise ValueError(f"target must be +1 (normal) or -1 (anomaly); got {np.unique(self.target)}.")
         self.target = self.target.astype(int)
+        check_none_missing(category)
         self.category = np.full(n, category) if isinstance(category, str) else np.asarray(category, dtype=str)
         if defect is None:
             defect = np.where(self.target == 1, "good", "defect")
         self.defect = np.asarray(defect, dtype=str)
-        self.mask_paths = [None if path is None else os.fspath(path) for path in mask_paths or [None] * n]
+        masks = [None] * n if mask_paths is None else mask_paths
+        self.mask_paths = [None if is_missing(path) else os.fspath(path) for path in masks]
         for column in ImageDataset._columns:
             if len(getattr(self, column)) != n:
                 raise ValueError(f"{column} has {len(getattr(self, column))} entries for {n} paths.")

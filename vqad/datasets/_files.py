@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from vqad._decode import not_there
+
 IMAGE_SUFFIXES = frozenset(
     (
         ".avif",
@@ -55,7 +57,7 @@ def existing_folder(root: str | os.PathLike[str]) -> Path:
     """Give `root` as a Path, or say what is wrong with it."""
     path = Path(root)
     if not path.exists():
-        raise FileNotFoundError(f"root {str(root)!r} does not exist (the working directory is {os.getcwd()!r}).")
+        raise not_there(path, f"root {str(root)!r}")
     if not path.is_dir():
         raise NotADirectoryError(f"root {str(root)!r} is a file; a folder of images is expected.")
     return path

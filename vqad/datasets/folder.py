@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vqad._warn import warn
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import IMAGE_SUFFIXES, describe, existing_folder, image_files, subfolders
 from vqad.datasets._layouts import loader_of
@@ -40,6 +41,11 @@ def load_folder(
         normal images.
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
+
+    Warns
+    -----
+    UserWarning
+        Of subfolders without an image.
     """
     folder = existing_folder(root)
     for inside in [folder, *subfolders(folder)] if recursive else []:
@@ -50,12 +56,16 @@ def load_folder(
             )
     paths = image_files(folder)
     categories = [folder.resolve().name] * len(paths)
+    empty = []
     for subfolder in subfolders(folder) if recursive else []:
         inside = image_files(subfolder, recursive=True)
         paths += inside
         categories += [subfolder.name] * len(inside)
+        empty += [] if inside else [subfolder.name]
     if not paths:
         raise ValueError(
             f"root {str(root)!r} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); it contains {describe(folder)}."
         )
+    if empty:
+        warn(f"root {str(root)!r} has subfolders without an image, which are no categories: {', '.join(empty)}.")
     return ImageDataset(paths, target=[target] * len(paths), category=category or categories)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqad._warn import warn
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import describe, existing_folder, image_files, subfolders
 
@@ -43,6 +44,11 @@ def load_mvtec(
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
 
+    Warns
+    -----
+    UserWarning
+        Of folders beside the categories that hold images too.
+
     References
     ----------
     Bergmann et al., "MVTec AD: A Comprehensive Real-World Dataset for Unsupervised Anomaly Detection",
@@ -62,6 +68,10 @@ def load_mvtec(
     if unknown:
         raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {list(found)}.")
 
+    if categories is None and not _is_category(folder):
+        others = [path for path in subfolders(folder) if path.name not in found]
+        if plain := [path.name for path in others if image_files(path, recursive=True)]:
+            warn(f"root {str(root)!r} has images in folders without train/good too, left out here: {', '.join(plain)}.")
     rows: list[tuple[Path, int, str, str, Path | None]] = []
     for name in names:
         if split in ("train", "all"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vqad._checks import check_none_missing
 from vqad.metrics._image import check_image_scores, image_auroc, image_average_precision, image_f1_max
 from vqad.metrics._pixel import aupro_of, auroc_of, average_precision_of, check_fpr_limit, f1_max_of
 from vqad.metrics._pixel_counts import PixelCounts, count_pixels
@@ -148,7 +149,7 @@ def evaluate(
     if (masks is None) != (maps is None):
         given, missing = ("maps", "masks") if masks is None else ("masks", "maps")
         raise ValueError(f"{given} were given without {missing}: pixel metrics need both")
-    names, groups = _categories(category, y.size)
+    names, groups = split_by(category, y.size)
     per_category = {}
     for g, name in enumerate(names):
         mine = groups == g
@@ -167,13 +168,14 @@ def evaluate(
     return Evaluation(per_category, mean, pooled, float(fpr_limit))
 
 
-def _categories(category: ArrayLike | None, n_images: int) -> tuple[list[Any], NDArray[np.intp]]:
+def split_by(category: ArrayLike | None, n_images: int) -> tuple[list[Any], NDArray[np.intp]]:
     """Return the names of the categories, sorted, and the position of every image's among them."""
     if category is None:
         return ["all"], np.zeros(n_images, np.intp)
     labels = np.asarray(category)
     if labels.shape != (n_images,):
         raise ValueError(f"category must have one label for each of the {n_images} images, got shape {labels.shape}")
+    check_none_missing(category)
     found = list(dict.fromkeys(labels.tolist()))
     try:
         found.sort()

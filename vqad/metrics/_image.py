@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -190,6 +191,8 @@ def check_image_scores(
         raise ValueError(f"y_true has {y.size} images but anomaly_score has {score.size}")
     if y.size == 0:
         raise ValueError("y_true is empty: there is no image to measure on")
+    if y.dtype.kind == "O" and all(isinstance(label, Integral) for label in y):  # as of a table
+        y = y.astype(float)
     if y.dtype.kind not in "iuf":
         raise ValueError(f"y_true must hold the numbers +1 (normal) and -1 (anomaly), got dtype {y.dtype}")
     wrong = ~np.isin(y, (-1, 1))

@@ -91,10 +91,10 @@ def aupimo(
             yield scores
 
     for i, mask, scores in read_pairs(masks, counted()):
-        if mask is None:
-            normal.add(scores)
-        else:
+        if mask is not None:
             defects[i] = scores[mask]
+        elif scores.size:
+            normal.add(scores)
     if not normal.n_images:
         raise ValueError("every mask marks a defect: aupimo needs images without one to tell false alarms")
     if all(own is None for own in defects):
