@@ -239,6 +239,42 @@ def test_a_fit_that_failed_is_not_fitted(detector, images, labels):
         made.predict(images)
 
 
+@pytest.mark.parametrize("wrong", ["labels", "no label", "category", "only anomalies", "one image"])
+def test_a_fit_that_is_refused_changes_nothing(detector, rows, wrong):
+    made = features_only(detector).fit(rows[:48])
+    before, other = made.score_samples(rows), rows[:48, :5]
+    arguments = {
+        "labels": (other, np.ones(7)), "no label": (other, np.ones((48, 2))), "only anomalies": (other, -np.ones(48)),
+        "category": (other, None, np.zeros(7)), "one image": (other[:1],),
+    }[wrong]  # fmt: skip
+    with pytest.raises(ValueError, match=r"y has|y is -1|category|normal image"):
+        made.fit(*arguments[:2], **({"category": arguments[2]} if len(arguments) > 2 else {}))
+    np.testing.assert_array_equal(made.score_samples(rows), before)
+    assert made.n_features_in_ == 12
+
+
+def test_a_fit_that_is_stopped_after_calibration_is_not_fitted(detector, rows, monkeypatch):
+    made = features_only(detector)
+    with monkeypatch.context() as patch:
+        patch.setattr("vqad.base.learn_prototypes", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            made.fit(rows[:48])
+    with pytest.raises(NotFittedError):
+        made.predict(rows)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_fit_forgets_the_form_of_what_it_saw_before(detector, rows, images):
+    made = features_only(detector).fit(rows[:48])
+    made.fit(np.tile(rows[:48, None, None, :6], (1, 2, 2, 1)))
+    assert not hasattr(made, "n_features_in_")
+    made.set_params(backbone=Thumbnails()).fit(images)
+    assert not hasattr(made, "map_shape_")
+
+
 # ---- what comes out ------------------------------------------------------------------------------
 
 
@@ -547,6 +583,38 @@ def test_images_far_from_every_category_are_anomalous(fitted, kind):
     }[kind]
     np.testing.assert_array_equal(fitted.predict(X), -1)
     assert fitted.score_samples(X).max() < fitted.offset_ - 1
+
+
+@pytest.mark.parametrize("value", [1e15, 1e25, -1e25, np.finfo(np.float32).max])
+def test_features_beyond_all_measure_are_anomalous(on_rows, rows, value):
+    """Squares of numbers over 1e19 are none in float32."""
+    X = rows[:3].copy()
+    X[0, 0] = X[1] = value
+    scores = on_rows.score_samples(X)
+    assert np.isfinite(scores).all()
+    assert scores[:2].max() < -1000 < scores[2]
+    np.testing.assert_array_equal(on_rows.predict(X), [-1, -1, 1])
+    assert np.isfinite(on_rows.anomaly_map(X)).all()
+    made = copy.deepcopy(on_rows).set_threshold(np.vstack([rows[:20], X[:2]]), np.repeat([1, -1], [20, 2]))
+    np.testing.assert_array_equal(made.predict(X), [-1, -1, 1])
+
+
+@pytest.mark.parametrize("n_kinds", [1, 8])
+def test_many_kinds_in_turn_cost_what_few_do(detector, n_kinds, monkeypatch):
+    """The model takes one category at a time, and fills up the last chunk of each."""
+    rng = np.random.default_rng(0)
+    kind = np.arange(1024) % n_kinds
+    X = (9 * rng.standard_normal((n_kinds, 12))[kind] + rng.standard_normal((1024, 12))).astype(np.float32)
+    made = features_only(detector).fit(X[:80], category=kind[:80])
+    seen, terms = [], type(made)._map_terms
+
+    def counted(self, model, features, category):
+        seen.append(len(category))
+        return terms(self, model, features, category)
+
+    monkeypatch.setattr(type(made), "_map_terms", counted)
+    made.score_samples(X)
+    assert sum(seen) <= 1024 + 64 * n_kinds * 2  # two threads at least have a part each
 
 
 # ---- threshold -----------------------------------------------------------------------------------
@@ -963,7 +1031,9 @@ def test_few_images_are_enough_with_a_warning(detector, images, n):
 
 def test_a_category_of_one_image(detector, images, labels):
     names = np.where(np.arange(len(labels)) == 0, "rare", labels)
-    made = thumbnails(detector).fit(images, category=names)
+    made = thumbnails(detector)
+    with pytest.warns(UserWarning, match="Of category 'rare' there is one image"):
+        made.fit(images, category=names)
     assert np.isfinite(made.score_samples(images)).all()
     assert "rare" in made.categories_
 
@@ -1034,6 +1104,14 @@ def test_category_is_routed(detector, rows):
         search = GridSearchCV(made, {"max_iter": [1]}, scoring="roc_auc", cv=StratifiedKFold(2), error_score="raise")
         search.fit(rows, y, category=names)
     assert list(scaled[-1].categories_) == list(search.best_estimator_.categories_) == ["a", "b", "c"]
+
+
+def test_labels_of_a_collection_count_where_y_is_left_out(detector, images, tmp_path):
+    collection = ImageDataset(save_all(tmp_path, images[:20]), target=np.where(np.arange(20) < 14, 1, -1))
+    made = thumbnails(detector).fit(collection)
+    assert made.n_images_ == 14
+    assert made.partial_fit(collection).n_images_ == 28
+    assert thumbnails(detector).fit(collection, np.ones(20)).n_images_ == 20
 
 
 def test_paths_are_split_by_grid_search(detector, parts, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -216,18 +217,21 @@ def test_without_a_random_state_a_fit_that_was_killed_after_its_training_does_no
 
 
 @pytest.mark.parametrize(
-    "change", ["images", "one pixel", "order", "category", "max_iter", "random_state", "learning_rate"]
+    "change", ["images", "one pixel", "places", "order", "category", "max_iter", "random_state", "learning_rate"]
 )
 def test_no_other_fit_goes_on_from_a_checkpoint(tmp_path, monkeypatch, change):
-    small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
-    X, names, parameters = MAPS, NAMES, {}
+    before = np.round(MAPS)  # sums of whole numbers are the same in any order
+    small(checkpoint_dir=tmp_path).fit(before, category=NAMES)
+    X, names, parameters = before, NAMES, {}
     if change == "images":
         X = make_maps(seed=5)
     elif change == "one pixel":
-        X = MAPS.copy()
+        X = before.copy()
         X[7, 1, 2, 3] += 1
+    elif change == "places":
+        X = before[:, ::-1].copy()
     elif change == "order":
-        X, names = MAPS[::-1].copy(), NAMES[::-1]
+        X, names = before[::-1].copy(), NAMES[::-1]
     elif change == "category":
         names = np.roll(NAMES, 1)
     else:
@@ -239,6 +243,15 @@ def test_no_other_fit_goes_on_from_a_checkpoint(tmp_path, monkeypatch, change):
         made.score_samples(MAPS), small(**parameters).fit(X, category=names).score_samples(MAPS)
     )
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_is_lost_or_full_ends_no_training(plain, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    one_pass = Trainer._one_pass
+    monkeypatch.setattr(Trainer, "_one_pass", lambda *args: shutil.rmtree(folder, True) or one_pass(*args))
+    with pytest.warns(UserWarning, match="No checkpoint could be written in checkpoint_dir=.*checkpoints"):
+        made = small(checkpoint_dir=folder).fit(MAPS, category=NAMES)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "text"])
@@ -449,6 +462,28 @@ def test_more_images_of_a_category_teach_it_and_no_other():
         assert not torch.equal(after[name][0], before[name][0])
     assert made.n_iter_ == 5
     assert len(made._held_out["score"]) == n_held + 3
+
+
+def test_ctrl_c_ends_partial_fit(of_two, monkeypatch):
+    steps = []
+
+    def interrupted(self, rows):
+        steps.append(rows)
+        raise KeyboardInterrupt
+
+    made = copy_of(of_two)
+    monkeypatch.setattr(Trainer, "_backward", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after 0 of 1 passes"):
+        made.partial_fit(MAPS, category=NAMES)  # a and b are known, c is new
+    assert len(steps) == 1
+    assert made.training_log_.interrupted
+    assert list(made.categories_) == ["a", "b", "c"]
+    assert np.isfinite(made.score_samples(MAPS)).all()
+
+
+def test_a_label_with_a_typing_error_is_pointed_out(of_two):
+    with pytest.warns(UserWarning, match="Of category 'aa' there is one image.*mend the label"):
+        copy_of(of_two).partial_fit(MAPS[:1], category=["aa"])
 
 
 def test_drifted_images_become_normal():

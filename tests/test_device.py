@@ -7,9 +7,14 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vqad.device import on_device, one_core_each, undisturbed
+import vqad._decode
+import vqad.backbones
+from vqad.backbones import ready_network
+from vqad.device import on_device, one_core_each, seeded, undisturbed
 from vqad.features import readers
+from vqad.images import check_images
 from vqad.store import side_by_side
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
@@ -78,6 +83,50 @@ def test_threads_of_a_pool_share_those_that_read():
             assert readers(n_jobs) == alone
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_seed_of_the_cpu_is_that_of_torch_and_no_other_devices(monkeypatch):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("seeded the other devices too")
+
+    queued = list(torch.cuda._queued_calls)
+    for module in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(module, name, refuse, raising=False)
+    with seeded(5, CPU):
+        assert torch.equal(torch.rand(3), expected)
+    assert torch.cuda._queued_calls == queued
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_seed_leaves_the_cuda_generators_as_they_were():
+    torch.cuda.manual_seed_all(3)
+    before = torch.cuda.get_rng_state_all()
+    with seeded(5, ELSEWHERE):
+        drawn = torch.rand(3, device=ELSEWHERE)
+    with seeded(5, torch.device("cuda", torch.cuda.current_device())):
+        assert torch.equal(torch.rand(3, device=ELSEWHERE), drawn)
+    with seeded(6, CPU):
+        pass
+    for state, old in zip(torch.cuda.get_rng_state_all(), before):
+        assert torch.equal(state, old)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_beside_one_that_reads_can_read():
+    image, network = Image.new("L", (4, 4)), torch.nn.Identity()
+    with vqad._decode._LOADING, vqad.backbones._PREPARING:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            check_images([image]).pixels(0)
+            ready_network(network, torch.float32)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -451,6 +451,16 @@ def test_devices_are_checked():
         pick_device("toaster")
 
 
+@pytest.mark.parametrize("device", ["meta", "vulkan", "xpu", "mps", "cuda:99"])
+def test_a_device_that_is_not_there_or_keeps_no_numbers_is_told(device):
+    if device in ("xpu", "mps") and getattr(torch, device).is_available():
+        assert pick_device(device).type == device
+        return
+    words = f"device='{device}' was asked for, but torch sees no {device.upper()} device here"
+    with pytest.raises(ValueError, match=words):
+        pick_device(device)
+
+
 # ---- what is told --------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import itertools
 import logging
+import os
 import pickle
 import re
 import threading
@@ -155,6 +156,16 @@ _PREPARING = threading.Lock()
 _READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
 PREPARATION = 2
 """Another number whenever the last bits of what :func:`ready_network` computes change."""
+
+
+def _unlock() -> None:
+    """In a process that was forked off, nobody lets go of what another thread held."""
+    global _PREPARING
+    _PREPARING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:

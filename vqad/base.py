@@ -21,9 +21,18 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqad._checks import both_labels, check_category, check_features, normal_rows, some_of_each, split_rows
+from vqad._checks import (
+    both_labels,
+    check_category,
+    check_features,
+    normal_rows,
+    some_of_each,
+    split_rows,
+    warn_of_single_images,
+)
 from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.datasets import ImageDataset
 from vqad.device import native_precision, on_device, pick_device, seeded, to_device
 from vqad.explain import explain_images
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
@@ -40,6 +49,7 @@ from vqad.store import (
     chunk_size,
     describe,
     in_chunks,
+    joined,
     pad_chunk,
     side_by_side,
 )
@@ -50,6 +60,10 @@ from vqad.training import Trainer, TrainingPlan
 FAR = 1.5
 # What such an image's score grows by for every further such distance, in standard deviations of normal scores.
 FAR_WEIGHT = 10.0
+# The most distances that count: of features whose squares are no numbers, too.
+FARTHEST = 1e9
+# The largest value of a scaled feature, in standard deviations.
+LARGEST = 1e6
 # Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
 # as make 2,000 in all.
 START_PER_CATEGORY, START_IMAGES = 200, 2000
@@ -130,7 +144,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         X : images, or features with ``backbone=None``
             Array (n, H, W) or (n, H, W, C), list of images, file paths, or a `vqad.datasets` collection.
         y : None or array-like of shape (n,) of +1 / -1, default=None
-            Images labelled -1 are left out.
+            Images labelled -1 are left out. Other values are ignored, with a warning. When left out, the ``target``
+            of a `vqad.datasets` collection counts.
         category : array-like of shape (n,) of str or int, default=None
             The kind of object on each image. Discovered when left out. Never needed again.
 
@@ -147,14 +162,19 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         warm = self.warm_start and self.__sklearn_is_fitted__()
-        data = self._check_X(X, reset=not warm)
-        rows, category = normal_rows(y, len(data)), check_category(category, len(data))
-        if len(rows) == 0:
-            raise ValueError("No normal image to learn from: every y is -1.")
-        if len(rows) == 1:
-            raise ValueError(
-                "At least 2 normal images are needed, one to learn from and one to set the threshold; got n_samples=1."
-            )
+        before = dict(vars(self))
+        try:
+            data = self._check_X(X, reset=not warm)
+            rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
+            if len(rows) == 1:
+                raise ValueError(
+                    "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
+                    "n_samples=1."
+                )
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
         category = None if category is None else category[rows]
         if not warm:
             for name in ("map_threshold_", "_prototypes"):  # a fit that fails leaves nothing that looks fitted
@@ -172,7 +192,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     **self._feature_options(strides),
                 )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
-        checkpoint = self._open_checkpoint(descriptor, category, device, seed, warm)
+        checkpoint = self._open_checkpoint(store, category, device, seed, warm)
         seed = seed if checkpoint is None else checkpoint.seed
         with seeded(seed, device), self._all_or_nothing(warm):
             index = self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
@@ -188,8 +208,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         one for one. In HVQ-Trans these are codes and a last layer; in VQ-Flow codes and a short flow behind the shared
         ones, which only categories have that were added here (of those that `fit` learned together, only routing and
         thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one they join
-        the ones of before. All that the categories share stays as it is: scores of a category that gets no image here
-        do not change by a bit. ``offset_`` and p-values do, where all categories share one threshold.
+        the ones of before. All that the categories share stays as it is: while an image is judged as a category that
+        gets no image here, its score does not change by a bit. It is judged as another if it is nearer to a new one,
+        as with one kind under two names. ``offset_`` and p-values change where all categories share one threshold.
 
         The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
 
@@ -198,7 +219,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         X : images, or features with ``backbone=None``
             Only the new ones; those seen before are not needed.
         y : None or array-like of shape (n,) of +1 / -1, default=None
-            Images labelled -1 are left out.
+            As for `fit`.
         category : array-like of shape (n,) of str or int, default=None
             Known or new labels, of the type that the detector has. When left out, each image is taken for the category
             that it is nearest to, and images too far from all of them make new categories, if they are five or more.
@@ -217,9 +238,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return self.fit(X, y, category=category)
         self._validate_params()
         data = self._check_X(X)
-        rows, category = normal_rows(y, len(data)), check_category(category, len(data))
-        if len(rows) == 0:
-            raise ValueError("No normal image to learn from: every y is -1.")
+        rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device), self._all_or_nothing():
             store, descriptor = self._extract(data, rows, device)
@@ -311,8 +330,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                 vars(self).update(before)
             raise
 
-    def _open_checkpoint(self, descriptor, category, device, seed, warm) -> Checkpoint | None:
-        """The checkpoint of this very training, which is known by its images, parameters and start."""
+    def _open_checkpoint(self, store, category, device, seed, warm) -> Checkpoint | None:
+        """The checkpoint of this very training, which is known by its features, parameters and start."""
         if self.checkpoint_dir is None:
             return None
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in NOT_OF_THE_TRAINING}
@@ -321,8 +340,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         dtype = native_precision(device, self.precision)
         drawn = None if self.random_state is None else seed
         name = fingerprint(
-            type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn,
-            memoryview(descriptor).cast("B"),
+            type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn, store.digest(),
         )  # fmt: skip
         return Checkpoint(self.checkpoint_dir, name, seed)
 
@@ -346,8 +364,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             raise ValueError(
                 f"threshold='category' needs at least 2 images of every category; {self.categories_[alone[0]]} has 1."
             )
+        warn_of_single_images(self.categories_, index)
         if self.early_stopping:
-            keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1)
+            watched = "early stopping watches the training images"
+            keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1, watched)
             train, validation = train[keep], torch.from_numpy(train[chosen])
         if not warm:
             limit = max(START_PER_CATEGORY, START_IMAGES // n_categories)
@@ -410,12 +430,15 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self.model_.initialise_codes(batches)
 
     def _far_limits(self, descriptor, index) -> np.ndarray:
-        """Distance from each category's mean beyond which an image belongs to no category."""
+        """Distance from its nearest category's mean beyond which an image belongs to no category."""
         _, distance = self.router_.predict(descriptor)
-        return np.array(
-            [FAR * np.quantile(distance[index == c], 0.99) + 1e-9 if (index == c).sum() > 1 else np.inf
-             for c in range(len(self.categories_))]
-        )  # fmt: skip
+        limits = np.full(len(self.categories_), np.inf)
+        for c, n in zip(*np.unique(index, return_counts=True)):
+            if n > 1:
+                # New images lie farther from the mean than those n that it is the mean of.
+                widened = math.sqrt((n + 1) / (n - 1))
+                limits[c] = FAR * widened * np.quantile(distance[index == c], 0.99) + 1e-9
+        return limits
 
     # ---------------------------------------------------------------- scoring
 
@@ -447,7 +470,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         -------
         label : ndarray of shape (n,), int
         """
-        return np.where(self.decision_function(X) < 0, -1, 1)
+        return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def p_values(self, X):
         """Conformal p-value of "this image is normal", from held-out normal images.
@@ -534,7 +557,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             judged = []
-            for chunk, maps in self._iter_features(data, device, part):
+            for chunk, maps in joined(self._iter_features(data, device, part)):
                 category, excess = self._route(describe(maps))
                 terms = self._model_terms(scorer, maps, category, device)
                 combined = self.map_calibration_.combine(terms, category)
@@ -556,7 +579,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _route(self, descriptor) -> tuple[np.ndarray, np.ndarray]:
         """Category of each image, and by how many limits it is too far from it."""
         category, distance = self.router_.predict(descriptor)
-        return category, np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
+        excess = np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
+        return category, np.nan_to_num(excess, nan=FARTHEST).clip(max=FARTHEST)
 
     def _model_terms(
         self, model: nn.Module, maps: list[Tensor], category, device, compute=None
@@ -587,9 +611,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return out
 
     def _scaled(self, maps: list[Tensor], device) -> list[Tensor]:
-        """Maps as the model sees them, float32."""
+        """Maps as the model sees them, float32; not so large that their squares are no numbers."""
         moments = zip(maps, self.feature_mean_, self.feature_scale_)
-        return [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
+        scaled = [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
+        return [m.clamp_(-LARGEST, LARGEST) for m in scaled]
 
     def _scorer(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """What gives the same terms as the model for less, in a pass over many images."""
@@ -601,11 +626,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _store_terms(self, store, rows, category, device, compute=None) -> dict[str, np.ndarray]:
         """Map terms of stored images, or what ``compute`` gives of them."""
+        order = np.argsort(category, kind="stable")  # a chunk is of one category, and filled up
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
 
         def terms_of(places: np.ndarray) -> list[dict[str, np.ndarray]]:
             out = []
             for part in np.split(places, range(size, len(places), size)):
+                part = order[part]
                 maps = store.batch(rows[part])
                 maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
                 out.append(self._model_terms(scorer, maps, category[part], device, compute))
@@ -613,8 +640,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         with on_device(self.model_, device) as model:
             scorer = self._scorer(model, native_precision(device, self.precision))
-            parts = list(side_by_side(terms_of, np.arange(len(rows)), device))
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+            parts = list(side_by_side(terms_of, np.arange(len(rows)), device, chunk=size))
+        place = np.argsort(order)
+        return {name: np.concatenate([p[name] for p in parts])[place] for name in parts[0]}
 
     # ---------------------------------------------------------------- images and features
 
@@ -622,6 +650,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """Images or features, checked, as something with a length, sizes and chunks."""
         if self.backbone is None:
             return check_features(self, X, reset)
+        if reset:
+            vars(self).pop("map_shape_", None)  # of features that an earlier fit saw
         is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")
         if is_table and X.ndim == 2 and self.image_shape is not None:
             X = validate_data(self, X, reset=reset, ensure_all_finite=False, dtype=None)
@@ -653,8 +683,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _side_by_side(self, work, data, rows, device) -> Iterator:
         """``work`` on parts of ``rows``, in threads unless a caller's own code reads or describes the images."""
-        own = not isinstance(data, FeatureArray) and not isinstance(self.features_, BackboneFeatures)
-        return side_by_side(work, rows, device, wanted=data.reads_in_threads and not own)
+        is_ready = isinstance(data, FeatureArray)
+        own = not is_ready and not isinstance(self.features_, BackboneFeatures)
+        chunk = data.chunk_size(device) if is_ready else 1
+        return side_by_side(work, rows, device, wanted=data.reads_in_threads and not own, chunk=chunk)
 
     def _iter_features(self, data, device, rows=None) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         rows = np.arange(len(data)) if rows is None else rows
@@ -663,6 +695,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return
         how = {"memory": self.memory, "n_jobs": self.n_jobs}
         if isinstance(self.features_, BackboneFeatures):
+            if isinstance(self.backbone, str):  # made by fit, maybe for another machine
+                how |= {"device": device, "precision": self.precision}
             yield from self.features_.iter_maps(data, rows, **how)
             return
         for part, maps in transformer_maps(self.features_, data, rows, device, self._map_shape, **how):
@@ -671,7 +705,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             yield part, maps
 
     def __sklearn_is_fitted__(self):
-        return hasattr(self, "map_threshold_")
+        return hasattr(self, "_prototypes")  # what `fit` learns last
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -681,6 +715,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         inputs.positive_only = takes_images
         tags.non_deterministic = False
         return tags
+
+
+def _labels(X, y):
+    """Labels as given, or those of a collection that has some."""
+    return X.target if y is None and isinstance(X, ImageDataset) else y
 
 
 def resize_map(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:

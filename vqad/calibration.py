@@ -92,7 +92,8 @@ class MapCalibration:
                 self.mean_[c], self.spread_[c] = _location_statistics(rows)
         for c in grown:
             own = held_out_category == c
-            cells = self._cells(held_out, held_out_category, own if own.any() else held_out_category >= n_known)
+            # One image alone does not say where the middle is.
+            cells = self._cells(held_out, held_out_category, own if own.sum() > 1 else held_out_category >= n_known)
             if cells.shape[1] >= MIN_SCALE_CELLS:
                 self.center_[c], self.scale_[c] = _robust(cells)
         return self
@@ -176,7 +177,8 @@ def _robust(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class ScoreCalibration:
     """Standardises image scores per category, so that one image's score means the same whatever it shows.
 
-    A category's median and spread over held-out normal images, pulled towards the pooled spread when they are few.
+    A category's median and spread over held-out normal images, pulled towards the pooled spread when they are few; of
+    all categories where there is a single one.
 
     Parameters
     ----------
@@ -194,7 +196,7 @@ class ScoreCalibration:
     def fit(self, score: np.ndarray, category: np.ndarray, n_categories: int) -> ScoreCalibration:
         self.center_ = np.full(n_categories, np.median(score))
         self.scale_ = np.ones(n_categories)
-        present = [c for c in range(n_categories) if (category == c).any()]
+        present = [c for c in range(n_categories) if (category == c).sum() > 1]
         for c in present:
             self.center_[c] = np.median(score[category == c])
         residual = score - self.center_[category]
@@ -219,8 +221,9 @@ class ScoreCalibration:
         self.scale_ = np.append(self.scale_, np.full(more, self.pooled_scale_))
         for c in changed:
             own = score[category == c]
-            self.center_[c] = np.median(own)
-            self.scale_[c] = self._shrunk_scale(own - self.center_[c])
+            if len(own) > 1:
+                self.center_[c] = np.median(own)
+                self.scale_[c] = self._shrunk_scale(own - self.center_[c])
 
     def _shrunk_scale(self, residual: np.ndarray) -> float:
         keep = len(residual) / (len(residual) + SHRINKAGE_IMAGES)
@@ -230,7 +233,9 @@ class ScoreCalibration:
         """Standardised scores, (n,) float64, of raw scores (n,) and category numbers (n,)."""
         return (score - self.center_[category]) / self.scale_[category]
 
-    def leave_one_out(self, score: np.ndarray, unseen: np.ndarray, category: np.ndarray) -> np.ndarray:
+    def leave_one_out(
+        self, score: np.ndarray, unseen: np.ndarray, category: np.ndarray, wanted: np.ndarray | None = None
+    ) -> np.ndarray:
         """Standardised scores of the images of `fit`, each as if it had taken no part in its category's scale.
 
         Thresholds come from these: with few images a category, its median lies too close to each of them. In the
@@ -242,9 +247,11 @@ class ScoreCalibration:
             As given to `fit`.
         unseen : ndarray of shape (n,)
             The raw score of each image from a map that it took no part in calibrating.
+        wanted : ndarray of int, optional
+            Categories to work out; 0 for images of others.
         """
         out = np.zeros(len(score))
-        for c in np.unique(category):
+        for c in np.unique(category) if wanted is None else wanted:
             rows = np.flatnonzero(category == c)
             if len(rows) > MAX_LEFT_OUT:
                 out[rows] = self.transform(unseen[rows], category[rows])

@@ -22,7 +22,7 @@ WRITING_TIMES = 20.0
 SECONDS_BETWEEN = 30.0
 # An unfinished file that was last written to so long ago is no longer being written.
 STALE_SECONDS = 3600.0
-_MAGIC = b"vqad checkpoint 1\n"
+_MAGIC = b"vqad checkpoint 1\n"  # another number whenever an older state would not be understood
 
 
 def fingerprint(*parts: object) -> str:
@@ -90,8 +90,16 @@ class Checkpoint:
         return waited >= max(WRITING_TIMES * self._writing_took, 0.0 if after_pass else SECONDS_BETWEEN)
 
     def write(self, state: Mapping[str, Any], *, finished: bool = False) -> None:
-        """Replace the file; it is on the disk when this returns."""
+        """Replace the file; it is on the disk when this returns, or a warning says why not."""
         started = time.monotonic()
+        try:
+            self._replace(state, finished)
+        except OSError as error:  # the training is worth more
+            warn(f"No checkpoint could be written in checkpoint_dir={str(self.path.parent)!r}: {error}")
+        self._written_at = time.monotonic()
+        self._writing_took = self._written_at - started
+
+    def _replace(self, state: Mapping[str, Any], finished: bool) -> None:
         buffer = io.BytesIO()
         torch.save({**state, "seed": self.seed, "finished": finished}, buffer)
         content = buffer.getbuffer()
@@ -106,8 +114,6 @@ class Checkpoint:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        self._written_at = time.monotonic()
-        self._writing_took = self._written_at - started
 
     def _sweep(self) -> None:
         """Remove what killed writes of this training left; not what another process may be writing now."""

@@ -29,8 +29,13 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'.") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA device here; use device='auto'.")
+    try:
+        torch.zeros(1, device=picked).tolist()
+    except torch.cuda.OutOfMemoryError:
+        raise  # it is there, but full
+    except (RuntimeError, AssertionError, ImportError) as error:
+        here = f"torch sees no {str(picked).upper()} device here that computes"
+        raise ValueError(f"device={device!r} was asked for, but {here}; use device='auto'.") from error
     return picked
 
 
@@ -107,9 +112,14 @@ def undisturbed(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run `undisturbed`, with torch's random state set from ``seed``."""
+    """Run `undisturbed`, with the random state of the CPU and of ``device`` alone set from ``seed``."""
     with undisturbed(device):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":  # it was initialised to save its state
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+        elif device.type != "cpu":
+            getattr(torch, device.type).manual_seed(seed)
         yield
 
 

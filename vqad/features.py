@@ -170,7 +170,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         return out[0] if self.merge else out
 
     def iter_maps(
-        self, images: ImageSequence, indices=None, *, memory=None, n_jobs=None
+        self, images: ImageSequence, indices=None, *, memory=None, n_jobs=None, device=None, precision=None
     ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Stream images through the backbone.
 
@@ -183,6 +183,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             Where maps are kept, and looked for before the backbone is asked.
         n_jobs : int or None
             Threads that read images ahead; None reads each when it is its turn.
+        device, precision : optional
+            In place of the parameters of these names.
 
         Yields
         ------
@@ -193,8 +195,9 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-        device = pick_device(self.device)
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        device = pick_device(self.device if device is None else device)
+        precision = self.precision if precision is None else precision
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         size = chunk_size(device)
         cache = None if memory is None else FeatureCache(memory, self._source(device, dtype, size))
         if device.type == "cpu":

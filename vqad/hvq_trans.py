@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from vqad._warn import warn
 from vqad.backbones import DEFAULT_BACKBONE, default_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
@@ -47,7 +49,7 @@ class HVQTransDetector(BaseImageDetector):
     patch_size : int, default=2
         Cells along each side of a token: features are taken on a grid this many times finer than the tokens' and
         rebuilt there. Finer features and maps at the same cost of attention. No more than the finest stage has in one
-        cell of the coarsest. The published system has 1.
+        cell of the coarsest; 1, with a warning, for maps that it does not divide. The published system has 1.
     n_codes : int, default=512
         Codes of one codebook: one a category and level.
     d_model : int, default=128
@@ -136,6 +138,10 @@ class HVQTransDetector(BaseImageDetector):
         After every pass.
     n_iter_ : int
         Passes that were run.
+    training_log_ : vqad.training.TrainingLog
+        The last training: its curves, codes in use, seconds, and whether Ctrl-C ended it.
+    n_images_ : int
+        Normal images learned, held-out ones among them.
     model_ : vqad.nn.hvq_trans.HVQTrans
         The trained module, on the CPU.
     features_ : BackboneFeatures
@@ -300,8 +306,10 @@ class HVQTransDetector(BaseImageDetector):
         if self.transport == "exact" and self.transport_weight:
             raise ValueError("transport='exact' has no gradient to train with: set transport_weight=0.")
         patch_size = self.features_.grid_scale if isinstance(self.backbone, str) else self.patch_size
-        # Rows of ready-made features are a grid of a single cell, which no patch divides.
-        patch_size = patch_size if all(cells % patch_size == 0 for cells in shapes[0]) else 1
+        if any(cells % patch_size for cells in shapes[0]):
+            if math.prod(shapes[0]) > 1:  # not rows, which are a grid of a single cell
+                warn(f"patch_size={patch_size} does not divide maps of {shapes[0]} cells: each cell is a token.")
+            patch_size = 1
         return HVQTrans(
             channels[0],
             shapes[0],

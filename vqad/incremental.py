@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vqad._checks import hold_out, known_index, split_rows
+from vqad._checks import hold_out, known_index, split_rows, warn_of_single_images
 from vqad._warn import warn
 from vqad.device import native_precision
 from vqad.routing import MIN_CATEGORY_SIZE
@@ -115,6 +115,7 @@ def _split(detector, index, placed, n_known, seed) -> tuple[np.ndarray, np.ndarr
     if detector.threshold == "category" and len(alone):
         name = detector.categories_[alone[0]]
         raise ValueError(f"threshold='category' needs at least 2 images of every category; {name} has 1.")
+    warn_of_single_images(detector.categories_, index[new])
     return train, held_out
 
 
@@ -135,6 +136,9 @@ def _train(detector, store, index, train, n_known, device) -> None:
                 detector.model_, scaled, category, replace(detector._plan(), max_iter=n_passes),
                 device=device, dtype=native_precision(device, detector.precision), parts=parts,
             )  # fmt: skip
-            detector._note(trainer.fit(torch.from_numpy(rows)), add=True)
+            log = trainer.fit(torch.from_numpy(rows))
+            detector._note(log, add=True)
+            if log.interrupted:
+                break
     if is_new.any():
         detector._settle(batches)

@@ -259,6 +259,7 @@ def _extended(detector, before: Prototypes, store, index, data, rows, device) ->
     searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in detector._codebooks().items()}
     group = np.where(index >= 0, detector._code_groups(np.maximum(index, 0)), -1)
     places = np.flatnonzero(group >= first)
+    places = places[np.argsort(index[places], kind="stable")]
     grid = dict(before.grid)
     for part in np.split(places, range(_PART, len(places), _PART)):
         if not len(part):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,23 @@ from vqad.device import join_pool, one_core_each
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
 _CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
-# Images that one thread takes at a time.
+# Chunks that one thread takes at a time.
 _PART = 32
+# Numbers in the maps of chunks that are joined (64 MiB).
+_JOINED_NUMBERS = 2**24
+# Where control groups, versions 2 and 1, say how much memory a container may have.
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def free_memory_limit() -> int:
-    """Bytes that features may take in memory before they go to disk: a quarter of what the machine has."""
+    """Bytes that features may take in memory before they go to disk: a quarter of what the machine or container has."""
     if not hasattr(os, "sysconf"):  # Windows
         return 2**31
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * page // 4
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no such file; "max"
+            memory = min(memory, int(Path(path).read_text()))
+    return memory // 4
 
 
 def chunk_size(device: torch.device, cells: int = 196) -> int:
@@ -64,10 +73,11 @@ def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
             start += len(part)
 
 
-def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = True) -> Iterator[Any]:
+def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = True, chunk: int = 1) -> Iterator[Any]:
     """What the lists ``work(part)`` hold, for consecutive parts of ``rows``; on a CPU in as many threads as torch has.
 
-    Where that is not ``wanted``, or on another device, what ``work(rows)`` holds.
+    Where that is not ``wanted``, or on another device, what ``work(rows)`` holds. A part has several of the chunks of
+    ``chunk`` images that ``work`` makes of it.
 
     Images of the size that a network wants keep one core busy and two cores waiting for each other: every thread works
     on its own images with one core. How many threads there are then does not change a bit of what comes out.
@@ -77,15 +87,40 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
         return
     keep_freed_memory()
     with one_core_each() as threads:
-        n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / _PART))))
-        with ThreadPool(threads, initializer=join_pool, initargs=(threads,)) as pool:
-            for held in pool.imap(holding_warnings(work), np.array_split(rows, n_parts)):
+        n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / (_PART * chunk)))))
+        with ThreadPoolExecutor(threads, "vqad", join_pool, (threads,)) as pool:
+            for held in pool.map(holding_warnings(work), np.array_split(rows, n_parts)):
                 yield from let_out(held)
 
 
 def pad_chunk(x: Tensor, size: int) -> Tensor:
     """Fill a last, smaller chunk up to ``size`` by repeating its first image."""
     return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])
+
+
+def joined(chunks: Iterator[tuple[np.ndarray, list[Tensor]]]) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """The same images and maps in fewer, larger chunks, where a chunk has several images.
+
+    A model takes one category at a time and fills up what is left of a chunk: of many categories there are then fewer
+    such rests.
+    """
+    held: list[tuple[np.ndarray, list[Tensor]]] = []
+    numbers = 0
+    for chunk, maps in chunks:
+        held.append((chunk, maps))
+        numbers += sum(m.numel() for m in maps)
+        if len(chunk) == 1 or numbers >= _JOINED_NUMBERS:
+            yield _join(held)
+            held, numbers = [], 0
+    if held:
+        yield _join(held)
+
+
+def _join(held: list[tuple[np.ndarray, list[Tensor]]]) -> tuple[np.ndarray, list[Tensor]]:
+    if len(held) == 1:
+        return held[0]
+    chunks, maps = zip(*held)
+    return np.concatenate(chunks), [torch.cat(stage) for stage in zip(*maps)]
 
 
 class FeatureStore:
@@ -98,7 +133,7 @@ class FeatureStore:
     dtype : torch.dtype
         How they are kept.
     limit : int
-        Bytes above which they are memory-mapped in a temporary file, which is deleted with the store.
+        Bytes above which they are memory-mapped in a temporary file, of which nothing is left when the process ends.
     """
 
     def __init__(self, n: int, dtype: torch.dtype = torch.float32, limit: int | None = None):
@@ -111,10 +146,6 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return self.n
-
-    @property
-    def on_disk(self) -> bool:
-        return self._folder is not None
 
     def write(self, rows, maps: list[Tensor]) -> None:
         """Keep the maps of the images ``rows``."""
@@ -139,11 +170,24 @@ class FeatureStore:
                 f"than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set TMPDIR in the "
                 "environment to a folder with more room, give fewer images, or take a smaller image_size."
             )
-        self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-")
+        self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-", ignore_cleanup_errors=True)
         for k, shape in enumerate(shapes):
-            path = str(Path(self._folder.name) / f"{k}.bin")
-            count = math.prod(shape)
+            path, count = str(Path(self._folder.name) / f"{k}.bin"), math.prod(shape)
             self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
+        if os.name == "posix":  # a file without a name lasts as long as it is mapped, and no longer than the process
+            self._folder.cleanup()
+
+    @property
+    def on_disk(self) -> bool:
+        return self._folder is not None
+
+    def digest(self) -> str:
+        """SHA-256 of all that is kept."""
+        digest = hashlib.sha256()
+        for m in self.maps:
+            for image in m:
+                digest.update(image.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def batch(self, indices) -> Tensor | list[Tensor]:
         """Float32 maps of some images; a single tensor where there is one map an image."""
@@ -166,8 +210,11 @@ class FeatureArray:
     def size(self, i: int) -> tuple[int, int]:
         return self.values.shape[1:3]
 
+    def chunk_size(self, device: torch.device) -> int:
+        return chunk_size(device, math.prod(self.values.shape[1:3]))
+
     def chunks(self, rows, device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        size = chunk_size(device, math.prod(self.values.shape[1:3]))
+        size = self.chunk_size(device)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             yield part, [torch.from_numpy(self.values[part]).permute(0, 3, 1, 2).to(device)]
@@ -217,7 +264,8 @@ def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[li
     for total, m in zip(totals, store.maps):
         first, second = total / (len(rows) * math.prod(m.shape[2:]))
         deviation = (second - first.square()).clamp(min=0).sqrt()
-        floor = 1e-3 * deviation.max() + 1e-8
+        # What a channel's values have of digits in the difference of squares; under it there is nothing to scale by.
+        floor = 1e-6 * second.sqrt() + 1e-12
         mean.append(first.float().view(1, -1, 1, 1))
         scale.append(torch.where(deviation > floor, deviation, torch.ones(())).float().view(1, -1, 1, 1))
     return mean, scale

@@ -76,8 +76,8 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
         detector.score_calibration_.fit(score, category, n_categories)
     else:
         detector.score_calibration_.extend(held["score"], held["category"], np.unique(category), n_categories)
-    standard = detector.score_calibration_.leave_one_out(held["score"], held["unseen"], held["category"])
-    changed = np.isin(held["category"], category)
+    fresh, changed = np.unique(category), np.isin(held["category"], category)
+    standard = detector.score_calibration_.leave_one_out(held["score"], held["unseen"], held["category"], fresh)
     held["standard"][changed] = standard[changed]
     if detector.contamination != "auto":
         if not len(detector._seen["score"]):  # of before it was asked for there are those held out
@@ -165,7 +165,8 @@ def _set_thresholds(detector) -> None:
     detector.offset_ = offset if per_category else float(offset[0])
     detector._offset_from = None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
+        if detector.contamination == "auto":
+            warnings.simplefilter("ignore", UserWarning)  # said of offset_ already
         detector.map_threshold_ = conformal_quantile(np.sort(held["peak"]), rate)
 
 

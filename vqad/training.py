@@ -96,7 +96,8 @@ class TrainingLog:
     perplexity : list of float
         Mean number of codes in effective use after every pass.
     interrupted : bool
-        Whether Ctrl-C ended the training; the model is as it was after the last finished step.
+        Whether Ctrl-C ended the training. Weights are as they were after the last finished step; codes may have moved
+        in the step that was cut short.
     """
 
     loss_curve: list[float] = field(default_factory=list)

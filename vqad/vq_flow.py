@@ -136,6 +136,10 @@ class VQFlowDetector(BaseImageDetector):
         After every pass: minus the log-likelihood in nats per dimension, plus the codes' commitment.
     n_iter_ : int
         Passes that were run.
+    training_log_ : vqad.training.TrainingLog
+        The last training: its curves, codes in use, seconds, and whether Ctrl-C ended it.
+    n_images_ : int
+        Normal images learned, held-out ones among them.
     model_ : vqad.nn.vq_flow.VQFlow
         The trained module, on the CPU.
     features_ : BackboneFeatures
@@ -339,7 +343,6 @@ class VQFlowDetector(BaseImageDetector):
         self.model_.settle(batches)
 
     def _add_categories(self, n, batches):
-        self._n_first = self.model_.n_categories
         for _ in range(n):
             self.model_.add_category()
         self.model_.initialise_codes(batches)

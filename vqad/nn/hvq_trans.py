@@ -22,6 +22,9 @@ from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
 from .whiten import Whitening
 
+PROJECTION_NUMBERS = 2**27
+"""Numbers in the tokens that the start of the input projection comes from; it takes so many times the width."""
+
 
 class Level(NamedTuple):
     """One level of the hierarchy, J = 0 (the tokens) to n_layers (the encoder's last state).
@@ -271,21 +274,26 @@ class HVQTrans(nn.Module):
         return scorer
 
     @torch.no_grad()
-    def initialise_projection(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def initialise_projection(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Start the input projection as the principal components of the tokens, of variance 1 in the mean.
 
         Distances between tokens, which decide on their codes, then mean something from the first step on. Where the
-        tokens have fewer channels than the model is wide, the other rows keep their random start.
+        tokens have fewer channels than the model is wide, the other rows keep their random start. Where the tokens are
+        many and wide, a random part of them is looked at.
 
         Parameters
         ----------
-        batches : iterable of (features (N, C, h, w), category (N,))
+        batches : sequence of (features (N, C, h, w), category (N,))
         """
         width = self.input_projection.in_features
+        limit = -(-PROJECTION_NUMBERS // (width * len(batches)))  # tokens of a batch
         count, first = 0, torch.zeros(width, dtype=torch.float64)
         second = torch.zeros(width, width, dtype=torch.float64)
         for features, _ in batches:
-            tokens = self._tokens(features).flatten(0, 1).cpu().double()
+            tokens = self._tokens(features).flatten(0, 1)
+            if len(tokens) > limit:
+                tokens = tokens[torch.randperm(len(tokens))[:limit].to(tokens.device)]
+            tokens = tokens.cpu().double()
             count += len(tokens)
             first += tokens.sum(0)
             second += tokens.mT @ tokens
