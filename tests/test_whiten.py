@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import clone
 
+import vqad.nn.whiten
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad._checks import split_rows
 from vqad.nn.hvq_trans import HVQTrans
@@ -96,7 +97,9 @@ def test_groups_learn_from_their_own_images():
     assert torch.equal(mixed.root[1], torch.eye(6))
 
 
-def test_left_out_each_image_is_seen_as_if_nothing_had_been_learned_from_it():
+@pytest.mark.parametrize("wide", [1, 1024])
+def test_left_out_each_image_is_seen_as_if_nothing_had_been_learned_from_it(wide, monkeypatch):
+    monkeypatch.setattr(vqad.nn.whiten, "_WIDE", wide)
     x, group = vectors(7, 0), torch.tensor([0, 1, 1, 0, 1, 2, 1])
     x[4] *= 10
     whitening = learned(x, group, 4)
@@ -114,6 +117,18 @@ def test_left_out_each_image_is_seen_as_if_nothing_had_been_learned_from_it():
     whitening.forget()
     with leaving_out(whitening):
         assert torch.equal(whitening(x, group), together)
+
+
+@pytest.mark.parametrize(("channels", "grid"), [(24, (2, 3)), (24, (5, 6))])
+def test_wide_vectors_are_left_out_as_others_are(channels, grid, monkeypatch):
+    x = vectors(5, 1, channels, grid)
+    with leaving_out(plain := learned(x)):
+        expected = plain(x, FIRST[:1].expand(5))
+    monkeypatch.setattr(vqad.nn.whiten, "_WIDE", 1)
+    with leaving_out(wide := learned(x)):
+        found = wide(x, FIRST[:1].expand(5))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(plain(x, FIRST[:1].expand(5)), wide(x, FIRST[:1].expand(5)))
 
 
 def test_more_groups_and_more_learning_leave_the_others_every_bit():
