@@ -302,11 +302,14 @@ def test_a_file_and_its_pixels_are_two_entries(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Exception while loading results")
-def test_a_damaged_entry_is_made_anew(tmp_path, asked):
+@pytest.mark.parametrize("damage", ["cut short", "one bit"])
+def test_a_damaged_entry_is_made_anew(tmp_path, asked, damage):
     made = normal(SMALL, memory=tmp_path)
     expected = made.score_samples(PARTS.images[:24])
     path = next(iter(tmp_path.rglob("output.pkl")))
-    path.write_bytes(path.read_bytes()[:50])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[:50] if damage == "cut short" else content)
     asked.clear()
     np.testing.assert_array_equal(made.score_samples(PARTS.images[:24]), expected)
     assert len(asked) == 1

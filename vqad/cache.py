@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from sklearn.utils.validation import check_memory
 from torch import Tensor
 
-# What joblib keeps of one image: the arrays, and torch's name of their type, since numpy has no bfloat16.
-Kept = tuple[str, list[np.ndarray]]
+# What joblib keeps of one image: the arrays, torch's name of their type, since numpy has no bfloat16, and a checksum.
+Kept = tuple[str, list[np.ndarray], int]
 
 
 class FeatureCache:
@@ -41,13 +42,14 @@ class FeatureCache:
         if not self._cached.check_call_in_cache(image, self.source, _missing):
             return None
         try:
-            return _to_tensors(self._cached(image, self.source, _missing))
-        except _Missing:  # there, but damaged: joblib warns and asks for it anew
+            name, arrays, checksum = self._cached(image, self.source, _missing)
+        except (_Missing, ValueError):  # there, but damaged: joblib warns and asks for it anew; or of another version
             return None
+        return _to_tensors(name, arrays) if checksum == _checksum(arrays) else None
 
     def keep(self, image: str, maps: list[Tensor]) -> None:
         """Write the maps (C, h, w) of the image with the digest ``image``."""
-        self._cached(image, self.source, lambda: _to_arrays(maps))
+        self._cached.call(image, self.source, lambda: _to_arrays(maps))  # also over a damaged entry
 
 
 def _feature_maps(image: str, source: str, make: Callable[[], Kept]) -> Kept:
@@ -65,10 +67,20 @@ def _missing() -> Kept:
 def _to_arrays(maps: list[Tensor]) -> Kept:
     dtype = maps[0].dtype
     kept = [m.cpu().view(torch.int16) if dtype == torch.bfloat16 else m.cpu() for m in maps]
-    return str(dtype).removeprefix("torch."), [m.contiguous().numpy() for m in kept]
+    arrays = [m.contiguous().numpy() for m in kept]
+    return str(dtype).removeprefix("torch."), arrays, _checksum(arrays)
 
 
-def _to_tensors(kept: Kept) -> list[Tensor]:
-    name, arrays = kept
+def _checksum(arrays: list[np.ndarray]) -> int:
+    """CRC-32 of shapes and values."""
+    checksum = 0
+    for array in arrays:
+        checksum = zlib.crc32(
+            np.ascontiguousarray(array).view(np.uint8), zlib.crc32(repr(array.shape).encode(), checksum)
+        )
+    return checksum
+
+
+def _to_tensors(name: str, arrays: list[np.ndarray]) -> list[Tensor]:
     maps = [torch.from_numpy(np.array(array)) for array in arrays]  # a copy: joblib may give read-only memory maps
     return [m.view(torch.bfloat16) for m in maps] if name == "bfloat16" else maps
