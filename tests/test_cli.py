@@ -86,9 +86,30 @@ def test_fit_takes_parameters_and_categories_from_the_command_line(model):
 
 def test_fit_finds_categories_where_folders_do_not_tell_them(folders, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    for arguments in ([str(folders / "good"), "--no-categories"], [str(folders / "good" / "disc")]):
-        assert main(["fit", *arguments, "-o", path, *TINY]) == 0
+    for arguments in (["good", "--no-categories"], ["good/disc"]):
+        assert main(["fit", str(folders / arguments[0]), *arguments[1:], "-o", path, *TINY]) == 0
         assert vqad.load(path).router_.discovered_
+
+
+def test_kinds_in_one_folder_are_found(folders, tmp_path):
+    mixed, path = tmp_path / "mixed", str(tmp_path / "model.safetensors")
+    mixed.mkdir()
+    for image in (folders / "good").rglob("*.png"):
+        shutil.copy(image, mixed / f"{image.parent.name}-{image.name}")
+    assert main(["fit", str(mixed), "-o", path, *TINY]) == 0
+    assert list(vqad.load(path).categories_) == [0, 1]
+
+
+@pytest.mark.parametrize("place", ["good/disc", "mvtec/disc"])
+def test_one_product_has_its_folders_name(folders, tmp_path, capsys, place):
+    path = str(tmp_path / "model.safetensors")
+    assert main(["fit", str(folders / place), "-o", path, *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "1 category: disc\n1 pass in " in printed
+    detector = vqad.load(path)
+    assert list(detector.categories_) == ["disc"]
+    weave = sorted(map(str, (folders / "good" / "weave").glob("*.png")))
+    assert list(detector.partial_fit(weave, category=["weave"] * len(weave)).categories_) == ["disc", "weave"]
 
 
 def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, monkeypatch):
@@ -122,7 +143,7 @@ def test_interrupted_training_keeps_what_was_learned(folders, tmp_path, monkeypa
     interrupted_in_the_second.done = False
     monkeypatch.setattr(Trainer, "_one_pass", interrupted_in_the_second)
     path = tmp_path / "model.safetensors"
-    arguments = ["fit", str(folders / "good"), "-o", str(path), *TINY, "--set", "max_iter=3"]
+    arguments = ["fit", str(folders / "good"), "-o", str(path), *TINY, "--max-iter", "3"]
     assert main(arguments) == 130
     assert "interrupted after 1 of 3 passes" in complaint(capsys)
     detector = vqad.load(path)
@@ -149,6 +170,15 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, tmp_p
     monkeypatch.setattr(HVQTransDetector, "fit", never)
     assert main(["fit", str(folders / "good"), "-o", str(tmp_path)]) == 2
     assert "is a folder" in complaint(capsys)
+    assert main(["fit", str(folders / "good"), "-o", os.devnull]) == 2
+    assert "is a device" in complaint(capsys)
+
+
+def test_thresholds_of_categories_are_printed_with_their_names(folders, tmp_path, capsys):
+    arguments = [str(folders / "good"), "-o", str(tmp_path / "m"), *TINY, "--set", "threshold=category"]
+    assert main(["fit", *arguments, "--false-alarm-rate", "0.4"]) == 0
+    disc, weave = -vqad.load(tmp_path / "m").offset_
+    assert f"threshold disc {disc:.3f}, weave {weave:.3f}\n" in capsys.readouterr().out
 
 
 # ---- score ---------------------------------------------------------------------------------------
@@ -157,9 +187,10 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, tmp_p
 def test_nothing_is_written_over_the_model_or_an_image(folders, model, tmp_path, capsys):
     shutil.copytree(folders / "mvtec", tmp_path / "mvtec")
     image = next((tmp_path / "mvtec").rglob("test/*/*.png"))
+    mask, learned = (next((tmp_path / "mvtec").rglob(f"{part}/*/*.png")) for part in ("ground_truth", "train"))
     kept = image.with_name(f"{image.stem}_map.png")
     shutil.copy(image, kept)
-    before = {path: path.read_bytes() for path in (model, image, kept)}
+    before = {path: path.read_bytes() for path in (model, image, kept, mask, learned)}
     for target in (model, image):
         for command in (
             ["score", str(model), str(image), "--csv", str(target)],
@@ -168,6 +199,14 @@ def test_nothing_is_written_over_the_model_or_an_image(folders, model, tmp_path,
         ):
             assert main(command) == 2
             assert "is the model or one of the images" in complaint(capsys)
+    for command in (
+        ["fit", str(tmp_path / "mvtec"), "-o", str(learned)],
+        ["evaluate", str(model), str(tmp_path / "mvtec"), "--json", str(mask)],
+        ["report", str(model), str(tmp_path / "mvtec"), "-o", str(mask)],
+        ["export", str(model), "--images", str(tmp_path / "mvtec"), "-o", str(image)],
+    ):
+        assert main(command) == 2
+        assert "is the model or one of the images or masks" in complaint(capsys)
     assert main(["score", str(model), str(image), str(kept), "--maps", str(image.parent)]) == 2
     assert "is the model or one of the images" in complaint(capsys)
     assert {path: path.read_bytes() for path in before} == before
@@ -232,12 +271,63 @@ def test_maps_of_large_images_are_drawn_smaller(model, tmp_path, monkeypatch):
     assert vqad.images.check_images([str(drawn)]).size(0) == (16, 32)
 
 
-def test_a_broken_image_is_named(model, tmp_path, capsys):
-    save_png(tmp_path / "a.png", np.zeros((64, 64), np.uint8))
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(whole[:-30])
-    assert main(["score", str(model), str(tmp_path)]) == 2
-    assert re.search(r"image 1 of X, path '.*b\.png', is truncated", complaint(capsys))
+def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vqad.cli, "ROWS_AT_ONCE", 2)
+    for name in "abcde":
+        save_png(tmp_path / "new" / f"{name}.png", np.zeros((64, 64), np.uint8))
+    whole = (tmp_path / "new" / "a.png").read_bytes()
+    for name in "bcd":  # c and d are all that is in the second part
+        (tmp_path / "new" / f"{name}.png").write_bytes(whole[:-30])
+    table, maps = tmp_path / "scores.csv", tmp_path / "maps"
+    assert main(["score", str(model), str(tmp_path / "new"), "--csv", str(table), "--maps", str(maps)]) == 2
+    said = capsys.readouterr()
+    for line, (i, name) in zip(said.err.splitlines(), enumerate("bcd", 1), strict=True):
+        assert re.match(rf"vqad: error: image {i} of X, path '.*{name}\.png', is truncated", line)
+    with open(table, newline="", encoding="utf-8") as file:
+        assert [Path(row["path"]).name for row in csv.DictReader(file)] == ["a.png", "e.png"]
+    assert len(said.out.splitlines()) == 4
+    assert " of 2 images are anomalous" in said.out
+    assert sorted(path.name for path in maps.iterdir()) == ["a_map.png", "e_map.png"]
+
+
+def test_an_error_of_no_image_stops(folders, model, capsys):
+    assert main(["score", str(model), str(folders / "bad"), "--device", "nowhere"]) == 2
+    assert "device='nowhere' is no torch device" in complaint(capsys)
+
+
+def test_a_model_of_another_device_works_on_the_one_that_is_here(folders, model, tmp_path):
+    elsewhere = tmp_path / "model.safetensors"
+    vqad.save(vqad.load(model).set_params(device="meta"), elsewhere)
+    root, page = str(folders / "mvtec"), str(tmp_path / "page.html")
+    for command, *rest in (["score", root], ["evaluate", root, "--no-pixels"], ["report", root, "-o", page]):
+        assert main([command, str(elsewhere), *rest]) == 0
+        assert main([command, str(elsewhere), *rest, "--device", "cpu"]) == 0
+
+
+def test_heatmaps_do_not_go_among_the_images(folders, model, monkeypatch, capsys):
+    monkeypatch.setattr(vqad, "load", never)
+    for maps in (folders / "good", folders / "good" / "disc" / "maps"):
+        assert main(["score", str(model), str(folders / "bad"), str(folders / "good"), "--maps", str(maps)]) == 2
+        assert "give a folder outside it" in complaint(capsys)
+        assert not (folders / "good" / "disc" / "maps").exists()
+
+
+def test_what_score_cannot_read_or_write_is_told_before_the_model_is_opened(folders, model, monkeypatch, capsys):
+    monkeypatch.setattr(vqad, "load", never)
+    image = str(folders / "good" / "disc" / "0.png")
+    for arguments, expected in (
+        ([image, "nowhere.png"], "does not exist"),
+        ([image, "--csv", str(folders)], "is a folder"),
+        ([image, "--maps", str(model)], "is a file; give the name of a folder"),
+    ):
+        assert main(["score", str(model), *arguments]) == 2
+        assert expected in complaint(capsys)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX")
+def test_the_table_may_go_to_a_device_in_a_folder_that_is_not_ours(folders, model, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    assert main(["score", str(model), str(folders / "good" / "disc" / "0.png"), "--csv", os.devnull]) == 0
 
 
 # ---- evaluate and report -------------------------------------------------------------------------
@@ -291,6 +381,9 @@ def test_report_of_known_images_has_their_metrics(folders, model, tmp_path):
         ("fit {tmp} -o {tmp}/m", "has no images"),
         ("fit {good} -o {tmp}/m --max-iter 0", "'max_iter' parameter"),
         ("fit {good} -o {tmp}/m --set colour=red", "Invalid parameter 'colour'"),
+        ("fit {good} -o {tmp}/m --max-iter 1 --set max_iter=2", "give it as --max-iter"),
+        ("fit {good} -o {tmp}/m --set random_state=2", "give it as --seed"),
+        ("fit {good} -o {tmp}/m --set backbone=None", "images need a backbone"),
         ("score {tmp}/nowhere {good}", "make one with vqad fit"),
         ("score {tmp} {good}", "is a folder"),
         ("score {model} {tmp}/nowhere", "does not exist"),

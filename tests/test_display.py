@@ -70,6 +70,20 @@ def test_titles_say_what_the_detector_says(detector, parts):
         assert title.endswith("labelled normal" if y == 1 else "labelled anomalous")
 
 
+def test_names_are_drawn_as_they_are(parts):
+    names = ["$5_{$", "no utf-8 \udcff"]
+    displays = (
+        AnomalyMapDisplay.from_predictions(parts.images[:2], parts.masks[:2], map_threshold=1.0, titles=names),
+        ScoreDistributionDisplay.from_predictions([0.0, 1.0], threshold=2.0, category=names),
+        CodebookDisplay([parts.images[:1], parts.images[:1]], [[1.0], [1.0]], titles=names).plot(),
+    )
+    for display in displays:
+        display.figure_.canvas.draw()
+        axes = np.ravel(display.axes_)
+        assert (axes[0].get_title("left") or axes[0].get_title()).startswith(names[0])
+        assert (axes[1].get_title("left") or axes[1].get_title()).startswith(r"no utf-8 \udcff")
+
+
 def test_given_axes_are_used_and_one_row_of_them_gets_overlays_alone(detector, parts):
     _, axes = plt.subplots(1, 2)
     before = plt.get_fignums()

@@ -404,7 +404,7 @@ def test_only_fitted_detectors_of_vqad_are_saved(on_maps, path):
         vqad.save(HVQTransDetector(), path)
     others = (Mine(), GridSearchCV(HVQTransDetector(), {}), BackboneFeatures(), on_maps.model_, None)
     for other in others:
-        with pytest.raises(TypeError, match=f"takes a fitted .* got {type(other).__name__}"):
+        with pytest.raises(TypeError, match=rf"takes a fitted .* got {type(other).__name__}.* search\.best_estimator_"):
             vqad.save(other, path)
 
 
@@ -435,6 +435,26 @@ def test_places_that_cannot_be_written_to_are_named(on_maps, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
         vqad.save(on_maps, tmp_path / "missing" / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and devices of POSIX")
+def test_a_link_stays_one_and_a_pipe_is_refused(on_maps, saved):
+    link, pipe = saved.with_name("link"), saved.with_name("pipe")
+    link.symlink_to(saved.name)
+    saved.write_bytes(b"")
+    vqad.save(on_maps, link)
+    assert link.is_symlink()
+    vqad.load(saved)
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"'.*pipe' is a device or a pipe"):
+        vqad.save(on_maps, pipe)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_path_that_is_not_utf_8_opens(on_maps, maps, path):
+    strange = path.with_name(os.fsdecode(b"m\xff.safetensors"))
+    assert_same_scores(on_maps, through_file(on_maps, strange), maps)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

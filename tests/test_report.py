@@ -146,12 +146,30 @@ def test_known_labels_bring_metrics_and_mark_what_was_judged_wrong(detector, par
     assert "AUROC" not in written(tmp_path, detector, parts.images)
 
 
-def test_the_page_says_what_the_threshold_was_set_for(detector, parts, tmp_path):
-    assert "20 % false alarms" in written(tmp_path, detector, parts.images)
-    made = copy.deepcopy(detector).set_threshold(parts.images, parts.target, "recall")
-    page = written(tmp_path, made, parts.images)
+@pytest.mark.filterwarnings("ignore:.*too few")
+@pytest.mark.parametrize("threshold", ["global", "category"])
+def test_the_page_says_what_the_threshold_keeps(parts, tmp_path, threshold):
+    """The false alarms that held-out images vouch for, whatever the parameters are now."""
+    normal = parts.target == 1
+    few = HVQTransDetector(**TINY, threshold=threshold).set_params(false_alarm_rate=0.01)
+    few.fit(parts.images[normal], category=parts.category[normal])
+    n_fewest = min(map(len, few.conformal_.scores_))
+    page = written(tmp_path, few.set_params(false_alarm_rate=0.5), parts.images)
+    assert f"at most {100 / (n_fewest + 1):.3g} %" in page
+    few.set_threshold(parts.images, parts.target, "recall")
+    over = [
+        (1 + (own > limit).sum()) / (len(own) + 1)
+        for own, limit in zip(few.conformal_.scores_, np.atleast_1d(-few.offset_))
+    ]
+    page = written(tmp_path, few, parts.images)
     assert "recall on 20 labelled images" in page
-    assert "20 % false alarms" not in page
+    assert f"at most {100 * max(over):.3g} %" in page
+
+
+def test_categories_may_have_any_name(detector, parts, tmp_path):
+    names = np.array(["$5_{$", "no utf-8 \udcff"])
+    page = written(tmp_path, detector, parts.images[:2], category=names)
+    assert "data:image/svg+xml" in page
 
 
 def test_scores_at_hand_are_not_computed_again(detector, parts, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from vqad.datasets._layouts import loader_of
 from vqad.demo import DETECTORS, FULL, QUICK, run_demo
 from vqad.images import ImageSequence, check_images
 from vqad.metrics import evaluate
+from vqad.persistence import replaceable
 from vqad.report import Verdicts, judge, overlay, write_report
 
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
@@ -93,17 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     images = _training_images(arguments.directory)
     names, counts = np.unique(images.category, return_counts=True)
-    by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
     target = _writable(arguments.output)
+    replaceable(target)
+    _spare(_files(images), [target])
+    by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
     detector = _detector(arguments)
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
-    print(f"{len(images)} normal images ({listed}); categories " + ("from the folders" if by_folder else "to be found"))
+    origin = "from the folders" if by_folder else "to be found"
+    print(f"{len(images)} normal images ({listed}); categories {origin}")
     started = time.monotonic()
     detector.fit(images, category=images.category if by_folder else None)
+    if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
+        detector.router_.categories_ = detector.categories_ = names
     vqad.save(detector, target)
     found = [str(name) for name in detector.categories_]
-    print(f"{len(found)} categories: {', '.join(found)}")
-    print(f"{detector.n_iter_} passes in {time.monotonic() - started:.0f} s; threshold {_thresholds(detector)}")
+    n_passes, seconds = detector.n_iter_, time.monotonic() - started
+    print(f"{len(found)} {'category' if len(found) == 1 else 'categories'}: {', '.join(found)}")
+    print(f"{n_passes} pass{'' if n_passes == 1 else 'es'} in {seconds:.0f} s; threshold {_thresholds(detector)}")
     print(f"model written to {target}")
     return INTERRUPTED if detector.training_log_.interrupted else OK
 
@@ -112,19 +119,24 @@ def _score(arguments: argparse.Namespace) -> int:
     paths, outputs = _images_to_score(arguments.images)
     drawn = [] if arguments.maps is None else [arguments.maps / output for output in outputs]
     _spare([arguments.model, *paths], [arguments.csv, *drawn])
-    detector = vqad.load(arguments.model)
+    if arguments.csv is not None:
+        _writable(arguments.csv)
+    if arguments.maps is not None:
+        _check_folder_of_maps(arguments.maps, arguments.images)
+    data = check_images(paths)
+    detector = _loaded(arguments)
     if arguments.maps is not None:
         arguments.maps.mkdir(parents=True, exist_ok=True)
-    data = check_images(paths)
     shown = [_printable(path) for path in paths]
     wide = max(len("path"), *map(len, shown))
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
     print(f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label")
-    n_anomalies = 0
+    n_anomalies = n_scored = 0
     with _csv_rows(arguments.csv) as write:
         for start in range(0, len(paths), ROWS_AT_ONCE):
-            rows = range(start, min(start + ROWS_AT_ONCE, len(paths)))
-            verdicts = judge(detector, data, rows)
+            rows, verdicts = _judged(detector, data, range(start, min(start + ROWS_AT_ONCE, len(paths))))
+            if verdicts is None:
+                continue
             for k, i in enumerate(rows):
                 label = "anomaly" if verdicts.label[k] == -1 else "normal"
                 name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
@@ -133,15 +145,36 @@ def _score(arguments: argparse.Namespace) -> int:
                 if arguments.maps is not None:
                     _write_image(arguments.maps / outputs[i], _drawn(detector, data, i, verdicts, k))
             n_anomalies += int((verdicts.label == -1).sum())
-    print(f"{n_anomalies} of {len(paths)} images are anomalous (scores over {_thresholds(detector)})")
-    return OK
+            n_scored += len(rows)
+    print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
+    return OK if n_scored == len(paths) else USER_ERROR
+
+
+def _judged(detector: BaseImageDetector, data: ImageSequence, rows: range) -> tuple[Sequence[int], Verdicts | None]:
+    """What is said of those images that can be read, and which these are; complain of the others."""
+    try:
+        return rows, judge(detector, data, rows)
+    except (ValueError, OSError):
+        readable = [i for i in rows if _is_readable(data, i)]
+        if len(readable) == len(rows):
+            raise
+        return readable, judge(detector, data, readable) if readable else None
+
+
+def _is_readable(data: ImageSequence, i: int) -> bool:
+    try:
+        data.load([i], (1, 1))
+    except (ValueError, OSError) as error:
+        _complain(f"error: {_one_line(error)}")
+        return False
+    return True
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
-    detector = vqad.load(arguments.model)
     target = None if arguments.json is None else _writable(arguments.json)
-    _spare([arguments.model, *images.paths], [target])
+    _spare([arguments.model, *_files(images)], [target])
+    detector = _loaded(arguments)
     verdicts = judge(detector, images)
     data = check_images(images)
     pixels: dict[str, Any] = {}
@@ -165,9 +198,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     images, truth = _known_images(arguments.directory)
-    detector = vqad.load(arguments.model)
     target = _writable(arguments.output)
-    _spare([arguments.model, *images.paths], [target])
+    _spare([arguments.model, *_files(images)], [target])
+    detector = _loaded(arguments)
     page = write_report(
         target,
         detector,
@@ -182,10 +215,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    target = _writable(arguments.output)
-    _spare([arguments.model], [target])
-    detector = vqad.load(arguments.model)
     images = None if arguments.images is None else _known_images(arguments.images)[0]
+    target = _writable(arguments.output)
+    replaceable(target)
+    _spare([arguments.model, *_files(images)], [target])
+    detector = vqad.load(arguments.model)
     try:
         vqad.export_onnx(detector, target, X=images)
     except RuntimeError as error:  # of the comparison, or of torch's exporter
@@ -193,7 +227,8 @@ def _export(arguments: argparse.Namespace) -> int:
     compared = "drawn images" if images is None else f"{len(images)} images"
     size = target.stat().st_size / 1e6
     print(f"graph written to {target} ({size:.1f} MB); on {compared} it gives what the model gives in float32")
-    print("input: image, float32 (height, width, 3) in 0..1; outputs: score, label, map, category")
+    print("input: image, float32 (height, width, 3) in 0..1; outputs: score (higher is more normal), label,")
+    print("map (higher is more anomalous), category")
     return OK
 
 
@@ -223,13 +258,30 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
     """A detector with the parameters that were given, the defaults for the rest."""
     named = ("max_iter", "image_size", "batch_size", "false_alarm_rate", "device")
     given = {name: value for name in named if (value := getattr(arguments, name)) is not None}
+    more = dict(arguments.set or ())
+    options = {**{name: name for name in named}, "random_state": "seed"}
+    for name in more:
+        if name in options:
+            raise ValueError(f"--set {name} is not taken: give it as --{options[name].replace('_', '-')}.")
+    if more.get("backbone", "") is None:
+        raise ValueError("--set backbone=None is for features: images need a backbone, such as the default one.")
     detector = DETECTORS[arguments.detector](random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
-    detector.set_params(**{**given, **dict(arguments.set or ())})
+    detector.set_params(**given, **more)
+    return detector
+
+
+def _loaded(arguments: argparse.Namespace) -> BaseImageDetector:
+    """The model, to work on the device of this machine that was asked for, not on the one it was fitted on."""
+    detector: BaseImageDetector = vqad.load(arguments.model)
+    detector.set_params(device=arguments.device)
     return detector
 
 
 def _thresholds(detector: BaseImageDetector) -> str:
-    return ", ".join(f"{-value:.3f}" for value in np.atleast_1d(detector.offset_))
+    values = [f"{-value:.3f}" for value in np.atleast_1d(detector.offset_)]
+    if len(values) > 1:
+        values = [f"{name} {value}" for name, value in zip(detector.categories_, values)]
+    return ", ".join(values)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -244,6 +296,11 @@ def _known_images(folder: str) -> tuple[ImageDataset, bool]:
     """Images of a folder, and whether it says what they are: then they are its test images."""
     loader = loader_of(Path(folder))
     return (load_folder(folder), False) if loader is None else (loader(folder, split="test"), True)
+
+
+def _files(images: ImageDataset | None) -> list[str]:
+    """What is read of a collection: images and masks."""
+    return [] if images is None else [*images.paths, *filter(None, images.mask_paths)]
 
 
 def _images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -318,14 +375,29 @@ def _csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
         yield writer.writerow
 
 
+def _check_folder_of_maps(folder: Path, arguments: list[str]) -> None:
+    """Raise where there is a file, or where the heatmaps would be among the images of the next call."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--maps {str(folder)!r} is a file; give the name of a folder.")
+    for root in map(Path, arguments):
+        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+            raise ValueError(
+                f"--maps {str(folder)!r} is in {str(root)!r}, where a second call would take the heatmaps for images; "
+                "give a folder outside it."
+            )
+
+
 def _writable(path: str | os.PathLike[str]) -> Path:
     """Make the folder of an output file: before the work, which must not be lost at its end."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"the output {str(path)!r} is a folder; give the name of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing may be written to the folder {str(path.parent)!r}.")
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
+        return path
+    parent = Path(os.path.realpath(path)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"nothing may be written to the folder {str(parent)!r}.")
     return path
 
 
@@ -348,7 +420,7 @@ def _spare(inputs: list[Any], outputs: list[Any]) -> None:
     read = {Path(path).resolve() for path in inputs}
     for path in outputs:
         if path is not None and Path(path).resolve() in read:
-            raise ValueError(f"the output {str(path)!r} is the model or one of the images; give another name.")
+            raise ValueError(f"the output {str(path)!r} is the model or one of the images or masks; give another name.")
 
 
 def _printable(text: str) -> str:
@@ -424,8 +496,9 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         _fit,
         "learn what normal looks like from a folder of normal images",
         "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good) or VisA\n"
-        "(split_csv/1cls.csv). All images are taken as normal. Ctrl-C ends the training early and keeps what was\n"
-        "learned (exit code 130).\n"
+        "(split_csv/1cls.csv). In a single folder categories are looked for; where there is no more than one, it has\n"
+        "the folder's name. All images are taken as normal. Ctrl-C ends the training early and keeps what was learned\n"
+        "(exit code 130).\n"
         "examples:\n"
         "  vqad fit good-parts/ -o model.safetensors\n"
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
@@ -460,7 +533,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         type=_assignment,
         action="append",
         metavar="NAME=VALUE",
-        help="any other parameter of the detector; may be repeated",
+        help="any parameter of the detector that has no option here; may be repeated",
     )
     _add_running(command)
     return command
@@ -474,6 +547,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "say of each image how anomalous it is and which category it was judged as",
         "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
         "p-value: share of normal images that score this high or higher.\n"
+        "An image that cannot be read is named and left out; the exit code then is 2.\n"
         "examples:\n"
         "  vqad score model.safetensors new-parts/\n"
         "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",
@@ -484,6 +558,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--maps", type=Path, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
     )
+    _add_device(command)
     return command
 
 
@@ -504,6 +579,7 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
     )
+    _add_device(command)
     return command
 
 
@@ -524,6 +600,7 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
     )
+    _add_device(command)
     return command
 
 
@@ -533,9 +610,9 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         "export",
         _export,
         "write a model as an ONNX graph, which runs without Python and torch",
-        "The graph takes an image of any size, float32 (height, width, 3) in 0..1, and gives score, label (+1 normal,\n"
-        "-1 anomaly), map and category. It computes in float32, and is compared with the model in float32 before it\n"
-        "is written.\n"
+        "The graph takes an image of any size, float32 (height, width, 3) in 0..1, and gives score (higher is more\n"
+        "normal: vqad score with the other sign), label (+1 normal, -1 anomaly), map (higher is more anomalous) and\n"
+        "category. It computes in float32, and is compared with the model in float32 before it is written.\n"
         'Needs onnx, onnxscript and onnxruntime: pip install "vqad[onnx]".\n'
         "example:\n  vqad export model.safetensors -o model.onnx --images new-parts/",
     )
@@ -549,8 +626,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="file that vqad fit wrote")
 
 
-def _add_running(command: argparse.ArgumentParser) -> None:
+def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    _add_device(command)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="makes runs repeat (default: %(default)s)")
 
 

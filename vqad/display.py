@@ -11,7 +11,7 @@ from vqad.base import BaseImageDetector
 from vqad.images import check_images
 from vqad.model_selection import unwrapped
 from vqad.report import judge, overlay
-from vqad.report._figures import draw_histograms, figure_size, tidy
+from vqad.report._figures import draw_histograms, figure_size, set_title, tidy
 from vqad.report._verdicts import sequence_of
 
 __all__ = ["AnomalyMapDisplay", "CodebookDisplay", "ScoreDistributionDisplay"]
@@ -174,7 +174,7 @@ class AnomalyMapDisplay:
                 column[0].imshow(image, cmap="gray")
             column[-1].imshow(overlay(image, anomaly_map, self.map_threshold))
             if self.titles is not None:
-                column[0].set_title(str(self.titles[i]), fontsize=8)
+                set_title(column[0], self.titles[i], fontsize=8)
         self.axes_, self.figure_ = axes, axes.flat[0].figure
         return self
 
@@ -485,7 +485,7 @@ class CodebookDisplay:
             axis.set(xlim=(0, n_columns * (1 + GAP) - GAP), ylim=(rows[k] * (1 + CAPTION), 0), aspect="equal")
             axis.set_axis_off()
             if self.titles is not None:
-                axis.set_title(str(self.titles[k]), fontsize=8, loc="left")
+                set_title(axis, self.titles[k], fontsize=8, loc="left")
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from sklearn.utils.validation import check_is_fitted
@@ -36,7 +36,7 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     detector : HVQTransDetector or VQFlowDetector
         Fitted.
     path : path-like
-        An older file is replaced once the new one is complete.
+        An older file is replaced once the new one is complete; of a link, the file that it leads to.
     include_backbone : bool, default=False
         Whether to write the backbone's weights too, so that the file opens on machines that do not have them. If not,
         `load` takes them from where `fit` did and compares their digest. With ``weights="random"`` and ``"hub"`` they
@@ -50,7 +50,9 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
         When it is no detector of vqad; when ``include_backbone=True`` and its backbone is a transformer of the
         caller's own; or when it has an attribute of a kind that the format does not know.
     ValueError
-        When its parameters were changed after `fit` in a way that another model would come of them.
+        When its parameters were changed after `fit` in a way that the model in it cannot be made from, such as
+        ``n_codes``. Other parameters, ``image_size`` and ``false_alarm_rate`` too, are kept as they are now: they
+        take effect at the next `fit`, and scores are those of the last one.
 
     Warns
     -----
@@ -65,8 +67,9 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     """
     if type(detector) not in CLASSES.values() or not isinstance(detector, BaseImageDetector):
         raise TypeError(
-            f"vqad.save takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}. "
-            "joblib.dump takes any object, but opening its file runs code that the file holds."
+            f"vqad.save takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}. Of a search "
+            "pass search.best_estimator_, of a pipeline pipeline[-1]. joblib.dump takes any object, but opening its "
+            "file runs code that the file holds."
         )
     check_is_fitted(detector)
     writer = Writer(include_backbone)
@@ -178,14 +181,23 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def replaceable(path: Path) -> Path:
+    """The file that ``path`` leads to over links, if there is none or one that another can take the place of."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{str(path)!r} is a device or a pipe, which no file can replace; give the name of a file.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(target.parent)!r}.")
+    return target
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place at the end, or is deleted on an error."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    target = replaceable(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     unfinished = Path(name)
     try:
@@ -196,7 +208,7 @@ def replacing(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         unfinished.chmod(0o666 & ~umask)
-        os.replace(unfinished, path)
+        os.replace(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
@@ -213,18 +225,27 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         "again. (What joblib.dump wrote opens with joblib.load, which runs code that the file holds.)"
     )
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "vqad":
-                raise ValueError(foreign)
-            _check_version(path, metadata)
-            # Memory of torch's own: what a matrix product gives may depend on where in memory its numbers lie.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != "vqad":
+            raise ValueError(foreign)
+        _check_version(path, metadata)
+        tensors = _tensors(path)
     except (safetensors.SafetensorError, LookupError, AttributeError, UnicodeError) as error:
         raise ValueError(foreign) from error
     if metadata.get("checksum") != _checksum(metadata, tensors):
         raise ValueError(f"model {str(path)!r} is damaged: its content is not what was saved. Copy or save it again.")
     return metadata, tensors
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """In memory of torch's own: what a matrix product gives may depend on where in memory its numbers lie."""
+    try:
+        str(path).encode()
+    except UnicodeError:  # torch opens no file whose name is not UTF-8
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load(path.read_bytes()).items()}
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def _check_version(path: Path, metadata: dict[str, str]) -> None:

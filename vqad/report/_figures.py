@@ -42,7 +42,7 @@ def draw_histograms(
         for k, value in enumerate(np.unique(threshold[mine])):
             label = "threshold" if k == 0 else None
             axis.axvline(value, color=THRESHOLD_COLOUR, linestyle="--", linewidth=1.2, label=label)
-        axis.set_title(f"{name} ({mine.sum()} images)", loc="left", fontsize=9)
+        set_title(axis, f"{name} ({mine.sum()} images)", loc="left", fontsize=9)
         axis.set_ylabel("images")
         axis.yaxis.get_major_locator().set_params(integer=True)
     beyond = " (last bar: and beyond)" if score.max() > edges[-1] else ""
@@ -90,6 +90,12 @@ def tidy(axes: Sequence[Any]) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+
+
+def set_title(axis: Any, text: object, **options: Any) -> None:
+    """Write over an axis what matplotlib might stumble over: names with a $, or of bytes that are no text."""
+    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    axis.set_title(plain, parse_math=False, **options)
 
 
 def _svg(figure: Figure) -> bytes:

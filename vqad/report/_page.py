@@ -153,12 +153,11 @@ def _one_each(name: str, values: ArrayLike | None, n: int) -> NDArray[Any] | Non
     return array
 
 
-def _set_for(detector: BaseImageDetector) -> str:
-    if getattr(detector, "_offset_from", None):
-        return str(detector._offset_from)
-    if detector.contamination == "auto":
-        return f"{100 * detector.false_alarm_rate:.3g} % false alarms"
-    return f"{100 * detector.contamination:.3g} % anomalies among the training images"
+def _false_alarms(detector: BaseImageDetector) -> float:
+    """Share of normal images over the threshold that those held out vouch for, of the worst category."""
+    every = np.arange(len(detector.categories_))
+    just_over = np.nextafter(np.broadcast_to(-np.asarray(detector.offset_), every.shape), np.inf)
+    return float(detector.conformal_.p_values(just_over, every).max())
 
 
 def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | None) -> dict[str, str]:
@@ -174,10 +173,12 @@ def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | No
         "Threshold of the anomaly score": " to ".join(
             f"{value:.3f}" for value in thresholds[[0, -1][: len(thresholds)]]
         ),
-        "Threshold set for": _set_for(detector),
+        "False alarms by those held out": f"at most {100 * _false_alarms(detector):.3g} %",
         "Images judged": str(len(verdicts)),
         "Called anomalous": f"{anomalies} ({anomalies / len(verdicts):.1%})",
     }
+    if labelled := getattr(detector, "_offset_from", None):
+        facts["Threshold set for"] = labelled
     if y is not None:
         normal, defective = y == 1, y == -1
         facts["False alarms"] = _share(verdicts.label[normal] == -1, "images labelled normal")
