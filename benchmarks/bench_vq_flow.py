@@ -21,9 +21,9 @@ from torch import nn
 
 from vqad import BackboneFeatures, VQFlowDetector
 from vqad.backbones import ready_network
+from vqad.chunks import chunk_size, side_by_side
 from vqad.device import native_precision, pick_device
 from vqad.nn.vq_flow import VQFlow
-from vqad.store import chunk_size, side_by_side
 
 BATCH, CHANNELS = 16, (24, 40, 112, 320)
 SIZES = ("n_concepts", "n_patterns", "d_concept", "d_position", "n_blocks", "hidden")

@@ -12,10 +12,10 @@ from PIL import Image
 import vqad._decode
 import vqad.backbones
 from vqad.backbones import ready_network
+from vqad.chunks import side_by_side
 from vqad.device import on_device, one_core_each, seeded, undisturbed
 from vqad.features import readers
 from vqad.images import check_images
-from vqad.store import side_by_side
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
 

@@ -36,10 +36,11 @@ from vqad.backbones import (
     ready_network,
     state_digest,
 )
+from vqad.chunks import chunk_size, pad_chunk, side_by_side
 from vqad.datasets import make_textured_parts
 from vqad.features import merge_maps
 from vqad.images import check_images
-from vqad.store import FeatureStore, chunk_size, pad_chunk
+from vqad.store import FeatureStore
 
 CPU = torch.device("cpu")
 
@@ -461,7 +462,7 @@ def test_an_interrupted_pass_leaves_no_thread():
 
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            list(vqad.store.side_by_side(work, np.arange(256), torch.device("cpu")))
+            list(side_by_side(work, np.arange(256), torch.device("cpu")))
     assert threading.active_count() == before
 
 

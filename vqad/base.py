@@ -32,6 +32,7 @@ from vqad._checks import (
 )
 from vqad.backbones import backbone_strides, state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.chunks import chunk_size, in_chunks, joined, pad_chunk, side_by_side
 from vqad.datasets import ImageDataset
 from vqad.device import native_precision, on_device, pick_device, seeded, to_device
 from vqad.explain import explain_images
@@ -46,12 +47,7 @@ from vqad.store import (
     ScaledFeatures,
     TrainingBatches,
     channel_statistics,
-    chunk_size,
     describe,
-    in_chunks,
-    joined,
-    pad_chunk,
-    side_by_side,
 )
 from vqad.thresholds import calibrate, labelled_offset, threshold_rule
 from vqad.training import Trainer, TrainingPlan

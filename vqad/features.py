@@ -31,9 +31,9 @@ from vqad.backbones import (
     state_digest,
 )
 from vqad.cache import FeatureCache
+from vqad.chunks import chunk_size, in_chunks, pad_chunk
 from vqad.device import on_device, pick_device, threads_beside
 from vqad.images import ImageSequence, check_images
-from vqad.store import chunk_size, in_chunks, pad_chunk
 
 
 class BackboneFeatures(TransformerMixin, BaseEstimator):
