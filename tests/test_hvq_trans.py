@@ -168,5 +168,7 @@ def test_patches_change_the_tokens_not_the_map(maps):
 
 
 def test_a_grid_that_patches_do_not_divide_is_taken_cell_by_cell(maps):
-    made = fit(maps[:, :3], patch_size=2)
+    with pytest.warns(UserWarning, match=r"patch_size=2 does not divide maps of \(3, 6\) cells"):
+        made = fit(maps[:, :3], patch_size=2)
+    assert made.model_.token_grid == (3, 6)
     assert made.anomaly_map(maps[:2, :3]).shape == (2, 3, 6)
