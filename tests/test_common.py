@@ -599,6 +599,11 @@ def test_features_beyond_all_measure_are_anomalous(on_rows, rows, value):
     np.testing.assert_array_equal(made.predict(X), [-1, -1, 1])
 
 
+def test_features_in_large_units_are_told_apart_without_standardizing(detector, rows):
+    made = features_only(detector, standardize=False).fit(1e7 * rows[:48], category=np.arange(48) % 3)
+    assert len(np.unique(made.score_samples(1e7 * rows[:48]))) > 40
+
+
 @pytest.mark.parametrize("n_kinds", [1, 8])
 def test_many_kinds_in_turn_cost_what_few_do(detector, n_kinds, monkeypatch):
     """The model takes one category at a time, and fills up the last chunk of each."""
@@ -614,7 +619,7 @@ def test_many_kinds_in_turn_cost_what_few_do(detector, n_kinds, monkeypatch):
 
     monkeypatch.setattr(type(made), "_map_terms", counted)
     made.score_samples(X)
-    assert sum(seen) <= 1024 + 64 * n_kinds * 2  # two threads at least have a part each
+    assert sum(seen) <= 1024 + 64 * n_kinds * 2  # of two parts at the most
 
 
 # ---- threshold -----------------------------------------------------------------------------------

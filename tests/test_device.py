@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -153,3 +155,22 @@ def test_a_fork_beside_a_fit_can_fit():
     go_on.set()
     holder.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+AFTER_MAIN = """
+import threading
+import numpy as np, torch
+from vqad.chunks import side_by_side
+
+def later():
+    threading.main_thread().join()
+    print(sum(side_by_side(list, np.arange(100), torch.device("cpu"))))
+
+torch.set_num_threads(2)
+threading.Thread(target=later).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_may_compute():
+    done = subprocess.run([sys.executable, "-c", AFTER_MAIN], capture_output=True, text=True, check=False)
+    assert done.stdout == "4950\n", done.stderr

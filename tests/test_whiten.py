@@ -131,6 +131,18 @@ def test_wide_vectors_are_left_out_as_others_are(channels, grid, monkeypatch):
     assert torch.equal(plain(x, FIRST[:1].expand(5)), wide(x, FIRST[:1].expand(5)))
 
 
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e6])
+def test_of_wide_vectors_one_may_outweigh_all_others(factor, monkeypatch):
+    x = vectors(6, 2, 24, (2, 3))
+    x[2] = factor * x[2, :, :1, :1]
+    with leaving_out(plain := learned(x)):
+        expected = plain(x, FIRST[:1].expand(6))
+    monkeypatch.setattr(vqad.nn.whiten, "_WIDE", 1)
+    with leaving_out(wide := learned(x)):
+        found = wide(x, FIRST[:1].expand(6))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_more_groups_and_more_learning_leave_the_others_every_bit():
     x = vectors(4, 0)
     whitening = learned(x)

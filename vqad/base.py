@@ -58,8 +58,8 @@ FAR = 1.5
 FAR_WEIGHT = 10.0
 # The most distances that count: of features whose squares are no numbers, too.
 FARTHEST = 1e9
-# The largest value of a scaled feature, in standard deviations.
-LARGEST = 1e6
+# The largest value of a scaled feature that a model sees.
+LARGEST = 1e12
 # Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
 # as make 2,000 in all.
 START_PER_CATEGORY, START_IMAGES = 200, 2000
@@ -553,8 +553,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
             judged = []
-            for chunk, maps in joined(self._iter_features(data, device, part)):
-                category, excess = self._route(describe(maps))
+            chunks = ((chunk, describe(maps), maps) for chunk, maps in self._iter_features(data, device, part))
+            for chunk, descriptor, maps in joined(chunks):
+                category, excess = self._route(descriptor)
                 terms = self._model_terms(scorer, maps, category, device)
                 combined = self.map_calibration_.combine(terms, category)
                 score = self._image_score(combined, category, excess)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from vqad.device import join_pool, one_core_each
 # Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
 # size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
 _CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
-# Chunks that one thread takes at a time.
-_PART = 32
+# Chunks that one thread takes at a time; and at least, where a chunk has several images: each part has its rests.
+_PART, _LEAST_CHUNKS = 32, 8
 # Numbers in the maps of chunks that are joined (64 MiB).
 _JOINED_NUMBERS = 2**24
 
@@ -66,11 +68,44 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
         yield from work(rows)
         return
     keep_freed_memory()
+    least = chunk if chunk == 1 else _LEAST_CHUNKS * chunk
     with one_core_each() as threads:
-        n_parts = max(1, min(len(rows), max(threads, math.ceil(len(rows) / (_PART * chunk)))))
-        with ThreadPoolExecutor(threads, "vqad", join_pool, (threads,)) as pool:
-            for held in pool.map(holding_warnings(work), np.array_split(rows, n_parts)):
-                yield from let_out(held)
+        n_parts = max(1, min(len(rows) // least, max(threads, math.ceil(len(rows) / (_PART * chunk)))))
+        for held in _in_threads(holding_warnings(work), np.array_split(rows, n_parts), threads):
+            yield from let_out(held)
+
+
+def _in_threads(work, parts: list[np.ndarray], threads: int) -> Iterator[Any]:
+    """``map(work, parts)`` in so many threads, all of which have ended when this has, however that was.
+
+    Not in a pool of ``concurrent.futures``, which takes no work once the main thread has ended.
+    """
+    done: list[Future] = [Future() for _ in parts]
+    waiting = deque(zip(done, parts))
+
+    def run() -> None:
+        join_pool(threads)
+        while waiting:
+            try:
+                future, part = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                future.set_result(work(part))
+            except BaseException as error:
+                future.set_exception(error)
+
+    workers = [threading.Thread(target=run, name=f"vqad-{i}", daemon=True) for i in range(min(threads, len(parts)))]
+    try:
+        for worker in workers:
+            worker.start()
+        for future in done:
+            yield future.result()
+    finally:
+        waiting.clear()
+        for worker in workers:
+            if worker.ident is not None:  # it was started
+                worker.join()
 
 
 def pad_chunk(x: Tensor, size: int) -> Tensor:
@@ -78,26 +113,28 @@ def pad_chunk(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])
 
 
-def joined(chunks: Iterator[tuple[np.ndarray, list[Tensor]]]) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-    """The same images and maps in fewer, larger chunks, where a chunk has several images.
+def joined(
+    chunks: Iterator[tuple[np.ndarray, np.ndarray, list[Tensor]]],
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[Tensor]]]:
+    """The same images, what describes them and their maps, in fewer, larger chunks, where a chunk has several images.
 
     A model takes one category at a time and fills up what is left of a chunk: of many categories there are then fewer
     such rests.
     """
-    held: list[tuple[np.ndarray, list[Tensor]]] = []
+    held: list[tuple[np.ndarray, np.ndarray, list[Tensor]]] = []
     numbers = 0
-    for chunk, maps in chunks:
-        held.append((chunk, maps))
-        numbers += sum(m.numel() for m in maps)
-        if len(chunk) == 1 or numbers >= _JOINED_NUMBERS:
+    for item in chunks:
+        held.append(item)
+        numbers += sum(m.numel() for m in item[2])
+        if len(item[0]) == 1 or numbers >= _JOINED_NUMBERS:
             yield _join(held)
             held, numbers = [], 0
     if held:
         yield _join(held)
 
 
-def _join(held: list[tuple[np.ndarray, list[Tensor]]]) -> tuple[np.ndarray, list[Tensor]]:
+def _join(held: list[tuple[np.ndarray, np.ndarray, list[Tensor]]]) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
     if len(held) == 1:
         return held[0]
-    chunks, maps = zip(*held)
-    return np.concatenate(chunks), [torch.cat(stage) for stage in zip(*maps)]
+    chunks, descriptors, maps = zip(*held)
+    return np.concatenate(chunks), np.concatenate(descriptors), [torch.cat(stage) for stage in zip(*maps)]

@@ -35,7 +35,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         raise  # it is there, but full
     except (RuntimeError, AssertionError, ImportError) as error:
         here = f"torch sees no {str(picked).upper()} device here that computes"
-        raise ValueError(f"device={device!r} was asked for, but {here}; use device='auto'.") from error
+        raise ValueError(f"device={device!r} was asked for, but {here}; use device='auto'. ({error})") from error
     return picked
 
 

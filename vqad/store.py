@@ -43,7 +43,8 @@ class FeatureStore:
     dtype : torch.dtype
         How they are kept.
     limit : int
-        Bytes above which they are memory-mapped in a temporary file, of which nothing is left when the process ends.
+        Bytes above which they are memory-mapped in a temporary file, which goes with the store; on a local disk of a
+        POSIX system nothing of it is left even if the process is killed.
     """
 
     def __init__(self, n: int, dtype: torch.dtype = torch.float32, limit: int | None = None):

@@ -70,7 +70,7 @@ class ImageDataset:
         if defect is None:
             defect = np.where(self.target == 1, "good", "defect")
         self.defect = np.asarray(defect, dtype=str)
-        masks = [None] * n if mask_paths is None else mask_paths
+        masks = [None] * n if mask_paths is None or len(mask_paths) == 0 else mask_paths
         self.mask_paths = [None if is_missing(path) else os.fspath(path) for path in masks]
         for column in ImageDataset._columns:
             if len(getattr(self, column)) != n:

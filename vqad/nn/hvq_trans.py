@@ -264,6 +264,7 @@ class HVQTrans(nn.Module):
                 for parameter in module.parameters(recurse=False):
                     shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
         shared[id(self.whitening._moments)] = self.whitening._moments
+        shared[id(self.whitening._bases)] = self.whitening._bases
         scorer = copy.deepcopy(self, shared)
         for quantizer in scorer.quantizers:
             quantizer.freeze()

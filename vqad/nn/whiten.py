@@ -13,7 +13,6 @@ _RIDGE = 0.01
 """Share of the mean variance that every direction has at least (docs/choices.md)."""
 _WIDE = 1024
 """Numbers of a vector from which on an image is left out by its own vectors: a new inverse takes C³ steps an image."""
-_Learned = Tensor | tuple[Tensor, Tensor]
 
 
 class Whitening(nn.Module):
@@ -42,7 +41,8 @@ class Whitening(nn.Module):
         super().__init__()
         self.dim = dim
         self.register_buffer("root", torch.eye(dim).repeat(n_groups, 1, 1))
-        self._moments: dict[int, tuple[_Learned, int]] = {}
+        self._moments: dict[int, tuple[Tensor, int]] = {}
+        self._bases: dict[int, tuple[Tensor, Tensor]] = {}
         self._leaves_out = False
 
     def extra_repr(self) -> str:
@@ -76,12 +76,13 @@ class Whitening(nn.Module):
             Number of vectors in it.
         """
         self.root[group] = _inverse_root(total, count).to(self.root)
-        is_wide = self.dim >= _WIDE and bool(total.isfinite().all())
-        self._moments[group] = torch.linalg.eigh(total) if is_wide else total, count
+        self._moments[group] = total, count
+        if self.dim >= _WIDE and bool(total.isfinite().all()):
+            self._bases[group] = torch.linalg.eigh(total)
 
     def forget(self) -> None:
         """Keep only what :meth:`forward` needs: from now on nothing can be left out."""
-        self._moments = {}
+        self._moments, self._bases = {}, {}
 
     def _without_own(self, x: Tensor, cells: Tensor, group: Tensor) -> Tensor:
         """Mean squares (N, L) of the cells (N, L, C) of each image by what would have been learned without it."""
@@ -94,8 +95,11 @@ class Whitening(nn.Module):
             root, rest = self.root[g], count - cells.shape[1]
             # The only image of its group leaves nothing behind: what was learned from it stays.
             if total is not None and rest > 0:
-                if not isinstance(total, Tensor):
-                    squared.append(_lengths_without_own(*total, rest, cells[i].cpu().double()).to(cells))
+                lengths = None
+                if g in self._bases:
+                    lengths = _lengths_without_own(*self._bases[g], rest, cells[i].cpu().double())
+                if lengths is not None:
+                    squared.append(lengths.to(cells))
                     continue
                 own = second_moments(x[i : i + 1])[0].cpu().double()
                 root = _inverse_root(total - own, rest).to(root)
@@ -135,13 +139,7 @@ def whitenings(model: nn.Module) -> list[Whitening]:
     return [module for module in model.modules() if isinstance(module, Whitening)]
 
 
-def _added(mean: float, dim: int, count: int) -> float | None:
-    """What every direction's variance is raised by; None where no vector was longer than 0, or one beyond numbers."""
-    is_number = torch.finfo(torch.float32).tiny < mean < math.inf
-    return (_RIDGE + dim / count) * mean if is_number else None
-
-
-def _lengths_without_own(values: Tensor, vectors: Tensor, rest: int, cells: Tensor) -> Tensor:
+def _lengths_without_own(values: Tensor, vectors: Tensor, rest: int, cells: Tensor) -> Tensor | None:
     r"""Mean squares (L,) of the vectors ``cells`` (L, C) by what would have been learned without them.
 
     Of the sum T of all second moments the eigenvalues and eigenvectors are known. With :math:`A = T + \mu I` and
@@ -149,26 +147,27 @@ def _lengths_without_own(values: Tensor, vectors: Tensor, rest: int, cells: Tens
 
     .. math:: X^\top (A - X X^\top)^{-1} X = (I - M)^{-1} M, \qquad M = X^\top A^{-1} X,
 
-    by the identity of Sherman, Morrison and Woodbury. ``rest`` is the number of vectors that are left.
+    by the identity of Sherman, Morrison and Woodbury. ``rest`` is the number of vectors that are left. None where the
+    cells outweigh these: T was summed up in float32, and what rounding left of them in it would count.
     """
-    dim = len(values)
-    added = _added(float(values.sum() - cells.square().sum()) / (rest * dim), dim, rest)
-    if added is None:
-        return cells.square().mean(-1)
+    dim, own = len(values), float(cells.square().sum())
+    left = float(values.sum()) - own
+    if not max(own, torch.finfo(torch.float32).tiny * rest * dim) < left:
+        return None
     turned = cells @ vectors
-    own = (turned / (values.clamp_min(0) + rest * added)) @ turned.mT
-    left = torch.eye(len(own), dtype=own.dtype) - own
-    return torch.cholesky_solve(own, torch.linalg.cholesky(left)).diagonal() * (rest / dim)
+    m = (turned / (values.clamp_min(0) + (_RIDGE + dim / rest) * left / dim)) @ turned.mT
+    lower, failed = torch.linalg.cholesky_ex(torch.eye(len(m), dtype=m.dtype) - m)
+    return None if failed else torch.cholesky_solve(m, lower).diagonal() * (rest / dim)
 
 
 def _inverse_root(total: Tensor, count: int) -> Tensor:
-    """A matrix R with R R^T = S^-1; the identity where there is none."""
+    """A matrix R with R R^T = S^-1; the identity where no vector was longer than 0, or one too long for a number."""
     dim = len(total)
     second = total / count
-    added = _added(float(second.trace()) / dim, dim, count)
-    if added is None:
+    mean = float(second.trace()) / dim
+    if not torch.finfo(torch.float32).tiny < mean < math.inf:
         return torch.eye(dim)
-    second.diagonal().add_(added)
+    second.diagonal().add_((_RIDGE + dim / count) * mean)
     lower = torch.linalg.cholesky(second)
     root: Tensor = torch.linalg.solve_triangular(lower, torch.eye(dim, dtype=second.dtype), upper=False).mT
     return root
