@@ -22,8 +22,6 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
             )
         maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
         if reset:
-            for name in ("n_features_in_", "feature_names_in_"):  # of rows that an earlier fit saw
-                vars(estimator).pop(name, None)
             estimator.map_shape_ = maps.shape[1:]
         elif maps.shape[1:] != estimator.map_shape_:
             raise ValueError(

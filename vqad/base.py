@@ -158,8 +158,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         warm = self.warm_start and self.__sklearn_is_fitted__()
-        before = dict(vars(self))
-        try:
+        with self._all_or_nothing(copied=()):
             data = self._check_X(X, reset=not warm)
             rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
             if len(rows) == 1:
@@ -167,10 +166,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
                     "n_samples=1."
                 )
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
         category = None if category is None else category[rows]
         if not warm:
             for name in ("map_threshold_", "_prototypes"):  # a fit that fails leaves nothing that looks fitted
@@ -313,10 +308,12 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @contextmanager
-    def _all_or_nothing(self, wanted=True) -> Iterator[None]:
-        """Go back to the attributes as they are now where what is done inside fails."""
+    def _all_or_nothing(
+        self, wanted=True, copied=("model_", "router_", "map_calibration_", "score_calibration_")
+    ) -> Iterator[None]:
+        """Go back to the attributes as they are now where what is done inside fails; it works on copies of some."""
         before = dict(vars(self))
-        for name in ("model_", "router_", "map_calibration_", "score_calibration_") if wanted else ():
+        for name in copied if wanted else ():
             setattr(self, name, copy.deepcopy(before[name]))
         try:
             yield
@@ -645,16 +642,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _check_X(self, X, reset=False):
         """Images or features, checked, as something with a length, sizes and chunks."""
+        if reset:  # the form of what an earlier fit saw
+            for name in ("n_features_in_", "feature_names_in_", "map_shape_"):
+                vars(self).pop(name, None)
         if self.backbone is None:
             return check_features(self, X, reset)
-        if reset:
-            vars(self).pop("map_shape_", None)  # of features that an earlier fit saw
         is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")
         if is_table and X.ndim == 2 and self.image_shape is not None:
             X = validate_data(self, X, reset=reset, ensure_all_finite=False, dtype=None)
-        elif reset:
-            for name in ("n_features_in_", "feature_names_in_"):  # of rows that an earlier fit saw
-                vars(self).pop(name, None)
         return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
 
     def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:

@@ -58,6 +58,10 @@ class FeatureStore:
     def __len__(self) -> int:
         return self.n
 
+    @property
+    def on_disk(self) -> bool:
+        return self._folder is not None
+
     def write(self, rows, maps: list[Tensor]) -> None:
         """Keep the maps of the images ``rows``."""
         with self._lock:
@@ -87,10 +91,6 @@ class FeatureStore:
             self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
         if os.name == "posix":  # a file without a name lasts as long as it is mapped, and no longer than the process
             self._folder.cleanup()
-
-    @property
-    def on_disk(self) -> bool:
-        return self._folder is not None
 
     def digest(self) -> str:
         """SHA-256 of all that is kept."""

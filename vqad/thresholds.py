@@ -72,11 +72,11 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, n_kno
     category, score, unseen, peak = (np.concatenate(column) for column in zip(*judged))
     found = {"category": category, "score": score, "unseen": unseen, "peak": peak, "standard": np.zeros(len(score))}
     held = detector._held_out = {name: np.append(kept, found[name]) for name, kept in detector._held_out.items()}
+    fresh, changed = np.unique(category), np.isin(held["category"], category)
     if not n_known:
         detector.score_calibration_.fit(score, category, n_categories)
     else:
-        detector.score_calibration_.extend(held["score"], held["category"], np.unique(category), n_categories)
-    fresh, changed = np.unique(category), np.isin(held["category"], category)
+        detector.score_calibration_.extend(held["score"], held["category"], fresh, n_categories)
     standard = detector.score_calibration_.leave_one_out(held["score"], held["unseen"], held["category"], fresh)
     held["standard"][changed] = standard[changed]
     if detector.contamination != "auto":
