@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vqad
-from vqad.cli import DEMO_FOLDER
+from vqad.cli._arguments import DEMO_FOLDER
 from vqad.datasets import load_elpv
 from vqad.demo import DETECTOR_MODEL, FULL, QUICK, split_cells
 from vqad.report import judge, overlay

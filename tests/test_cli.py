@@ -14,7 +14,7 @@ import pytest
 from conftest import save_png
 from scipy.spatial.distance import cdist
 
-import vqad.cli
+import vqad.cli._commands
 import vqad.demo
 from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad._memory_bank import PatchMemoryBank
@@ -262,17 +262,21 @@ def test_every_image_gets_its_own_map_at_its_own_size(model, tmp_path):
     assert sorted(sizes) == [(48, 64), (48, 64), (48, 64), (64, 64)]
 
 
+def test_the_help_names_the_detectors_that_there_are():
+    assert set(vqad.cli._arguments.DETECTOR_NAMES) == set(vqad.demo.DETECTORS)
+
+
 def test_maps_of_large_images_are_drawn_smaller(model, tmp_path, monkeypatch):
     pixels = make_textured_parts(1, 0, image_size=64, random_state=1).images[0]
     save_png(tmp_path / "new" / "part.png", pixels[:33])
-    monkeypatch.setattr(vqad.cli, "DRAWN_SIDE", 32)
+    monkeypatch.setattr(vqad.cli._commands, "DRAWN_SIDE", 32)
     assert main(["score", str(model), str(tmp_path / "new"), "--maps", str(tmp_path / "maps")]) == 0
     (drawn,) = (tmp_path / "maps").rglob("*.png")
     assert vqad.images.check_images([str(drawn)]).size(0) == (16, 32)
 
 
 def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(vqad.cli, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(vqad.cli._commands, "ROWS_AT_ONCE", 2)
     for name in "abcde":
         save_png(tmp_path / "new" / f"{name}.png", np.zeros((64, 64), np.uint8))
     whole = (tmp_path / "new" / "a.png").read_bytes()
@@ -448,7 +452,7 @@ def test_an_error_that_is_no_users_fault_is_not_dressed_as_one(folders, model, m
     def broken(*args):
         raise RuntimeError
 
-    monkeypatch.setattr(vqad.cli, "judge", broken)
+    monkeypatch.setattr(vqad.cli._commands, "judge", broken)
     with pytest.raises(RuntimeError):
         main(["score", str(model), str(folders / "bad")])
 
@@ -457,7 +461,7 @@ def test_ctrl_c_ends_with_130(folders, model, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vqad.cli, "judge", interrupted)
+    monkeypatch.setattr(vqad.cli._commands, "judge", interrupted)
     assert main(["score", str(model), str(folders / "bad")]) == 130
     assert complaint(capsys) == "vqad: interrupted"
 
@@ -534,7 +538,7 @@ def demo(tmp_path_factory):
     """Folder and printed lines of a small demonstration, and the cells that it measured on."""
     folder, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(vqad.cli, "QUICK", TINY_DEMO)
+        patch.setattr(vqad.cli._commands, "QUICK", TINY_DEMO)
         assert main(["demo", "--quick", "--out", str(folder)]) == 0
     return folder, printed.getvalue(), split_cells(load_elpv(), TINY_DEMO, 0)[1]
 
@@ -607,7 +611,7 @@ def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path, interrupted_fit):
 
     monkeypatch.setattr(Trainer, "_one_pass", interrupted)
     monkeypatch.setattr(vqad.demo, "PatchMemoryBank", never)
-    monkeypatch.setattr(vqad.cli, "QUICK", TINY_DEMO)
+    monkeypatch.setattr(vqad.cli._commands, "QUICK", TINY_DEMO)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 130
     assert "vqad: interrupted" in capsys.readouterr().err
     assert len({*map(id, trained)}) == interrupted_fit

@@ -684,6 +684,9 @@ def test_maps_have_the_grid_and_the_channels_that_are_told(name):
 
 
 def test_parts_of_vqad_are_there_when_they_are_asked_for():
+    code = "from vqad import *; import vqad; print(all(getattr(vqad, n) is globals()[n] for n in vqad.__all__))\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
     code = "import vqad; print(vqad.metrics.image_auroc([1, -1], [0.0, 1.0]), 'datasets' in dir(vqad)); vqad.nothing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "1.0 True\n"
@@ -692,6 +695,8 @@ def test_parts_of_vqad_are_there_when_they_are_asked_for():
 
 def test_to_import_vqad_takes_no_more_than_it_needs():
     heavy = {"timm", "torchvision", "matplotlib", "elpv"}
-    code = f"import sys, vqad, vqad.cli; print(*({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    light = {"torch", "numpy", "sklearn", "PIL"}  # what the help of the command can do without
+    for modules, unwanted in (("vqad, vqad.cli", heavy | light), ("vqad.cli._commands", heavy)):
+        code = f"import sys, {modules}; print(*({unwanted} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == []

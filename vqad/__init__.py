@@ -2,12 +2,14 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from vqad.export import export_onnx
-from vqad.features import BackboneFeatures
-from vqad.hvq_trans import HVQTransDetector
-from vqad.persistence import load, save
-from vqad.vq_flow import VQFlowDetector
+if TYPE_CHECKING:
+    from vqad.export import export_onnx
+    from vqad.features import BackboneFeatures
+    from vqad.hvq_trans import HVQTransDetector
+    from vqad.persistence import load, save
+    from vqad.vq_flow import VQFlowDetector
 
 try:
     __version__ = version("vqad")
@@ -24,15 +26,27 @@ __all__ = [
     "save",
 ]
 
+_HOMES = {
+    "BackboneFeatures": "features",
+    "HVQTransDetector": "hvq_trans",
+    "VQFlowDetector": "vq_flow",
+    "export_onnx": "export",
+    "load": "persistence",
+    "save": "persistence",
+}
 _PARTS = ("datasets", "display", "explain", "metrics", "model_selection", "nn", "prototypes", "report", "testing")
 
 
 def __getattr__(name):
-    """Import a part when it is asked for: some need libraries that not everybody has."""
+    """Import what is asked for: torch takes seconds, and some parts need libraries that not everybody has."""
+    if name in _HOMES:
+        found = getattr(import_module(f"vqad.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
     if name in _PARTS:
         return import_module(f"vqad.{name}")
     raise AttributeError(f"module 'vqad' has no attribute {name!r}")
 
 
 def __dir__():
-    return [*globals(), *_PARTS]
+    return sorted({*globals(), *__all__, *_PARTS})

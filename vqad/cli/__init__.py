@@ -1,0 +1,54 @@
+"""The `vqad` command."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from vqad.cli._arguments import parser
+from vqad.cli._messages import BROKEN_PIPE, INTERRUPTED, USER_ERROR, complain, one_line, one_line_warnings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str, default=None
+        Arguments after the command's name; None: those of the process.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 2 for what the user can mend (one line on stderr says what), 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        By argparse: code 0 after --help and --version, 2 for wrong arguments.
+    """
+    arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have what it cannot say
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with one_line_warnings():
+            from vqad.cli import _commands  # brings torch, which takes seconds
+
+            code: int = getattr(_commands, arguments.command)(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (vqad score ... | head). Nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        complain(f"error: {one_line(error)}")
+        return USER_ERROR

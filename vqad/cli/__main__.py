@@ -1,0 +1,5 @@
+import sys
+
+from vqad.cli import main
+
+sys.exit(main())

@@ -1,0 +1,236 @@
+"""The arguments of the command, and its help: nothing here imports torch, so that both come at once."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any, NoReturn
+
+import vqad
+from vqad.cli._messages import USER_ERROR
+
+# By the names of `vqad.demo.DETECTORS`.
+DETECTOR_NAMES = ("hvq-trans", "vq-flow")
+DEMO_FOLDER = "demo-output"
+# Longest side of a heatmap: a map has some dozens of cells, and a photograph thousands of pixels.
+DRAWN_SIDE = 1600
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line on stderr for a wrong argument."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and any("=" in word and not word.startswith("-") for word in unknown.split()):
+            message += "; each --set takes one NAME=VALUE"
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vqad",
+        description="Find images that are not like the normal ones, and where. One model for many kinds of object.",
+        epilog="examples:\n"
+        "  vqad demo                                    see it work on real solar cells\n"
+        "  vqad fit good-parts/ -o model.safetensors    learn from a folder of normal images\n"
+        "  vqad score model.safetensors new-parts/ --maps heatmaps/\n"
+        "exit codes: 0 done, 2 wrong arguments or unusable input, 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export):
+        command = add(commands)
+        command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, more: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    return command
+
+
+def _add_demo(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "demo",
+        "learn real solar cells with both detectors, measure beside a memory bank of patches, and write heatmaps",
+        "The images come with the package elpv-dataset (CC BY-NC-SA 4.0); nothing is downloaded.\n"
+        "example:\n  vqad demo --out demo-output",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path(DEMO_FOLDER), metavar="DIR", help="for pages and models (default: %(default)s)"
+    )
+    command.add_argument("--quick", action="store_true", help="fewer cells and passes: a minute, and poorer results")
+    _add_running(command)
+    return command
+
+
+def _add_fit(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "fit",
+        "learn what normal looks like from a folder of normal images",
+        "DIR holds images, or one sub-folder a category, or has the layout of MVTec AD (CATEGORY/train/good) or VisA\n"
+        "(split_csv/1cls.csv). In a single folder categories are looked for; where there is no more than one, it has\n"
+        "the folder's name. All images are taken as normal. Ctrl-C ends the training early and keeps what was learned\n"
+        "(exit code 130).\n"
+        "examples:\n"
+        "  vqad fit good-parts/ -o model.safetensors\n"
+        "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
+        "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64\n"
+        "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder of normal images")
+    command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--category-from-folders",
+        dest="by_folder",
+        action="store_true",
+        default=None,
+        help="each sub-folder is a category (the default where there is more than one)",
+    )
+    group.add_argument(
+        "--no-categories",
+        dest="by_folder",
+        action="store_false",
+        help="find the categories in the images, whatever the folders are",
+    )
+    command.add_argument("--detector", choices=DETECTOR_NAMES, default="hvq-trans", help="hvq-trans by default")
+    command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
+    command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
+    command.add_argument("--batch-size", type=int, metavar="N", help="images per training step")
+    command.add_argument(
+        "--false-alarm-rate", type=float, metavar="RATE", help="share of normal images that may be called anomalous"
+    )
+    command.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        metavar="NAME=VALUE",
+        help="any parameter of the detector that has no option here; may be repeated",
+    )
+    _add_running(command)
+    return command
+
+
+def _add_score(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "score",
+        "say of each image how anomalous it is and which category it was judged as",
+        "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
+        "p-value: share of normal images that score this high or higher.\n"
+        "A damaged image is named and left out; the exit code then is 2.\n"
+        "examples:\n"
+        "  vqad score model.safetensors new-parts/\n"
+        "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",
+    )
+    _add_model(command)
+    command.add_argument("images", nargs="+", metavar="DIR|FILE", help="images, or folders of images")
+    command.add_argument("--csv", metavar="FILE", help="also write the table to a CSV file")
+    command.add_argument(
+        "--maps", type=Path, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
+    )
+    _add_device(command)
+    return command
+
+
+def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "evaluate",
+        "measure a model on test images whose labels are known",
+        "ROOT has the layout of MVTec AD, CATEGORY/test/good, CATEGORY/test/DEFECT, CATEGORY/ground_truth/DEFECT,\n"
+        "or of VisA, split_csv/1cls.csv.\n"
+        "example:\n  vqad evaluate model.safetensors mvtec/ --json metrics.json",
+    )
+    _add_model(command)
+    command.add_argument("directory", metavar="ROOT", help="folder of categories, or of one category")
+    command.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
+    command.add_argument("--no-pixels", action="store_true", help="leave out the pixel metrics")
+    command.add_argument(
+        "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
+    )
+    _add_device(command)
+    return command
+
+
+def _add_report(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "report",
+        "write an HTML page of scores and heatmaps",
+        "For a folder in the layout of MVTec AD or VisA the page is about its test images, and has their metrics.\n"
+        'Needs jinja2 and matplotlib: pip install "vqad[report]".\n'
+        "example:\n  vqad report model.safetensors new-parts/ -o page.html",
+    )
+    _add_model(command)
+    command.add_argument("directory", metavar="DIR", help="folder of images")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="HTML file to write")
+    command.add_argument("--title", help="of the page")
+    command.add_argument(
+        "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
+    )
+    _add_device(command)
+    return command
+
+
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "export",
+        "write a model as an ONNX graph, which runs without Python and torch",
+        "The graph takes an image of any size, float32 (height, width, 3) in 0..1, and gives score (higher is more\n"
+        "normal: vqad score with the other sign), label (+1 normal, -1 anomaly), map (higher is more anomalous) and\n"
+        "category. It computes in float32, and is compared with the model in float32 before it is written.\n"
+        'Needs onnx, onnxscript and onnxruntime: pip install "vqad[onnx]".\n'
+        "example:\n  vqad export model.safetensors -o model.onnx --images new-parts/",
+    )
+    _add_model(command)
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
+    command.add_argument("--images", metavar="DIR", help="folder of images to compare on (default: drawn ones)")
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="file that vqad fit wrote")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    _add_device(command)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="makes runs repeat (default: %(default)s)")
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW, such as 224x320")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,113 @@
+"""Files that the command reads and writes: images of folders, and outputs that take no input's place."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vqad.datasets import ImageDataset, load_folder
+from vqad.datasets._layouts import loader_of
+
+
+def training_images(folder: str) -> ImageDataset:
+    loader = loader_of(Path(folder))
+    return load_folder(folder) if loader is None else loader(folder, split="train")
+
+
+def known_images(folder: str) -> tuple[ImageDataset, bool]:
+    """Images of a folder, and whether it says what they are: then they are its test images."""
+    loader = loader_of(Path(folder))
+    return (load_folder(folder), False) if loader is None else (loader(folder, split="test"), True)
+
+
+def files(images: ImageDataset | None) -> list[str]:
+    """What is read of a collection: images and masks."""
+    return [] if images is None else [*images.paths, *filter(None, images.mask_paths)]
+
+
+def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Paths of all images in files and folders, and where under a folder of maps each one's map belongs."""
+    paths: list[str] = []
+    outputs: list[Path] = []
+    taken: set[Path] = set()
+    for argument in arguments:
+        root = Path(argument)
+        if not argument:
+            raise ValueError("an image or folder has the empty name ''.")
+        if not root.is_dir():
+            found, root = [argument], root.parent
+        elif loader := loader_of(root):
+            found = list(loader(root, split="all").paths)
+        else:
+            found = list(load_folder(root).paths)
+        for path in found:
+            output = _free(Path(os.path.relpath(path, root)), taken)
+            taken.add(output)
+            paths.append(path)
+            outputs.append(output)
+    return paths, outputs
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    """A name of its own for the map of an image: a.jpg and a.png in one folder are two images."""
+    output, k = path.with_name(f"{path.stem}_map.png"), 2
+    while output in taken:
+        output, k = path.with_name(f"{path.stem}_map-{k}.png"), k + 1
+    return output
+
+
+def write_image(path: Path, pixels: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@contextmanager
+def csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
+    """A function that writes a row, into nothing if there is no path."""
+    if path is None:
+        yield lambda row: None
+        return
+    with open(writable(path), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
+        yield writer.writerow
+
+
+def check_folder_of_maps(folder: Path, arguments: list[str]) -> None:
+    """Raise where there is a file, or where the heatmaps would be among the images of the next call."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--maps {str(folder)!r} is a file; give the name of a folder.")
+    for root in map(Path, arguments):
+        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+            raise ValueError(
+                f"--maps {str(folder)!r} is in {str(root)!r}, where a second call would take the heatmaps for images; "
+                "give a folder outside it."
+            )
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """Make the folder of an output file: before the work, which must not be lost at its end."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {str(path)!r} is a folder; give the name of a file.")
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
+        return path
+    parent = Path(os.path.realpath(path)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"nothing may be written to the folder {str(parent)!r}.")
+    return path
+
+
+def spare(inputs: list[Any], outputs: list[Any]) -> None:
+    """Raise where an output would be written over what is read."""
+    read = {Path(path).resolve() for path in inputs}
+    for path in outputs:
+        if path is not None and Path(path).resolve() in read:
+            raise ValueError(f"the output {str(path)!r} is the model or one of the images or masks; give another name.")

@@ -1,0 +1,40 @@
+"""What the command says on stderr, one line each, and the code that it ends with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Show warnings meant for users, one line each, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            complain(f"warning: {one_line(message)}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+def printable(text: str) -> str:
+    """On one line, whatever a file is called."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def complain(text: str) -> None:
+    print(f"vqad: {text}", file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.strerror:
+        return f"{message.strerror}: {message.filename!r}" if message.filename else message.strerror
+    return " ".join(str(message).split()) or type(message).__name__
