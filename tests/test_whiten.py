@@ -12,7 +12,7 @@ from vqad import HVQTransDetector, VQFlowDetector
 from vqad._checks import split_rows
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.vq_flow import VQFlow
-from vqad.nn.whiten import Whitening, leaving_out, second_moments, whitenings
+from vqad.nn.whiten import Whitening, leaving_out, second_moments, total_second_moments, whitenings
 
 
 def vectors(n, seed, channels=6, grid=(4, 5)):
@@ -31,7 +31,7 @@ def learned(x, group=None, n_groups=1):
 def learn(whitening, x, group):
     for g in torch.unique(group).tolist():
         own = x[group == g]
-        whitening.learn(g, second_moments(own).double().sum(0), own[:, 0].numel())
+        whitening.learn(g, total_second_moments(own), own[:, 0].numel())
 
 
 FIRST = torch.zeros(3, dtype=torch.long)
@@ -239,3 +239,11 @@ def test_false_alarms_are_no_more_than_asked_with_as_many_channels_as_images(kin
         alarms.append((detector.predict(X[n:]) == -1).mean())
     # Thresholds of a few held-out rows scatter: by 0.08 a fit of 60, 0.03 of 560.
     assert np.mean(alarms) < rate + (0.1 if n == 60 else 0.04)
+
+
+def test_the_sum_of_second_moments_is_that_of_each_image_to_the_last_bit():
+    x = torch.randn(9, 12, 3, 5) * torch.logspace(-3, 3, 9)[:, None, None, None]
+    one_by_one = torch.zeros(12, 12, dtype=torch.float64)
+    for i in range(9):
+        one_by_one += second_moments(x[i : i + 1])[0].double()
+    assert torch.equal(total_second_moments(x), one_by_one)

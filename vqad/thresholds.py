@@ -21,7 +21,7 @@ from vqad.calibration import (
     ScoreCalibration,
     conformal_quantile,
 )
-from vqad.nn.whiten import leaving_out, second_moments, whitenings
+from vqad.nn.whiten import leaving_out, total_second_moments, whitenings
 
 # Normal images of a category that say where its maps are high; and of those held out, that say how high.
 MAX_REFERENCE_IMAGES = 200
@@ -102,9 +102,9 @@ def _learn_metric(detector, store, rows, index, device) -> None:
         for some in np.split(own, range(n_at_once, len(own), n_at_once)):
             found = detector._store_terms(store, some, index[some], device, compute)
             for k in learning:
-                for x in torch.from_numpy(found[k]).split(1):
-                    total[k] += second_moments(x)[0].double()
-                    count[k] += x[0, 0].numel()
+                x = torch.from_numpy(found[k])
+                total[k] += total_second_moments(x)
+                count[k] += x[:, 0].numel()
         for k, whitening in learning.items():
             whitening.learn(int(c), total[k], count[k])
 

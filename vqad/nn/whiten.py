@@ -118,6 +118,18 @@ def second_moments(x: Tensor) -> Tensor:
         return cells @ cells.mT
 
 
+def total_second_moments(x: Tensor) -> Tensor:
+    """Sum over images of :func:`second_moments`, (C, C) in float64.
+
+    Image by image: what is taken away again to leave one out must be what was added, to the last bit.
+    """
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for cells in torch.split(x.float().flatten(2), 1):
+            total += (cells @ cells.mT)[0]
+    return total
+
+
 @contextmanager
 def leaving_out(model: nn.Module) -> Iterator[None]:
     """Inside, all whitenings of a model see each image as if they had not learned from it.
