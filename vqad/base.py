@@ -231,10 +231,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         data = self._check_X(X)
         rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
         device, seed = pick_device(self.device), self._draw_seed()
-        with seeded(seed, device), self._all_or_nothing():
-            store, descriptor = self._extract(data, rows, device)
-            index = learn_more(self, store, descriptor, None if category is None else category[rows], device, seed)
-            add_prototypes(self, store, index, data, rows, device)
+        # Other threads may go on scoring with this one, and must not see, nor disturb, a model that is being trained.
+        learner = object.__new__(type(self))
+        vars(learner).update(vars(self))
+        with seeded(seed, device), learner._all_or_nothing():
+            store, descriptor = learner._extract(data, rows, device)
+            index = learn_more(learner, store, descriptor, None if category is None else category[rows], device, seed)
+            add_prototypes(learner, store, index, data, rows, device)
+        vars(self).update(vars(learner))
         return self
 
     def fit_predict(self, X, y=None, *, category=None):
