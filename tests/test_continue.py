@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -697,3 +698,25 @@ def test_a_checkpoint_that_takes_long_to_write_is_written_seldom(tmp_path, monke
     for waited, due in ((31, False), (199, False), (201, True)):
         monkeypatch.setattr(vqad.checkpoint.time, "monotonic", lambda waited=waited: now + waited)
         assert checkpoint.due(after_pass=False) == checkpoint.due(after_pass=True) == due
+
+
+def test_scoring_in_another_thread_and_learning_more_do_not_disturb_each_other():
+    rng = np.random.default_rng(0)
+    known, new = rng.standard_normal((16, 8, 8, 6)), 9 + rng.standard_normal((16, 8, 8, 6))
+    made = vqad.VQFlowDetector(
+        backbone=None, n_concepts=2, n_patterns=4, hidden=4, max_iter=1, false_alarm_rate=0.3, random_state=0
+    )
+    made.fit(known, category=["a"] * 16)
+    before, seen, done = made.score_samples(known), [], threading.Event()
+
+    def score():
+        while not done.is_set():
+            seen.append(made.score_samples(known))
+
+    beside = threading.Thread(target=score)
+    beside.start()
+    made.set_params(max_iter=40).partial_fit(new, category=["b"] * 16)
+    done.set()
+    beside.join()
+    for found in (*seen, made.score_samples(known)):
+        np.testing.assert_array_equal(found, before)
