@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -158,8 +158,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         warm = self.warm_start and self.__sklearn_is_fitted__()
-        with self._all_or_nothing(copied=()):
-            data = self._check_X(X, reset=not warm)
+        with self._learner(copied=()) as learner:
+            data = learner._check_X(X, reset=not warm)
             rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
             if len(rows) == 1:
                 raise ValueError(
@@ -185,9 +185,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             store, descriptor = self._extract(data, rows, device)
         checkpoint = self._open_checkpoint(store, category, device, seed, warm)
         seed = seed if checkpoint is None else checkpoint.seed
-        with seeded(seed, device), self._all_or_nothing(warm):
-            index = self._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
-            self._prototypes = learn_prototypes(self, store, index, data, rows, device)
+        with seeded(seed, device), self._learner() if warm else nullcontext(self) as learner:
+            index = learner._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
+            learner._prototypes = learn_prototypes(learner, store, index, data, rows, device)
         if checkpoint is not None and self.random_state is None and not self.training_log_.interrupted:
             checkpoint.remove()  # the next fit is another one
         return self
@@ -231,14 +231,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         data = self._check_X(X)
         rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
         device, seed = pick_device(self.device), self._draw_seed()
-        # Other threads may go on scoring with this one, and must not see, nor disturb, a model that is being trained.
-        learner = object.__new__(type(self))
-        vars(learner).update(vars(self))
-        with seeded(seed, device), learner._all_or_nothing():
+        with seeded(seed, device), self._learner() as learner:
             store, descriptor = learner._extract(data, rows, device)
             index = learn_more(learner, store, descriptor, None if category is None else category[rows], device, seed)
             add_prototypes(learner, store, index, data, rows, device)
-        vars(self).update(vars(learner))
         return self
 
     def fit_predict(self, X, y=None, *, category=None):
@@ -312,20 +308,26 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @contextmanager
-    def _all_or_nothing(
-        self, wanted=True, copied=("model_", "router_", "map_calibration_", "score_calibration_")
-    ) -> Iterator[None]:
-        """Go back to the attributes as they are now where what is done inside fails; it works on copies of some."""
-        before = dict(vars(self))
-        for name in copied if wanted else ():
-            setattr(self, name, copy.deepcopy(before[name]))
-        try:
-            yield
-        except BaseException:
-            if wanted:
-                vars(self).clear()
-                vars(self).update(before)
-            raise
+    def _learner(
+        self, copied=("model_", "router_", "map_calibration_", "score_calibration_")
+    ) -> Iterator[BaseImageDetector]:
+        """A second self with copies of some attributes, which takes this one's place unless what is done inside fails.
+
+        Other threads may go on scoring with this one: they must not see, nor disturb, what is being learned.
+        """
+        learner = self._as_it_is()
+        for name in copied:
+            setattr(learner, name, copy.deepcopy(getattr(self, name)))
+        yield learner
+        for name in vars(self).keys() - vars(learner).keys():
+            delattr(self, name)
+        vars(self).update(vars(learner))
+
+    def _as_it_is(self):
+        """A second self with the same attributes, which another thread that learns more does not replace."""
+        now = object.__new__(type(self))
+        vars(now).update(vars(self))
+        return now
 
     def _open_checkpoint(self, store, category, device, seed, warm) -> Checkpoint | None:
         """The checkpoint of this very training, which is known by its features, parameters and start."""
@@ -448,7 +450,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
             deviation of normal images.
         """
-        return -self._judge(X).score
+        return -self._as_it_is()._judge(X).score
 
     def decision_function(self, X):
         """``score_samples(X) - offset_``: negative for anomalies.
@@ -457,8 +459,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         -------
         decision : ndarray of shape (n,), float64
         """
-        judged = self._judge(X)
-        return -judged.score - self._offset_of(judged.category)
+        now = self._as_it_is()
+        judged = now._judge(X)
+        return -judged.score - now._offset_of(judged.category)
 
     def predict(self, X):
         """+1 for normal images, -1 for anomalies.
@@ -477,8 +480,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         p : ndarray of shape (n,), float64
             In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
         """
-        judged = self._judge(X)
-        return self.conformal_.p_values(judged.score, judged.category)
+        now = self._as_it_is()
+        judged = now._judge(X)
+        return now.conformal_.p_values(judged.score, judged.category)
 
     def predict_category(self, X):
         """Which category each image was judged as.
