@@ -15,9 +15,9 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-import vqad.base
 import vqad.calibration
 import vqad.checkpoint
+import vqad.learning
 import vqad.thresholds
 from vqad import HVQTransDetector
 from vqad._checks import some_of_each
@@ -77,8 +77,8 @@ def count_steps(monkeypatch):
 SCRIPT = """
 import json, os, signal, sys
 import numpy as np
-import vqad.base
 import vqad.checkpoint
+import vqad.learning
 from vqad.training import Trainer
 sys.path.insert(0, sys.argv[1])
 from test_continue import MAPS, NAMES, small
@@ -121,8 +121,8 @@ moments = {
     "while writing": (os, "fsync", 9),
     "when a file was written": (os, "replace", 9),
     "when a file was put in place": (os, "replace", 9, True),
-    "in calibration": (vqad.base, "calibrate", 1),
-    "after calibration": (vqad.base, "calibrate", 1, True),
+    "in calibration": (vqad.learning, "calibrate", 1),
+    "after calibration": (vqad.learning, "calibrate", 1, True),
 }
 killed = {}
 for case, deadly in moments.items():
@@ -685,8 +685,8 @@ def test_a_fit_starts_from_some_images_of_each_category(plain, monkeypatch):
     assert (np.diff(some) > 0).all()
     assert some[some < 150].max() > 125  # not the first ones
     np.testing.assert_array_equal(some_of_each(rows, index, 50, seed=3), rows)
-    monkeypatch.setattr(vqad.base, "START_PER_CATEGORY", 8)
-    monkeypatch.setattr(vqad.base, "START_IMAGES", 0)
+    monkeypatch.setattr(vqad.learning, "START_PER_CATEGORY", 8)
+    monkeypatch.setattr(vqad.learning, "START_IMAGES", 0)
     made, new = small().fit(MAPS, category=NAMES), make_maps(seed=5)
     assert not np.array_equal(made.feature_mean_[0], plain.feature_mean_[0])
     assert np.mean(made.predict(new) < 0) < 0.5
@@ -701,25 +701,25 @@ def test_a_checkpoint_that_takes_long_to_write_is_written_seldom(tmp_path, monke
         assert checkpoint.due(after_pass=False) == checkpoint.due(after_pass=True) == due
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["partial_fit", "warm_start"])
-def test_scoring_in_another_thread_and_learning_more_do_not_disturb_each_other(warm):
+@pytest.mark.parametrize("how", ["partial_fit", "warm_start", "fit"])
+def test_scoring_in_another_thread_and_learning_do_not_disturb_each_other(how):
     rng = np.random.default_rng(0)
     known, new = rng.standard_normal((16, 8, 8, 6)), 9 + rng.standard_normal((16, 8, 8, 6))
     made = vqad.VQFlowDetector(
         backbone=None, n_concepts=2, n_patterns=4, hidden=4, max_iter=1, false_alarm_rate=0.3, random_state=0
     )
     made.fit(known, category=["a"] * 16)
-    before, seen, done = made.score_samples(known), [], threading.Event()
+    before, seen, done = judged(made, known), [], threading.Event()
     alone = copy.deepcopy(made)
 
     def score():
         while not done.wait(0.02):  # threads that never rest would keep the interpreter from the one that learns
-            seen.append(made.score_samples(known))
+            seen.append(judged(made, known))
 
     def learn(detector):
-        detector.set_params(max_iter=4, warm_start=warm)
-        images, kind = (known, "a") if warm else (new, "b")
-        (detector.fit if warm else detector.partial_fit)(images, category=[kind] * 16)
+        detector.set_params(max_iter=4, warm_start=how == "warm_start")
+        images, kind = (known, "a") if how == "warm_start" else (new, "b")
+        (detector.partial_fit if how == "partial_fit" else detector.fit)(images, category=[kind] * 16)
 
     beside = threading.Thread(target=score)
     beside.start()
@@ -729,9 +729,29 @@ def test_scoring_in_another_thread_and_learning_more_do_not_disturb_each_other(w
         done.set()
         beside.join()
     learn(alone)
-    after = alone.score_samples(known)
-    assert np.array_equal(after, before) != warm
-    np.testing.assert_array_equal(made.score_samples(known), after)
+    after = judged(alone, known)
+    assert np.array_equal(after[0], before[0]) == (how == "partial_fit")
+    for found, expected in zip(judged(made, known), after, strict=True):
+        np.testing.assert_array_equal(found, expected)
     assert len(seen) > 1
-    for found in seen:
-        assert np.array_equal(found, before) or np.array_equal(found, after)
+    for each in seen:
+        for found, one, other in zip(each, before, after, strict=True):
+            assert np.array_equal(found, one) or np.array_equal(found, other)
+
+
+def judged(detector, X):
+    return detector.score_samples(X), detector.anomaly_map(X), detector.predict_category(X)
+
+
+@pytest.mark.parametrize(("X", "error"), [(MAPS[:1], ValueError), (MAPS[:, :2], ZeroDivisionError)])
+def test_a_fit_that_fails_leaves_what_was_fitted(plain, monkeypatch, X, error):
+    made, fresh = copy_of(plain), small()
+    monkeypatch.setattr("vqad.base.learn_prototypes", lambda *args: 1 / 0)  # the last step
+    for detector in (made, fresh):
+        with pytest.raises(error):
+            detector.fit(X)
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+    assert made.map_shape_ == plain.map_shape_
+    with pytest.raises(NotFittedError):
+        fresh.predict(MAPS)
+    assert vars(fresh).keys() == vars(small()).keys()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -26,31 +26,23 @@ from vqad._checks import (
     check_category,
     check_features,
     normal_rows,
-    some_of_each,
-    split_rows,
-    warn_of_single_images,
 )
-from vqad.backbones import backbone_strides, state_digest
-from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.backbones import backbone_strides
 from vqad.chunks import chunk_size, in_chunks, joined, pad_chunk, side_by_side
 from vqad.datasets import ImageDataset
 from vqad.device import native_precision, on_device, pick_device, seeded, to_device
 from vqad.explain import explain_images
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
-from vqad.incremental import learn_more, same_categories, take_over
+from vqad.learning import learn_all, learn_more, open_checkpoint
 from vqad.prototypes import add_prototypes, learn_prototypes
-from vqad.routing import CategoryRouter
 from vqad.store import (
     FeatureArray,
     FeatureStore,
-    ScaledFeatures,
-    TrainingBatches,
-    channel_statistics,
     describe,
 )
-from vqad.thresholds import calibrate, labelled_offset, threshold_rule
-from vqad.training import Trainer, TrainingPlan
+from vqad.thresholds import labelled_offset, threshold_rule
+from vqad.training import TrainingPlan
 
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
 FAR = 1.5
@@ -60,15 +52,6 @@ FAR_WEIGHT = 10.0
 FARTHEST = 1e9
 # The largest value of a scaled feature that a model sees.
 LARGEST = 1e12
-# Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
-# as make 2,000 in all.
-START_PER_CATEGORY, START_IMAGES = 200, 2000
-
-# Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
-NOT_OF_THE_TRAINING = {
-    "backbone", "weights", "image_size", "image_shape", "contamination", "false_alarm_rate", "threshold", "warm_start",
-    "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
-}  # fmt: skip
 
 
 class Judgement(NamedTuple):
@@ -148,6 +131,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         Returns
         -------
         self : object
+            As it was before if the call fails. Until it ends, other threads that score have what was fitted before.
 
         Raises
         ------
@@ -158,7 +142,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         warm = self.warm_start and self.__sklearn_is_fitted__()
-        with self._learner(copied=()) as learner:
+        with self._learner(afresh=not warm) as learner:
             data = learner._check_X(X, reset=not warm)
             rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
             if len(rows) == 1:
@@ -166,15 +150,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
                     "n_samples=1."
                 )
-        category = None if category is None else category[rows]
-        if not warm:
-            for name in ("map_threshold_", "_prototypes"):  # a fit that fails leaves nothing that looks fitted
-                vars(self).pop(name, None)
+            learner._learn(data, rows, None if category is None else category[rows], warm)
+        return self
+
+    def _learn(self, data, rows, category, warm) -> None:
+        """Learn the images ``rows``, anew or ``warm``."""
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device):
-            if not warm:  # what an earlier fit may have had
-                vars(self).pop("features_", None)
-                self._map_shape = None
             if self.backbone is not None and not warm:
                 strides = backbone_strides(self.backbone) if isinstance(self.backbone, str) else None
                 self.features_ = fit_features(
@@ -183,14 +165,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     **self._feature_options(strides),
                 )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
-        checkpoint = self._open_checkpoint(store, category, device, seed, warm)
+        checkpoint = open_checkpoint(self, store, category, device, seed, warm)
         seed = seed if checkpoint is None else checkpoint.seed
-        with seeded(seed, device), self._learner() if warm else nullcontext(self) as learner:
-            index = learner._fit_from_features(store, descriptor, category, device, seed, checkpoint, warm)
-            learner._prototypes = learn_prototypes(learner, store, index, data, rows, device)
+        with seeded(seed, device):
+            index = learn_all(self, store, descriptor, category, device, seed, checkpoint, warm)
+            self._prototypes = learn_prototypes(self, store, index, data, rows, device)
         if checkpoint is not None and self.random_state is None and not self.training_log_.interrupted:
             checkpoint.remove()  # the next fit is another one
-        return self
 
     def partial_fit(self, X, y=None, *, category=None):
         """Go on learning, with more images of known categories or with categories that were never seen.
@@ -218,7 +199,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         Returns
         -------
         self : object
-            As it was before if the call fails.
+            As it was before if the call fails. Until it ends, other threads that score have what was fitted before.
 
         Raises
         ------
@@ -308,92 +289,27 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @contextmanager
-    def _learner(
-        self, copied=("model_", "router_", "map_calibration_", "score_calibration_")
-    ) -> Iterator[BaseImageDetector]:
-        """A second self with copies of some attributes, which takes this one's place unless what is done inside fails.
+    def _learner(self, afresh=False) -> Iterator[BaseImageDetector]:
+        """A second self that may learn, and takes this one's place unless what is done inside fails.
 
         Other threads may go on scoring with this one: they must not see, nor disturb, what is being learned.
         """
         learner = self._as_it_is()
-        for name in copied:
-            setattr(learner, name, copy.deepcopy(getattr(self, name)))
+        if afresh:  # what a fit on other images may not set
+            for name in ("features_", "n_features_in_", "feature_names_in_", "map_shape_"):
+                vars(learner).pop(name, None)
+            learner._map_shape = None
+        else:
+            for name in ("model_", "router_", "map_calibration_", "score_calibration_"):
+                setattr(learner, name, copy.deepcopy(getattr(self, name)))
         yield learner
-        for name in vars(self).keys() - vars(learner).keys():
-            delattr(self, name)
-        vars(self).update(vars(learner))
+        self.__dict__ = vars(learner)  # at once: another thread sees all of it or nothing
 
     def _as_it_is(self):
         """A second self with the same attributes, which another thread that learns more does not replace."""
         now = object.__new__(type(self))
         vars(now).update(vars(self))
         return now
-
-    def _open_checkpoint(self, store, category, device, seed, warm) -> Checkpoint | None:
-        """The checkpoint of this very training, which is known by its features, parameters and start."""
-        if self.checkpoint_dir is None:
-            return None
-        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in NOT_OF_THE_TRAINING}
-        start = (state_digest(self.model_), self.n_iter_, self._split_seed) if warm else None
-        labels = None if category is None else category.tolist()
-        dtype = native_precision(device, self.precision)
-        drawn = None if self.random_state is None else seed
-        name = fingerprint(
-            type(self).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn, store.digest(),
-        )  # fmt: skip
-        return Checkpoint(self.checkpoint_dir, name, seed)
-
-    def _fit_from_features(self, store, descriptor, category, device, seed, checkpoint, warm) -> np.ndarray:
-        """Everything that comes after the backbone; the category of each image."""
-        if warm:
-            index = same_categories(self, descriptor, category)
-        else:
-            self.router_ = CategoryRouter()
-            index = self.router_.fit(descriptor, category, random_state=seed)
-            self._split_seed = seed  # a second fit on the same images must hold out the same
-            self._n_first = len(self.router_.categories_)
-        self.categories_ = self.router_.categories_
-        n_categories = len(self.categories_)
-        self._distance_limit = self._far_limits(descriptor, index)
-        self.n_images_ = len(index)
-        train, held_out = split_rows(index, self.calibration_fraction, self._split_seed)
-        validation = None
-        alone = np.setdiff1d(np.arange(n_categories), index[held_out])
-        if self.threshold == "category" and len(alone):
-            raise ValueError(
-                f"threshold='category' needs at least 2 images of every category; {self.categories_[alone[0]]} has 1."
-            )
-        warn_of_single_images(self.categories_, index)
-        if self.early_stopping:
-            watched = "early stopping watches the training images"
-            keep, chosen = split_rows(index[train], self.validation_fraction, self._split_seed + 1, watched)
-            train, validation = train[keep], torch.from_numpy(train[chosen])
-        if not warm:
-            limit = max(START_PER_CATEGORY, START_IMAGES // n_categories)
-            some = some_of_each(train, index[train], limit, self._split_seed)
-            self.feature_mean_, self.feature_scale_ = channel_statistics(store, some, self.standardize)
-        scaled = ScaledFeatures(store, self.feature_mean_, self.feature_scale_)
-        category_tensor = torch.from_numpy(index)
-
-        before = self.model_ if warm else None
-        self._model_shapes = [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps]
-        self.model_ = self._make_model(*self._model_shapes, n_categories)
-        batches = TrainingBatches(scaled, category_tensor, torch.from_numpy(train), self.batch_size)
-        if warm:
-            take_over(self.model_, before)
-        elif checkpoint is None or checkpoint.state is None:
-            self._initialise(TrainingBatches(scaled, category_tensor, torch.from_numpy(some), self.batch_size))
-        trainer = Trainer(
-            self.model_, scaled, category_tensor, self._plan(),
-            device=device, dtype=native_precision(device, self.precision),
-        )  # fmt: skip
-        log = trainer.fit(torch.from_numpy(train), validation, checkpoint)
-        self._note(log, add=warm)
-        self._settle(batches)
-        calibrate(self, store, descriptor, index, train, held_out, device)
-        if checkpoint is not None and not log.interrupted:
-            checkpoint.write({"model": self.model_.state_dict(), "log": asdict(log)}, finished=True)
-        return index
 
     def _plan(self) -> TrainingPlan:
         """All of its fields but one are parameters."""
@@ -492,15 +408,16 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         category : ndarray of shape (n,)
             Labels as given to fit, or numbers where the categories were discovered.
         """
-        check_is_fitted(self)
-        data = self._check_X(X)
-        device = pick_device(self.device)
+        now = self._as_it_is()
+        check_is_fitted(now)
+        data = now._check_X(X)
+        device = pick_device(now.device)
 
         def route(part: np.ndarray) -> list[np.ndarray]:
-            return [self._route(describe(maps))[0] for _, maps in self._iter_features(data, device, part)]
+            return [now._route(describe(maps))[0] for _, maps in now._iter_features(data, device, part)]
 
-        routed = self._side_by_side(route, data, np.arange(len(data)), device)
-        return self.categories_[np.concatenate(list(routed))]
+        routed = now._side_by_side(route, data, np.arange(len(data)), device)
+        return now.categories_[np.concatenate(list(routed))]
 
     def anomaly_map(self, X):
         """Where each image is anomalous, and how much.
@@ -514,9 +431,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
             occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
         """
-        check_is_fitted(self)
-        data = self._check_X(X)
-        maps = self._judge_data(data, np.arange(len(data))).maps
+        now = self._as_it_is()
+        check_is_fitted(now)
+        data = now._check_X(X)
+        maps = now._judge_data(data, np.arange(len(data))).maps
         sizes = [data.size(i) for i in range(len(data))]
         resized = (resize_map(*pair) for pair in zip(maps, sizes))
         if len(set(sizes)) > 1:
@@ -535,8 +453,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
             into.
         """
-        check_is_fitted(self)
-        return explain_images(self, self._check_X(X))
+        now = self._as_it_is()
+        check_is_fitted(now)
+        return explain_images(now, now._check_X(X))
 
     @property
     def prototypes_(self):
@@ -650,9 +569,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _check_X(self, X, reset=False):
         """Images or features, checked, as something with a length, sizes and chunks."""
-        if reset:  # the form of what an earlier fit saw
-            for name in ("n_features_in_", "feature_names_in_", "map_shape_"):
-                vars(self).pop(name, None)
         if self.backbone is None:
             return check_features(self, X, reset)
         is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")

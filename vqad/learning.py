@@ -1,4 +1,4 @@
-"""Going on with a fitted detector: a warm start of all, or `partial_fit` of some categories and new ones.
+"""Learning from features: all categories at once, from the start or warm, or more of some and new ones.
 
 In `partial_fit` what the categories share stays as it is: the backbone, the scale of the features, the space that
 images are routed in, the weights that all categories use, the spread that their scores are pulled to. So nothing moves
@@ -7,21 +7,111 @@ for a category that no new image belongs to.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from vqad._checks import hold_out, known_index, split_rows, warn_of_single_images
+from vqad._checks import hold_out, known_index, some_of_each, split_rows, warn_of_single_images
 from vqad._warn import warn
+from vqad.backbones import state_digest
+from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.device import native_precision
-from vqad.routing import MIN_CATEGORY_SIZE
-from vqad.store import ScaledFeatures, TrainingBatches
+from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter
+from vqad.store import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.thresholds import calibrate
 from vqad.training import Trainer
 
+# Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
+# as make 2,000 in all.
+START_PER_CATEGORY, START_IMAGES = 200, 2000
 
-def same_categories(detector, descriptor, category) -> np.ndarray:
+# Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
+NOT_OF_THE_TRAINING = {
+    "backbone", "weights", "image_size", "image_shape", "contamination", "false_alarm_rate", "threshold", "warm_start",
+    "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
+}  # fmt: skip
+
+
+def open_checkpoint(detector, store, category, device, seed, warm) -> Checkpoint | None:
+    """The checkpoint of this very training, which is known by its features, parameters and start."""
+    if detector.checkpoint_dir is None:
+        return None
+    parameters = {k: v for k, v in detector.get_params(deep=False).items() if k not in NOT_OF_THE_TRAINING}
+    start = (state_digest(detector.model_), detector.n_iter_, detector._split_seed) if warm else None
+    labels = None if category is None else category.tolist()
+    dtype = native_precision(device, detector.precision)
+    drawn = None if detector.random_state is None else seed
+    name = fingerprint(
+        type(detector).__name__, sorted(parameters.items()), start, labels, device.type, dtype, drawn, store.digest(),
+    )  # fmt: skip
+    return Checkpoint(detector.checkpoint_dir, name, seed)
+
+
+def learn_all(detector, store, descriptor, category, device, seed, checkpoint, warm) -> np.ndarray:
+    """Teach a detector all that it is to know, the images of ``store``; ``category`` are their labels, or None.
+
+    Returns
+    -------
+    index : ndarray of shape (n,)
+        Category of each image.
+    """
+    if warm:
+        index = _same_categories(detector, descriptor, category)
+    else:
+        detector.router_ = CategoryRouter()
+        index = detector.router_.fit(descriptor, category, random_state=seed)
+        detector._split_seed = seed  # a second fit on the same images must hold out the same
+        detector._n_first = len(detector.router_.categories_)
+    detector.categories_ = detector.router_.categories_
+    detector._distance_limit = detector._far_limits(descriptor, index)
+    detector.n_images_ = len(index)
+    train, validation, held_out = _split_all(detector, index)
+    if not warm:
+        limit = max(START_PER_CATEGORY, START_IMAGES // len(detector.categories_))
+        some = some_of_each(train, index[train], limit, detector._split_seed)
+        detector.feature_mean_, detector.feature_scale_ = channel_statistics(store, some, detector.standardize)
+    scaled = ScaledFeatures(store, detector.feature_mean_, detector.feature_scale_)
+    category_tensor = torch.from_numpy(index)
+
+    before = detector.model_ if warm else None
+    detector._model_shapes = [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps]
+    detector.model_ = detector._make_model(*detector._model_shapes, len(detector.categories_))
+    batches = TrainingBatches(scaled, category_tensor, torch.from_numpy(train), detector.batch_size)
+    if warm:
+        _take_over(detector.model_, before)
+    elif checkpoint is None or checkpoint.state is None:
+        start = TrainingBatches(scaled, category_tensor, torch.from_numpy(some), detector.batch_size)
+        detector._initialise(start)
+    trainer = Trainer(
+        detector.model_, scaled, category_tensor, detector._plan(),
+        device=device, dtype=native_precision(device, detector.precision),
+    )  # fmt: skip
+    log = trainer.fit(torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint)
+    detector._note(log, add=warm)
+    detector._settle(batches)
+    calibrate(detector, store, descriptor, index, train, held_out, device)
+    if checkpoint is not None and not log.interrupted:
+        checkpoint.write({"model": detector.model_.state_dict(), "log": asdict(log)}, finished=True)
+    return index
+
+
+def _split_all(detector, index) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
+    train, held_out = split_rows(index, detector.calibration_fraction, detector._split_seed)
+    alone = np.setdiff1d(np.arange(len(detector.categories_)), index[held_out])
+    if detector.threshold == "category" and len(alone):
+        name = detector.categories_[alone[0]]
+        raise ValueError(f"threshold='category' needs at least 2 images of every category; {name} has 1.")
+    warn_of_single_images(detector.categories_, index)
+    if not detector.early_stopping:
+        return train, None, held_out
+    watched = "early stopping watches the training images"
+    keep, chosen = split_rows(index[train], detector.validation_fraction, detector._split_seed + 1, watched)
+    return train[keep], train[chosen], held_out
+
+
+def _same_categories(detector, descriptor, category) -> np.ndarray:
     """Categories of the images of a warm start."""
     if category is None:
         return detector.router_.predict(descriptor)[0].astype(np.int64)
@@ -34,7 +124,7 @@ def same_categories(detector, descriptor, category) -> np.ndarray:
     return index
 
 
-def take_over(model, before) -> None:
+def _take_over(model, before) -> None:
     """Bring a model to the state of the model of an earlier fit."""
     try:
         model.load_state_dict(before.state_dict())
@@ -61,8 +151,8 @@ def learn_more(detector, store, descriptor, category, device, seed) -> np.ndarra
     detector.categories_ = detector.router_.categories_
     detector.n_images_ += len(placed)
     _set_limits(detector, descriptor[placed], index[placed], n_known)
-    train, held_out = _split(detector, index, placed, n_known, seed)
-    _train(detector, store, index, train, n_known, device)
+    train, held_out = _split_more(detector, index, placed, n_known, seed)
+    _train_more(detector, store, index, train, n_known, device)
     if len(held_out):
         calibrate(detector, store, descriptor, index, train, held_out, device, n_known)
     return index
@@ -102,7 +192,7 @@ def _set_limits(detector, descriptor, index, n_known) -> None:
     detector._distance_limit = np.append(wider, limits[n_known:])
 
 
-def _split(detector, index, placed, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
+def _split_more(detector, index, placed, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
     fraction = detector.calibration_fraction
     known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
@@ -119,7 +209,7 @@ def _split(detector, index, placed, n_known, seed) -> tuple[np.ndarray, np.ndarr
     return train, held_out
 
 
-def _train(detector, store, index, train, n_known, device) -> None:
+def _train_more(detector, store, index, train, n_known, device) -> None:
     """One pass over the images of known categories, ``max_iter`` over those of new ones."""
     scaled = ScaledFeatures(store, detector.feature_mean_, detector.feature_scale_)
     category = torch.from_numpy(np.maximum(index, 0))
