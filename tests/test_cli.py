@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +294,10 @@ def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, caps
     assert len(said.out.splitlines()) == 4
     assert " of 2 images are anomalous" in said.out
     assert sorted(path.name for path in maps.iterdir()) == ["a_map.png", "e_map.png"]
+    assert main(["score", str(model), str(tmp_path / "new" / "b.png")]) == 2
+    said = capsys.readouterr()
+    assert not said.out  # no table of nothing
+    assert "is truncated" in said.err
 
 
 def test_an_error_of_no_image_stops(folders, model, capsys):
@@ -441,6 +447,11 @@ def test_help_has_an_example(capsys, command):
         main([*command.split(), "--help"])
     assert stopped.value.code == 0
     assert f"  vqad {command}" in capsys.readouterr().out
+
+
+def test_python_runs_the_package_as_the_command():
+    said = subprocess.run([sys.executable, "-m", "vqad", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"vqad {vqad.__version__}\n"
 
 
 def test_an_error_shows_its_place_in_the_code_if_asked_to(folders, tmp_path):

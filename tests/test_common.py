@@ -760,6 +760,15 @@ def test_images_are_not_mistaken_for_features(detector, images):
         features_only(detector).fit(images)
 
 
+def test_a_list_of_feature_maps_is_an_array_of_them(detector):
+    maps = np.random.default_rng(0).standard_normal((20, 3, 4, 5)).astype(np.float32)
+    made = features_only(detector).fit(maps)
+    np.testing.assert_array_equal(made.score_samples(list(maps)), made.score_samples(maps))
+    np.testing.assert_array_equal(made.score_samples([torch.from_numpy(m) for m in maps]), made.score_samples(maps))
+    with pytest.raises(ValueError, match=r"maps of shapes \(2, 4, 5\) and \(3, 4, 5\): one shape \(h, w, C\)"):
+        made.predict([maps[0], maps[1, :2]])
+
+
 def test_own_transformer_is_fitted_and_used(detector, images, labels):
     made = thumbnails(detector).fit(images, category=labels)
     assert made.features_.n_seen_ == len(images)

@@ -132,7 +132,7 @@ def test_pandas_series_of_paths_is_read_by_position(colour_images, tmp_path):
     series = pandas.Series(paths, index=[9, 7, 5, 3, 1])
     np.testing.assert_array_equal(all_pixels(series), all_pixels(colour_images))
     series.iloc[3] = None
-    with pytest.raises(TypeError, match=r"image 3 of X is"):
+    with pytest.raises(ValueError, match=r"image 3 of X is missing"):
         check_images(series)
 
 
@@ -638,7 +638,8 @@ BAD_FORMS = {
     "complex": (np.zeros((2, 8, 8), complex), ValueError, "dtype complex128; pixels must be"),
     "table of strings": (np.array([["a.png"], ["b.png"]]), ValueError, "entries are not numbers.*one column"),
     "path and number": (np.array([__file__, 3], dtype=object), TypeError, "image 1 of X is int; an image is"),
-    "list of None": ([np.zeros((8, 8)), None], TypeError, "image 1 of X is NoneType"),
+    "list with None": ([np.zeros((8, 8)), None], ValueError, "image 1 of X is missing, None: give its path, or"),
+    "nan among paths": (np.array([__file__, np.nan], dtype=object), ValueError, "image 1 of X is missing, nan"),
     "list of bytes": ([b"\x89PNG"], TypeError, "image 0 of X is bytes"),
     "pairs": ([(np.zeros((8, 8)), 1)], ValueError, "list of tuple"),
 }

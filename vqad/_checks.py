@@ -15,6 +15,14 @@ from vqad.store import FeatureArray
 
 
 def check_features(estimator, X, reset: bool) -> FeatureArray:
+    """Rows (n, C) or maps (n, h, w, C), an array or a list of single ones, of the form that fit saw."""
+    if isinstance(X, (list, tuple)) and any(getattr(item, "ndim", None) == 3 for item in X[:1]):
+        shapes = sorted({tuple(np.shape(item)) for item in X})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"X is a list of feature maps of shapes {shapes[0]} and {shapes[1]}: one shape (h, w, C) is expected."
+            )
+        X = np.stack([np.asarray(item) for item in X])
     if getattr(X, "ndim", 2) == 4:
         if str(X.dtype).endswith(("uint8", "uint16")) and X.shape[3] in (1, 3, 4):
             raise ValueError(
@@ -86,7 +94,8 @@ def check_category(category, n: int) -> np.ndarray | None:
 
 def is_missing(value: Any) -> bool:
     """Whether an entry of a table is None, nan, NaT or pandas' NA, which compares to nothing."""
-    return not isinstance(value, (str, PathLike)) and str(value) in ("None", "nan", "NaT", "<NA>")
+    is_scalar = not isinstance(value, (str, PathLike)) and not hasattr(value, "__len__")
+    return is_scalar and str(value) in ("None", "nan", "NaT", "<NA>")
 
 
 def check_none_missing(category: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from vqad._checks import is_missing
 from vqad._decode import (
     check_dtype,
     has_more_pages,
@@ -387,6 +388,8 @@ def _check_item(item: Any, i: int) -> Any:
             raise not_there(path, name)
         return str(path)
     name = f"image {i} of X"
+    if is_missing(item):
+        raise ValueError(f"{name} is missing, {item}: give its path, or leave it out.")
     if isinstance(item, Image.Image):
         _check_shape((item.height, item.width), name, f"(H, W); got {item.height} x {item.width}", "")
         return item

@@ -78,13 +78,15 @@ def score(arguments: argparse.Namespace) -> int:
     shown = [printable(path) for path in paths]
     wide = max(len("path"), *map(len, shown))
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
-    print(f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label")
+    heading = f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label"
     n_anomalies = n_scored = 0
     with csv_rows(arguments.csv) as write:
         for start in range(0, len(paths), ROWS_AT_ONCE):
             rows, verdicts = _judged(detector, data, range(start, min(start + ROWS_AT_ONCE, len(paths))))
             if verdicts is None:
                 continue
+            if not n_scored:
+                print(heading)
             for k, i in enumerate(rows):
                 label = "anomaly" if verdicts.label[k] == -1 else "normal"
                 name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
@@ -94,7 +96,8 @@ def score(arguments: argparse.Namespace) -> int:
                     write_image(arguments.maps / outputs[i], _drawn(detector, data, i, verdicts, k))
             n_anomalies += int((verdicts.label == -1).sum())
             n_scored += len(rows)
-    print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
+    if n_scored:
+        print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
     return OK if n_scored == len(paths) else USER_ERROR
 
 
