@@ -302,7 +302,7 @@ def test_set_threshold_is_quiet_where_nothing_is_wrong(per_category, labelled):
 
 # ---- what is promised without labels -------------------------------------------------------------
 
-N_SPLITS = 200
+N_SPLITS = 100
 ALPHAS = (0.05, 0.1, 0.2, 0.3)
 
 
@@ -369,9 +369,11 @@ def trained(request, detector):
         drawn = [rng.permutation(120 + np.flatnonzero(kind[120:] == k))[: n_held + 100] for k in range(4)]
         held = np.sort(np.concatenate([rows[:n_held] for rows in drawn]))
         new = np.concatenate([rows[n_held:] for rows in drawn])
+        known = np.full(len(kind), -1)  # of the others nothing may be learned
+        known[:120], known[held] = kind[:120], kind[held]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* are too few for false_alarm_rate")
-            calibrate(made, store, descriptor, kind, everything[:120], held, device)
+            calibrate(made, store, descriptor, known, everything[:120], held, device)
         maps = made.map_calibration_.combine(terms_of(store, new, kind[new], device), kind[new])
         score = made._image_score(maps, kind[new], excess[new])
         label = np.where(-score - made._offset_of(kind[new]) < 0, -1, 1)
@@ -385,7 +387,7 @@ def trained(request, detector):
     [("global", 8), *(pytest.param(*pair, marks=pytest.mark.slow)
                       for pair in (("global", 2), ("global", 40), ("category", 8), ("category", 21)))],
 )  # fmt: skip
-def test_false_alarms_over_200_splits_are_no_more_than_asked(trained, threshold, n_held):
+def test_false_alarms_over_many_splits_are_no_more_than_asked(trained, threshold, n_held):
     """The scales of maps and scores come from the very images that set the threshold, with each left out of its own."""
     made, _, split = trained
     rng = np.random.default_rng(0)
@@ -436,7 +438,7 @@ def test_the_warning_names_the_smallest_rate_that_is_kept(trained, threshold, n)
 
 
 @pytest.mark.slow
-def test_false_alarms_over_200_fits_are_no_more_than_asked(detector):
+def test_false_alarms_over_many_fits_are_no_more_than_asked(detector):
     """Everything anew in each: images, split, training, routing and scales."""
     center = 8 * np.random.default_rng(5).standard_normal((4, 12))
     rng = np.random.default_rng(6)
