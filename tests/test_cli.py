@@ -21,6 +21,7 @@ import vqad.demo
 from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
 from vqad._memory_bank import PatchMemoryBank
 from vqad.cli import main
+from vqad.cli._files import groups_of
 from vqad.datasets import load_elpv, load_mvtec, load_visa, make_textured_parts
 from vqad.demo import FULL, QUICK, DemoSize, split_cells
 from vqad.metrics import bootstrap_interval, evaluate, image_auroc
@@ -151,6 +152,26 @@ def test_interrupted_training_keeps_what_was_learned(folders, tmp_path, monkeypa
     detector = vqad.load(path)
     assert detector.n_iter_ == 1
     assert detector.predict([str(folders / "good" / "disc" / "0.png")]).shape == (1,)
+
+
+def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(vqad.cli._commands, "groups_of", lambda *given: seen.append(groups_of(*given)) or seen[0])
+    small = ["--image-size", "64", "--max-iter", "1", "--false-alarm-rate", "0.4"]
+    arguments = ["fit", str(folders / "good"), "-o", str(tmp_path / "m.safetensors"), *small, "--groups"]
+    assert main([*arguments, r"(\w+)/([0-9])"]) == 0
+    n = len(set(seen[0]))
+    assert f" normal images in {n} groups (" in capsys.readouterr().out
+    assert len(seen[0]) > n > 1
+    assert "disc\x001" in seen[0]
+    assert len(vqad.load(tmp_path / "m.safetensors")._held_out["score"]) < 0.2 * len(seen[0]) - 1
+    assert main([*arguments, "piece[0-9]+"]) == 2
+    said = complaint(capsys)
+    assert said.startswith("vqad: error: --groups 'piece[0-9]+' finds nothing in '")
+    assert said.endswith("': each image needs a group.")
+    with pytest.raises(SystemExit):
+        main([*arguments, "piece("])
+    assert "'piece(' is no regular expression: missing )" in complaint(capsys)
 
 
 def test_the_detector_can_be_chosen(folders, tmp_path, capsys):

@@ -219,8 +219,6 @@ def test_wrong_parameters_of_the_splitter_are_explained(rows):
         InlierKFold(shuffle=False, random_state=0)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         next(InlierKFold().split(rows, Y, category=["a"]))
-    with pytest.warns(UserWarning, match="does not use groups"):
-        next(InlierKFold().split(rows, Y, groups=NAMES))
     assert repr(InlierKFold(3, random_state=1)) == "InlierKFold(n_splits=3, random_state=1, shuffle=True)"
 
 

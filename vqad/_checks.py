@@ -125,15 +125,40 @@ def known_index(category: np.ndarray, categories: np.ndarray) -> np.ndarray:
     return np.array([position.get(label, -1) for label in category.tolist()], dtype=np.int64)
 
 
-def hold_out(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows to hold out, sorted: the same share of every category, at least one where there are two."""
+def check_groups(groups, n: int) -> np.ndarray | None:
+    """Number of the group of each of ``n`` images."""
+    if groups is None:
+        return None
+    labels = np.asarray(groups, dtype=object)
+    if labels.shape != (n,):
+        raise ValueError(f"groups has shape {labels.shape}, but X has {n} images: one group each is expected.")
+    missing = sum(map(is_missing, labels))
+    if missing:
+        raise ValueError(f"groups is missing for {missing} images: give each a group, of its own if it has none.")
+    number: dict[Any, int] = {}
+    return np.array([number.setdefault(label, len(number)) for label in labels.tolist()], dtype=np.int64)
+
+
+def hold_out(
+    index: np.ndarray, fraction: float, seed: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to keep and rows to hold out, sorted: the same share of every category, at least one where there are two.
+
+    Of groups that share is held out, and of each of these one image, drawn at random: another image of a group that is
+    kept, or a second one of a group that is held out, would say nothing of what new groups are like.
+    """
     rng = np.random.RandomState(seed % 2**32)
-    held = [np.empty(0, dtype=np.int64)]
+    first, kept, held = 0 if groups is None else rng.permutation(groups.max(initial=0) + 1), [index[:0]], [index[:0]]
     for c in np.unique(index):
         rows = rng.permutation(np.flatnonzero(index == c))
-        n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
-        held.append(rows[:n])
-    return np.sort(np.concatenate(held))
+        # A group comes before the same others in every category.
+        order = np.arange(len(rows)) if groups is None else np.unique(first[groups[rows]], return_inverse=True)[1]
+        n_units = order.max() + 1
+        is_held = order < min(n_units - 1, max(1, round(fraction * n_units)))
+        _, one_of_each = np.unique(order[is_held], return_index=True)
+        held.append(rows[is_held][one_of_each])
+        kept.append(rows[~is_held])
+    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
 
 
 def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -146,27 +171,29 @@ def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> 
     return rows[np.isin(rows, np.concatenate(chosen))]
 
 
-def warn_of_single_images(categories: np.ndarray, index: np.ndarray) -> None:
-    """Say which categories cannot be judged, having one image each; ``index`` is the category of each image."""
-    found, count = np.unique(index, return_counts=True)
+def warn_of_single_images(categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None = None) -> None:
+    """Say which categories cannot be judged, with one image or group; ``index`` is the category of each image."""
+    units = np.arange(len(index)) if groups is None else groups
+    found, count = np.unique(np.unique(np.stack([index, units]), axis=1)[0], return_counts=True)
     names = categories[found[count == 1]]
     if len(names):
+        names, unit = ", ".join(map(repr, names.tolist())), "image" if groups is None else "group"
         warn(
-            f"Of category {', '.join(map(repr, names.tolist()))} there is one image: nothing says how normal images of "
-            "it differ, and others are likely to be called anomalies. Give more, or mend the label."
+            f"Of category {names} there is one {unit}: nothing says how normal images of it differ, and others are "
+            "likely to be called anomalies. Give more, or mend the label."
         )
 
 
 def split_rows(
-    index: np.ndarray, fraction: float, seed: int, otherwise="thresholds come from the training images"
+    index: np.ndarray,
+    fraction: float,
+    seed: int,
+    groups: np.ndarray | None = None,
+    otherwise="thresholds come from the training images",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, the same share of every category; at least one of each where there are two.
-
-    Where there are not, all rows are both, and a warning says what comes of that ``otherwise``.
-    """
-    held_out = hold_out(index, fraction, seed)
-    keep = np.setdiff1d(np.arange(len(index)), held_out)
+    """Rows to keep and rows to hold out, see `hold_out`; if none could be, all are both, and a warning says so."""
+    keep, held_out = hold_out(index, fraction, seed, groups)
     if len(held_out) == 0:
-        warn(f"Too few images to hold any out: {otherwise}.")
+        warn(f"Too few {'images' if groups is None else 'groups'} to hold any out: {otherwise}.")
         held_out = keep
     return keep, held_out

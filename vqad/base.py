@@ -25,6 +25,7 @@ from vqad._checks import (
     both_labels,
     check_category,
     check_features,
+    check_groups,
     normal_rows,
 )
 from vqad.backbones import backbone_strides
@@ -115,7 +116,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     # ---------------------------------------------------------------- fitting
 
-    def fit(self, X, y=None, *, category=None):
+    def fit(self, X, y=None, *, category=None, groups=None):
         """Learn what normal looks like.
 
         Parameters
@@ -127,6 +128,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             of a `vqad.datasets` collection counts.
         category : array-like of shape (n,) of str or int, default=None
             The kind of object on each image. Discovered when left out. Never needed again.
+        groups : array-like of shape (n,), default=None
+            Which images belong together, such as several pictures of one piece: any labels that hash. Thresholds then
+            hold for new groups: ``calibration_fraction`` is a share of the groups, and of each that is held out one
+            image is used. When left out, every image stands for itself.
 
         Returns
         -------
@@ -145,15 +150,16 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         with self._learner(afresh=not warm) as learner:
             data = learner._check_X(X, reset=not warm)
             rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
+            groups = check_groups(groups, len(data))
             if len(rows) == 1:
                 raise ValueError(
                     "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
                     "n_samples=1."
                 )
-            learner._learn(data, rows, None if category is None else category[rows], warm)
+            learner._learn(data, rows, *(each if each is None else each[rows] for each in (category, groups)), warm)
         return self
 
-    def _learn(self, data, rows, category, warm) -> None:
+    def _learn(self, data, rows, category, groups, warm) -> None:
         """Learn the images ``rows``, anew or ``warm``."""
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device):
@@ -165,15 +171,15 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     **self._feature_options(strides),
                 )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
-        checkpoint = open_checkpoint(self, store, category, device, seed, warm)
+        checkpoint = open_checkpoint(self, store, category, groups, device, seed, warm)
         seed = seed if checkpoint is None else checkpoint.seed
         with seeded(seed, device):
-            index = learn_all(self, store, descriptor, category, device, seed, checkpoint, warm)
+            index = learn_all(self, store, descriptor, category, groups, device, seed, checkpoint, warm)
             self._prototypes = learn_prototypes(self, store, index, data, rows, device)
         if checkpoint is not None and self.random_state is None and not self.training_log_.interrupted:
             checkpoint.remove()  # the next fit is another one
 
-    def partial_fit(self, X, y=None, *, category=None):
+    def partial_fit(self, X, y=None, *, category=None, groups=None):
         """Go on learning, with more images of known categories or with categories that were never seen.
 
         What the model has for each category alone is trained: of a new category for ``max_iter`` passes, of a known
@@ -195,6 +201,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         category : array-like of shape (n,) of str or int, default=None
             Known or new labels, of the type that the detector has. When left out, each image is taken for the category
             that it is nearest to, and images too far from all of them make new categories, if they are five or more.
+        groups : array-like of shape (n,), default=None
+            As for `fit`, of the images of this call: a group that `fit` has seen should not come again.
 
         Returns
         -------
@@ -207,25 +215,27 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             When X has the wrong form, an image cannot be read or labels are of another type.
         """
         if not self.__sklearn_is_fitted__():
-            return self.fit(X, y, category=category)
+            return self.fit(X, y, category=category, groups=groups)
         self._validate_params()
         data = self._check_X(X)
         rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
+        groups = check_groups(groups, len(data))
+        category, groups = (each if each is None else each[rows] for each in (category, groups))
         device, seed = pick_device(self.device), self._draw_seed()
         with seeded(seed, device), self._learner() as learner:
             store, descriptor = learner._extract(data, rows, device)
-            index = learn_more(learner, store, descriptor, None if category is None else category[rows], device, seed)
+            index = learn_more(learner, store, descriptor, category, groups, device, seed)
             add_prototypes(learner, store, index, data, rows, device)
         return self
 
-    def fit_predict(self, X, y=None, *, category=None):
+    def fit_predict(self, X, y=None, *, category=None, groups=None):
         """Fit, then label the same images: +1 normal, -1 anomaly.
 
         Returns
         -------
         label : ndarray of shape (n,), int
         """
-        return self.fit(X, y, category=category).predict(X)
+        return self.fit(X, y, category=category, groups=groups).predict(X)
 
     def set_threshold(self, X, y, target="f1", *, recall=0.95, miss_cost=1.0, false_alarm_cost=1.0):
         """Set ``offset_`` by labelled images, where some defects are at hand.

@@ -33,13 +33,13 @@ NOT_OF_THE_TRAINING = {
 }  # fmt: skip
 
 
-def open_checkpoint(detector, store, category, device, seed, warm) -> Checkpoint | None:
+def open_checkpoint(detector, store, category, groups, device, seed, warm) -> Checkpoint | None:
     """The checkpoint of this very training, which is known by its features, parameters and start."""
     if detector.checkpoint_dir is None:
         return None
     parameters = {k: v for k, v in detector.get_params(deep=False).items() if k not in NOT_OF_THE_TRAINING}
     start = (state_digest(detector.model_), detector.n_iter_, detector._split_seed) if warm else None
-    labels = None if category is None else category.tolist()
+    labels = [None if each is None else each.tolist() for each in (category, groups)]
     dtype = native_precision(device, detector.precision)
     drawn = None if detector.random_state is None else seed
     name = fingerprint(
@@ -48,8 +48,8 @@ def open_checkpoint(detector, store, category, device, seed, warm) -> Checkpoint
     return Checkpoint(detector.checkpoint_dir, name, seed)
 
 
-def learn_all(detector, store, descriptor, category, device, seed, checkpoint, warm) -> np.ndarray:
-    """Teach a detector all that it is to know, the images of ``store``; ``category`` are their labels, or None.
+def learn_all(detector, store, descriptor, category, groups, device, seed, checkpoint, warm) -> np.ndarray:
+    """Teach a detector all that it is to know, the images of ``store``, with labels and numbers of groups or None.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def learn_all(detector, store, descriptor, category, device, seed, checkpoint, w
     detector.categories_ = detector.router_.categories_
     detector._distance_limit = detector._far_limits(descriptor, index)
     detector.n_images_ = len(index)
-    train, validation, held_out = _split_all(detector, index)
+    train, validation, held_out = _split_all(detector, index, groups)
     if not warm:
         limit = max(START_PER_CATEGORY, START_IMAGES // len(detector.categories_))
         some = some_of_each(train, index[train], limit, detector._split_seed)
@@ -90,25 +90,38 @@ def learn_all(detector, store, descriptor, category, device, seed, checkpoint, w
     log = trainer.fit(torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint)
     detector._note(log, add=warm)
     detector._settle(batches)
-    calibrate(detector, store, descriptor, index, train, held_out, device)
+    calibrate(detector, store, descriptor, _only(index, train, validation, held_out), train, held_out, device)
     if checkpoint is not None and not log.interrupted:
         checkpoint.write({"model": detector.model_.state_dict(), "log": asdict(log)}, finished=True)
     return index
 
 
-def _split_all(detector, index) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+def _split_all(detector, index, groups) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
-    train, held_out = split_rows(index, detector.calibration_fraction, detector._split_seed)
-    alone = np.setdiff1d(np.arange(len(detector.categories_)), index[held_out])
-    if detector.threshold == "category" and len(alone):
-        name = detector.categories_[alone[0]]
-        raise ValueError(f"threshold='category' needs at least 2 images of every category; {name} has 1.")
-    warn_of_single_images(detector.categories_, index)
+    train, held_out = split_rows(index, detector.calibration_fraction, detector._split_seed, groups)
+    _check_each_held_out(detector, np.arange(len(detector.categories_)), index[held_out], groups)
+    warn_of_single_images(detector.categories_, index, groups)
     if not detector.early_stopping:
         return train, None, held_out
+    some = None if groups is None else groups[train]
     watched = "early stopping watches the training images"
-    keep, chosen = split_rows(index[train], detector.validation_fraction, detector._split_seed + 1, watched)
+    keep, chosen = split_rows(index[train], detector.validation_fraction, detector._split_seed + 1, some, watched)
     return train[keep], train[chosen], held_out
+
+
+def _only(index, *used) -> np.ndarray:
+    """The categories of images of which use is made; -1 for others of a group of which one is held out."""
+    rows = np.concatenate([each for each in used if each is not None])
+    return np.where(np.isin(np.arange(len(index)), rows), index, -1)
+
+
+def _check_each_held_out(detector, wanted, held_out, groups) -> None:
+    """Raise where categories are to have thresholds of their own, and one has no held-out image."""
+    alone = np.setdiff1d(wanted, held_out)
+    if detector.threshold == "category" and len(alone):
+        units = "images" if groups is None else "groups"
+        name = detector.categories_[alone[0]]
+        raise ValueError(f"threshold='category' needs at least 2 {units} of every category; {name} has 1.")
 
 
 def _same_categories(detector, descriptor, category) -> np.ndarray:
@@ -135,8 +148,8 @@ def _take_over(model, before) -> None:
         ) from error
 
 
-def learn_more(detector, store, descriptor, category, device, seed) -> np.ndarray:
-    """Teach a fitted detector the images of ``store``; ``category`` are their labels, or None.
+def learn_more(detector, store, descriptor, category, groups, device, seed) -> np.ndarray:
+    """Teach a fitted detector the images of ``store``, with labels and numbers of groups or None.
 
     Returns
     -------
@@ -151,10 +164,10 @@ def learn_more(detector, store, descriptor, category, device, seed) -> np.ndarra
     detector.categories_ = detector.router_.categories_
     detector.n_images_ += len(placed)
     _set_limits(detector, descriptor[placed], index[placed], n_known)
-    train, held_out = _split_more(detector, index, placed, n_known, seed)
+    train, held_out = _split_more(detector, index, groups, placed, n_known, seed)
     _train_more(detector, store, index, train, n_known, device)
     if len(held_out):
-        calibrate(detector, store, descriptor, index, train, held_out, device, n_known)
+        calibrate(detector, store, descriptor, _only(index, train, held_out), train, held_out, device, n_known)
     return index
 
 
@@ -192,20 +205,19 @@ def _set_limits(detector, descriptor, index, n_known) -> None:
     detector._distance_limit = np.append(wider, limits[n_known:])
 
 
-def _split_more(detector, index, placed, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
+def _split_more(detector, index, groups, placed, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
-    fraction = detector.calibration_fraction
     known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
-    held_out = known[hold_out(index[known], fraction, seed)]
-    train = np.setdiff1d(known, held_out)
-    if len(new):
-        keep, chosen = split_rows(index[new], fraction, seed)
-        train, held_out = np.sort(np.append(train, new[keep])), np.sort(np.append(held_out, new[chosen]))
-    alone = np.setdiff1d(index[new], index[held_out])
-    if detector.threshold == "category" and len(alone):
-        name = detector.categories_[alone[0]]
-        raise ValueError(f"threshold='category' needs at least 2 images of every category; {name} has 1.")
-    warn_of_single_images(detector.categories_, index[new])
+    train, held_out = [], []
+    for rows, split in ((known, hold_out), (new, split_rows)):
+        if len(rows):
+            own = None if groups is None else groups[rows]
+            keep, chosen = split(index[rows], detector.calibration_fraction, seed, own)
+            train.append(rows[keep])
+            held_out.append(rows[chosen])
+    train, held_out = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
+    _check_each_held_out(detector, index[new], index[held_out], groups)
+    warn_of_single_images(detector.categories_, index[new], None if groups is None else groups[new])
     return train, held_out
 
 

@@ -27,6 +27,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state, indexable
 from sklearn.utils.metadata_routing import UNUSED
 
+from vqad._checks import check_groups
 from vqad.metrics import (
     aupro,
     image_auroc,
@@ -73,6 +74,9 @@ class InlierKFold(BaseCrossValidator):
     the folds beforehand and leave y out:
     ``cross_val_predict(detector, X, cv=list(InlierKFold().split(X, y)), method="decision_function")``.
 
+    With metadata routing `groups` arrive unasked, as they do at scikit-learn's own splitters of groups; `category` has
+    to be asked for.
+
     Examples
     --------
     >>> import numpy as np
@@ -83,6 +87,8 @@ class InlierKFold(BaseCrossValidator):
     [2 3] [0 1 4]
     [0 1] [2 3 5]
     """
+
+    __metadata_request__split = {"groups": True}
 
     def __init__(self, n_splits: int = 5, *, shuffle: bool = True, random_state: Any = None) -> None:
         if not isinstance(n_splits, Integral) or isinstance(n_splits, bool) or n_splits < 2:
@@ -110,8 +116,10 @@ class InlierKFold(BaseCrossValidator):
             Only its length is used.
         y : array-like of shape (n,)
             +1 for normal samples, -1 for anomalies.
-        groups : object, default=None
-            Not used, with a warning.
+        groups : array-like of shape (n,), default=None
+            Which samples belong together, such as several pictures of one piece: a group is in one fold. Groups, not
+            samples, are then divided evenly, those with an anomaly apart from the others; a group is of the kind of
+            its first sample.
         category : array-like of shape (n,), default=None
             Kind of object of each sample: each is divided evenly over the folds, normal samples and anomalies
             apart. Within `GridSearchCV` and the like it arrives by metadata routing, with
@@ -127,14 +135,24 @@ class InlierKFold(BaseCrossValidator):
         Raises
         ------
         ValueError
-            When y is missing or has other values, has fewer normal samples than there are folds, when y or category
-            have another length than X, or a category is missing.
+            When y is missing or has other values, has fewer normal samples, or groups of normal samples, than there are
+            folds, when y, groups or category have another length than X, or a group or category is missing.
         """
-        if groups is not None:
-            warnings.warn("InlierKFold does not use groups.", UserWarning, stacklevel=2)
-        X, y, category = indexable(X, y, category)
+        X, y, groups, category = indexable(X, y, groups, category)
         y = self._check_y(y)
-        folds = self._deal(y, split_by(category, len(y))[1])
+        kind = split_by(category, len(y))[1]
+        if groups is None:
+            folds = self._deal(y, kind)
+        else:
+            group = check_groups(groups, len(y))
+            label = np.ones(group.max() + 1, dtype=int)
+            np.minimum.at(label, group, y)
+            if np.count_nonzero(label == 1) < self.n_splits:
+                raise ValueError(
+                    f"n_splits={self.n_splits} folds need as many groups without an anomaly; got "
+                    f"{np.count_nonzero(label == 1)}."
+                )
+            folds = self._deal(label, kind[np.unique(group, return_index=True)[1]])[group]
         for fold in range(self.n_splits):
             yield np.flatnonzero((folds != fold) & (y == 1)), np.flatnonzero(folds == fold)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,7 +88,8 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "  vqad fit good-parts/ -o model.safetensors\n"
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
         "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64\n"
-        "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow",
+        "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow\n"
+        "  vqad fit good-parts/ -o model.safetensors --groups 'piece[0-9]+'    # piece07_left.png, piece07_right.png",
     )
     command.add_argument("directory", metavar="DIR", help="folder of normal images")
     command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
@@ -104,6 +106,13 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         dest="by_folder",
         action="store_false",
         help="find the categories in the images, whatever the folders are",
+    )
+    command.add_argument(
+        "--groups",
+        type=_pattern,
+        metavar="REGEX",
+        help="images in whose paths it finds the same, in its parentheses if it has some, belong together, such as "
+        "pictures of one piece: thresholds are then for new pieces",
     )
     command.add_argument("--detector", choices=DETECTOR_NAMES, default="hvq-trans", help="hvq-trans by default")
     command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
@@ -223,6 +232,13 @@ def _size(text: str) -> int | tuple[int, int]:
     if len(sides) not in (1, 2):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW, such as 224x320")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
 def _assignment(text: str) -> tuple[str, Any]:

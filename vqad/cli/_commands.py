@@ -19,6 +19,7 @@ from vqad.cli._files import (
     check_folder_of_maps,
     csv_rows,
     files,
+    groups_of,
     images_to_score,
     known_images,
     spare,
@@ -45,13 +46,15 @@ def fit(arguments: argparse.Namespace) -> int:
     target = writable(arguments.output)
     replaceable(target)
     spare(files(images), [target])
+    groups = None if arguments.groups is None else groups_of(images.paths, arguments.directory, arguments.groups)
     by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
     detector = _detector(arguments)
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
     origin = "from the folders" if by_folder else "to be found"
-    print(f"{len(images)} normal images ({listed}); categories {origin}")
+    of = "" if groups is None else f" in {len(set(groups))} groups"
+    print(f"{len(images)} normal images{of} ({listed}); categories {origin}")
     started = time.monotonic()
-    detector.fit(images, category=images.category if by_folder else None)
+    detector.fit(images, category=images.category if by_folder else None, groups=groups)
     if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
         detector.router_.categories_ = detector.categories_ = names
     vqad.save(detector, target)

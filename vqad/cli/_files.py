@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,17 @@ from vqad.datasets._layouts import loader_of
 def training_images(folder: str) -> ImageDataset:
     loader = loader_of(Path(folder))
     return load_folder(folder) if loader is None else loader(folder, split="train")
+
+
+def groups_of(paths: list[str], folder: str, pattern: re.Pattern[str]) -> list[str]:
+    """What a pattern finds in the path of each image, from its folder on."""
+    groups = []
+    for path in paths:
+        found = pattern.search(os.path.relpath(path, folder))
+        if found is None:
+            raise ValueError(f"--groups {pattern.pattern!r} finds nothing in {path!r}: each image needs a group.")
+        groups.append("\0".join(part or "" for part in found.groups()) or found[0])
+    return groups
 
 
 def known_images(folder: str) -> tuple[ImageDataset, bool]:

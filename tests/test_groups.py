@@ -1,0 +1,201 @@
+"""Images that belong together, such as several pictures of one piece, are held out together."""
+
+import numpy as np
+import pytest
+import sklearn
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.model_selection import cross_validate
+
+from vqad import HVQTransDetector
+from vqad._checks import check_groups, hold_out
+from vqad.model_selection import InlierKFold, image_auroc_scorer
+
+SMALL = HVQTransDetector(
+    backbone=None, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=1, batch_size=60,
+    false_alarm_rate=0.4, random_state=0,
+)  # fmt: skip
+CENTER = 8 * np.random.default_rng(5).standard_normal((2, 6))
+
+
+def draw_pieces(n_pieces, n_pictures, seed):
+    """Pictures (n, 6) of pieces of two kinds; those of one piece are nearly alike. And of each its piece and kind."""
+    rng = np.random.default_rng(seed)
+    piece = np.repeat(np.arange(n_pieces), n_pictures)
+    own = CENTER[np.arange(n_pieces) % 2] + rng.standard_normal((n_pieces, 6))
+    return own[piece] + 0.1 * rng.standard_normal((len(piece), 6)), piece, piece % 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=60),
+    st.floats(0.05, 0.9),
+    st.integers(0, 2**33),
+)
+def test_of_each_category_a_share_of_the_groups_is_held_out_and_of_each_one_image(images, fraction, seed):
+    index, groups = (np.array(column) for column in zip(*images))
+    keep, held = hold_out(index, fraction, seed, groups)
+    assert (np.diff(keep) > 0).all()
+    assert (np.diff(held) > 0).all()
+    for c in np.unique(index):
+        kept, chosen, every = groups[keep][index[keep] == c], groups[held][index[held] == c], groups[index == c]
+        n = len(np.unique(every))
+        assert len(chosen) == len(np.unique(chosen)) == min(n - 1, max(1, round(fraction * n)))
+        # All others, whole, are kept.
+        np.testing.assert_array_equal(np.sort(kept), np.sort(every[~np.isin(every, chosen)]))
+
+
+def test_categories_with_the_same_groups_hold_out_the_same():
+    index, groups = np.repeat([0, 1, 2], 40), np.tile(np.repeat(np.arange(10), 4), 3)
+    for seed in range(5):
+        _, held = hold_out(index, 0.3, seed, groups)
+        first, *others = (set(groups[held[index[held] == c]]) for c in range(3))
+        assert others == [first, first]
+
+
+def test_every_image_of_a_group_may_be_the_one():
+    groups, seen = np.repeat(np.arange(4), 5), set()
+    for seed in range(300):
+        seen.update(hold_out(np.zeros(20, dtype=int), 0.25, seed, groups)[1].tolist())
+    assert seen == set(range(20))
+
+
+@pytest.mark.slow
+def test_false_alarms_on_new_pieces_are_no_more_than_asked():
+    """Of six pictures of each of 20 pieces; without groups the thresholds are of further pictures of the same ones."""
+    shares = {True: [], False: []}
+    for seed in range(60):
+        X, piece, kind = draw_pieces(20, 6, 2 * seed)
+        new, _, _ = draw_pieces(100, 1, 2 * seed + 1)
+        for told, share in shares.items():
+            made = clone(SMALL).set_params(random_state=seed, calibration_fraction=0.4, false_alarm_rate=0.2)
+            made.fit(X, category=kind, groups=piece if told else None)
+            share.append([(made.predict(new) == -1).mean(), (made.p_values(new) <= 0.2).mean()])
+    told, untold = (np.array(shares[key]) for key in (True, False))
+    assert (told.mean(0) <= 0.2 + 3 * told.std(0) / np.sqrt(60)).all()
+    assert (told.mean(0) > 0.1).all()  # it is no empty promise
+    assert (untold.mean(0) > 0.4).all()
+
+
+def test_other_images_of_a_group_that_is_held_out_change_nothing():
+    X, piece, kind = draw_pieces(20, 4, 0)
+    keep, held = hold_out(kind, 0.2, clone(SMALL).fit(X, category=kind, groups=piece)._split_seed, piece)
+    moved = X.copy()
+    others = np.setdiff1d(np.arange(len(X)), np.append(keep, held))
+    assert len(others) == 3 * len(held) == 12
+    moved[others] += 0.05
+    one, other = (clone(SMALL).fit(x, category=kind, groups=piece) for x in (X, moved))
+    np.testing.assert_array_equal(one.score_samples(X[keep]), other.score_samples(X[keep]))
+    assert one.offset_ == other.offset_
+    moved[held] += 0.05
+    assert clone(SMALL).fit(moved, category=kind, groups=piece).offset_ != one.offset_
+
+
+def test_labels_of_groups_are_any_that_hash():
+    X, piece, kind = draw_pieces(10, 3, 0)
+    made = clone(SMALL).fit(X, category=kind, groups=piece)
+    for labels in ([f"piece {k}" for k in piece], [(int(k), "a") for k in piece], piece + 0.5):
+        if isinstance(labels[0], tuple):
+            given_labels = np.empty(len(labels), dtype=object)
+            given_labels[:] = labels
+            labels = given_labels
+        assert clone(SMALL).fit(X, category=kind, groups=labels).offset_ == made.offset_
+
+
+@pytest.mark.parametrize(
+    ("groups", "match"),
+    [
+        ([1, 2], r"groups has shape \(2,\), but X has 30 images: one group each is expected"),
+        ([None] * 3 + [1] * 27, "groups is missing for 3 images: give each a group, of its own if it has none"),
+    ],
+)
+def test_wrong_groups_are_explained(groups, match):
+    X, _, kind = draw_pieces(10, 3, 0)
+    with pytest.raises(ValueError, match=match):
+        clone(SMALL).fit(X, category=kind, groups=groups)
+
+
+def test_anomalies_are_left_out_with_their_groups():
+    X, piece, kind = draw_pieces(12, 3, 0)
+    y = np.where(piece >= 10, -1, 1)
+    made = clone(SMALL).fit(X, y, category=kind, groups=piece)
+    assert made.offset_ == clone(SMALL).fit(X[:30], category=kind[:30], groups=piece[:30]).offset_
+
+
+def test_a_category_of_one_group_is_spoken_of():
+    X, piece, kind = draw_pieces(11, 4, 0)
+    kind = np.where(piece == 10, 2, kind)
+    with pytest.warns(UserWarning, match="Of category 2 there is one group: nothing says"):
+        clone(SMALL).fit(X, category=kind, groups=piece)
+    with pytest.raises(ValueError, match="needs at least 2 groups of every category; 2 has 1"):
+        clone(SMALL).set_params(threshold="category").fit(X, category=kind, groups=piece)
+    with pytest.warns(UserWarning, match="Too few groups to hold any out: thresholds come from the training images"):
+        clone(SMALL).fit(X, groups=np.zeros(44))
+
+
+def test_early_stopping_watches_groups_that_are_not_trained_on():
+    X, piece, kind = draw_pieces(20, 3, 0)
+    made = clone(SMALL).set_params(early_stopping=True, max_iter=2).fit(X, category=kind, groups=piece)
+    assert len(made.validation_curve_) == 2
+    assert np.isfinite(made.score_samples(X)).all()
+
+
+def test_partial_fit_holds_out_groups_too(monkeypatch):
+    X, piece, kind = draw_pieces(20, 4, 0)
+    made, seen = clone(SMALL).fit(X, category=kind, groups=piece), []
+    monkeypatch.setattr("vqad.learning.calibrate", lambda *args: seen.append(args[3:6]))
+    more, piece, kind = draw_pieces(10, 4, 1)
+    kind = kind + 1  # one that is known, and a new one
+    made.partial_fit(more, category=kind, groups=piece)
+    ((index, train, held),) = seen
+    assert sorted(kind[held]) == [1, 2]
+    assert not set(piece[train]) & set(piece[held])
+    np.testing.assert_array_equal(np.flatnonzero(index >= 0), np.union1d(train, held))
+    assert len(train) == 32
+
+
+def test_a_checkpoint_is_of_its_groups(tmp_path):
+    X, piece, kind = draw_pieces(10, 4, 0)
+    for groups in (None, piece, piece // 2, piece):
+        clone(SMALL).set_params(checkpoint_dir=tmp_path).fit(X, category=kind, groups=groups)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---- folds ---------------------------------------------------------------------------------------
+
+
+def test_a_group_is_in_one_fold():
+    piece = np.repeat(np.arange(20), 3)
+    y = np.where((piece >= 15) & (np.arange(60) % 3 == 0), -1, 1)  # anomalies among normal pictures of a piece
+    tested = []
+    for train, test in InlierKFold(5, random_state=0).split(np.zeros(60), y, groups=piece, category=piece % 2):
+        assert not set(piece[train]) & set(piece[test])
+        assert (y[train] == 1).all()
+        assert (y[test] == -1).sum() == 1
+        assert len(test) == 12
+        tested += test.tolist()
+    assert sorted(tested) == list(range(60))
+
+
+def test_more_folds_than_groups_are_refused():
+    with pytest.raises(ValueError, match="n_splits=5 folds need as many groups without an anomaly; got 3"):
+        next(InlierKFold(5).split(np.zeros(12), np.ones(12), groups=np.arange(12) % 3))
+
+
+def test_groups_arrive_by_metadata_routing():
+    X, piece, _ = draw_pieces(20, 3, 0)
+    X[piece >= 15] += 9
+    y = np.where(piece >= 15, -1, 1)
+    with sklearn.config_context(enable_metadata_routing=True):
+        detector = clone(SMALL).set_fit_request(groups=True, category=False)
+        folds = InlierKFold(3, random_state=0)
+        found = cross_validate(
+            detector, X, y, params={"groups": piece}, cv=folds, scoring=image_auroc_scorer, return_estimator=True,
+            error_score="raise",
+        )  # fmt: skip
+    assert np.mean(found["test_score"]) > 0.9
+    for estimator, (train, _) in zip(found["estimator"], InlierKFold(3, random_state=0).split(X, y, groups=piece)):
+        held = hold_out(
+            np.zeros(len(train), dtype=int), 0.2, estimator._split_seed, check_groups(piece[train], len(train))
+        )
+        assert len(estimator._held_out["score"]) == len(held[1]) == 2
