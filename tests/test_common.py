@@ -231,12 +231,16 @@ def test_not_fitted(detector, images, method):
         getattr(clone(detector), method)(images)
 
 
-def test_a_fit_that_failed_is_not_fitted(detector, images, labels):
-    made = thumbnails(detector).fit(images, category=labels)
+def test_a_fit_that_fails_changes_nothing(detector, images, labels):
+    made, bad = thumbnails(detector), [*images[:5], np.full((64, 64), np.nan)]
     with pytest.raises(ValueError, match="image 5 of X"):
-        made.fit([*images[:5], np.full((64, 64), np.nan)])
+        made.fit(bad)
     with pytest.raises(NotFittedError):
         made.predict(images)
+    before = made.fit(images, category=labels).score_samples(images)
+    with pytest.raises(ValueError, match="image 5 of X"):
+        made.fit(bad)
+    np.testing.assert_array_equal(made.score_samples(images), before)
 
 
 @pytest.mark.parametrize("wrong", ["labels", "no label", "category", "only anomalies", "one image"])
@@ -988,7 +992,7 @@ ACCIDENTS = {
     "5 channels": (lambda folder: np.zeros((64, 64, 5), np.uint8), ValueError, r"image 3 of X .* C = 5 channels"),
     "channels first": (lambda folder: np.zeros((3, 64, 64), np.uint8), ValueError, "image 3 of X .*np.moveaxis"),
     "no pixels": (lambda folder: np.zeros((0, 64), np.uint8), ValueError, "image 3 of X .*no pixels"),
-    "None": (lambda folder: None, TypeError, "image 3 of X is NoneType"),
+    "None": (lambda folder: None, ValueError, "image 3 of X is missing, None"),
 }
 
 

@@ -538,8 +538,11 @@ def test_prototypes_survive_pickle_and_a_file(fitted, on_images, tmp_path):
     assert len(copy_of(on_images).prototypes_.thumbnails)
 
 
-def test_a_fit_that_failed_has_no_prototypes(detector, on_images, parts):
-    made = copy_of(on_images)
-    with pytest.raises(ValueError, match="image 5 of X"):
-        made.fit([*parts.images[:5], np.full((64, 64), np.nan)])
-    assert not hasattr(made, "prototypes_")
+def test_a_fit_that_fails_leaves_prototypes_as_they_were(detector, on_images, parts):
+    made, fresh = copy_of(on_images), clone(on_images)
+    before = made.prototypes_
+    for each in (made, fresh):
+        with pytest.raises(ValueError, match="image 5 of X"):
+            each.fit([*parts.images[:5], np.full((64, 64), np.nan)])
+    assert made.prototypes_ is before
+    assert not hasattr(fresh, "prototypes_")
