@@ -161,17 +161,19 @@ def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatc
     arguments = ["fit", str(folders / "good"), "-o", str(tmp_path / "m.safetensors"), *small, "--groups"]
     assert main([*arguments, r"(\w+)/([0-9])"]) == 0
     n = len(set(seen[0]))
-    assert f" normal images in {n} groups (" in capsys.readouterr().out
+    assert f" normal images in groups: {n} (" in capsys.readouterr().out
     assert len(seen[0]) > n > 1
     assert "disc\x001" in seen[0]
     assert len(vqad.load(tmp_path / "m.safetensors")._held_out["score"]) < 0.2 * len(seen[0]) - 1
-    assert main([*arguments, "piece[0-9]+"]) == 2
-    said = complaint(capsys)
-    assert said.startswith("vqad: error: --groups 'piece[0-9]+' finds nothing in '")
-    assert said.endswith("': each image needs a group.")
-    with pytest.raises(SystemExit):
-        main([*arguments, "piece("])
-    assert "'piece(' is no regular expression: missing )" in complaint(capsys)
+    for pattern in ("piece[0-9]+", "x*", "(x)?disc|weave"):
+        assert main([*arguments, pattern]) == 2
+        said = complaint(capsys)
+        assert said.startswith(f"vqad: error: --groups {pattern!r} finds nothing in '")
+        assert said.endswith("': each image needs a group.")
+    for pattern in ("piece(", "x{99999999999999999999}"):
+        with pytest.raises(SystemExit):
+            main([*arguments, pattern])
+        assert f"{pattern!r} is no regular expression: " in complaint(capsys)
 
 
 def test_the_detector_can_be_chosen(folders, tmp_path, capsys):

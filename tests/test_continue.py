@@ -743,6 +743,21 @@ def judged(detector, X):
     return detector.score_samples(X), detector.anomaly_map(X), detector.predict_category(X)
 
 
+def test_what_a_caller_sets_while_a_fit_runs_stays(monkeypatch):
+    made = small().fit(MAPS)
+    old, draw = made.offset_, made._draw_seed
+
+    def and_set():
+        made.set_params(n_jobs=3).note = "mine"
+        return draw()
+
+    monkeypatch.setattr(HVQTransDetector, "_draw_seed", lambda self: and_set())
+    made.fit(MAPS[:40] + 1)
+    assert made.n_jobs == 3
+    assert made.note == "mine"
+    assert made.offset_ != old
+
+
 @pytest.mark.parametrize(("X", "error"), [(MAPS[:1], ValueError), (MAPS[:, :2], ZeroDivisionError)])
 def test_a_fit_that_fails_leaves_what_was_fitted(plain, monkeypatch, X, error):
     made, fresh = copy_of(plain), small()

@@ -1,8 +1,12 @@
 """Images that belong together, such as several pictures of one piece, are held out together."""
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -77,7 +81,7 @@ def test_false_alarms_on_new_pieces_are_no_more_than_asked():
     assert (untold.mean(0) > 0.4).all()
 
 
-def test_other_images_of_a_group_that_is_held_out_change_nothing():
+def test_other_images_of_a_group_that_is_held_out_set_neither_model_nor_scales():
     X, piece, kind = draw_pieces(20, 4, 0)
     keep, held = hold_out(kind, 0.2, clone(SMALL).fit(X, category=kind, groups=piece)._split_seed, piece)
     moved = X.copy()
@@ -91,15 +95,36 @@ def test_other_images_of_a_group_that_is_held_out_change_nothing():
     assert clone(SMALL).fit(moved, category=kind, groups=piece).offset_ != one.offset_
 
 
-def test_labels_of_groups_are_any_that_hash():
-    X, piece, kind = draw_pieces(10, 3, 0)
-    made = clone(SMALL).fit(X, category=kind, groups=piece)
-    for labels in ([f"piece {k}" for k in piece], [(int(k), "a") for k in piece], piece + 0.5):
-        if isinstance(labels[0], tuple):
-            given_labels = np.empty(len(labels), dtype=object)
-            given_labels[:] = labels
-            labels = given_labels
-        assert clone(SMALL).fit(X, category=kind, groups=labels).offset_ == made.offset_
+@pytest.mark.parametrize(
+    "label",
+    [
+        str,
+        float,
+        "piece {}".format,
+        lambda k: (int(k), "a"),
+        lambda k: (0,) * k,
+        torch.tensor,
+        np.array,
+        lambda k: 10**30 + int(k),
+    ],
+)
+def test_labels_of_groups_are_any_that_hash(label):
+    piece = np.arange(30) // 3
+    np.testing.assert_array_equal(check_groups([label(k) for k in piece], 30), piece)
+
+
+def test_labels_of_groups_come_in_a_series_too():
+    piece = np.arange(30) // 3
+    for dtype in ("category", "string", "Int64"):
+        groups = pd.Series(piece, index=np.arange(30)[::-1]).astype(dtype)
+        np.testing.assert_array_equal(check_groups(groups, 30), piece)
+    np.testing.assert_array_equal(check_groups(pd.Series(pd.to_datetime(piece, unit="D")), 30), piece)
+
+
+def test_groups_of_one_image_each_are_none():
+    X, _, kind = draw_pieces(30, 1, 0)
+    made = clone(SMALL).fit(X, category=kind, groups=np.arange(30)[::-1])
+    np.testing.assert_array_equal(made.score_samples(X), clone(SMALL).fit(X, category=kind).score_samples(X))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +132,13 @@ def test_labels_of_groups_are_any_that_hash():
     [
         ([1, 2], r"groups has shape \(2,\), but X has 30 images: one group each is expected"),
         ([None] * 3 + [1] * 27, "groups is missing for 3 images: give each a group, of its own if it has none"),
+        (pd.to_datetime([None] * 2 + ["2020-01-01"] * 28), "groups is missing for 2 images"),
+        ([[1]] * 30, "groups must have labels that hash, such as str or int: unhashable type: 'list'"),
     ],
 )
 def test_wrong_groups_are_explained(groups, match):
     X, _, kind = draw_pieces(10, 3, 0)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         clone(SMALL).fit(X, category=kind, groups=groups)
 
 
@@ -131,6 +158,44 @@ def test_a_category_of_one_group_is_spoken_of():
         clone(SMALL).set_params(threshold="category").fit(X, category=kind, groups=piece)
     with pytest.warns(UserWarning, match="Too few groups to hold any out: thresholds come from the training images"):
         clone(SMALL).fit(X, groups=np.zeros(44))
+
+
+def test_large_groups_that_are_held_out_are_spoken_of():
+    X, _, kind = draw_pieces(45, 1, 0)
+    X, groups = X[kind == 0], np.minimum(np.arange(23), 4)  # one of 19 images
+    said = []
+    for seed in range(8):
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            made = clone(SMALL).set_params(random_state=seed).fit(X, category=["a"] * 23, groups=groups)
+        is_large = 4 in groups[hold_out(np.zeros(23, dtype=int), 0.2, made._split_seed, groups)[1]]
+        said.append(any("Of 23 images 18 are not used" in str(w.message) for w in record))
+        assert said[-1] == is_large
+    assert len(set(said)) == 2
+
+
+@pytest.mark.parametrize("n_kinds", [1, 2])
+def test_pictures_of_one_piece_are_no_category(n_kinds):
+    center, rng = 20 * np.random.default_rng(1).standard_normal((2, 6)), np.random.default_rng(0)
+    kind = np.arange(24) % n_kinds
+    X = np.repeat(center[kind] + rng.standard_normal((24, 6)), 6, axis=0) + 0.1 * rng.standard_normal((144, 6))
+    piece = np.repeat(np.arange(24), 6)
+    made = clone(SMALL).fit(X, groups=piece)
+    np.testing.assert_array_equal(made.categories_, np.arange(n_kinds))
+    assert len(made._held_out["score"]) == n_kinds * round(0.2 * 24 / n_kinds)
+    with pytest.warns(UserWarning, match="categories were found in 144 images"):
+        assert len(clone(SMALL).fit(X).categories_) > 10  # which is why
+
+
+def test_partial_fit_takes_pictures_of_one_unlike_piece_for_no_category():
+    X, piece, kind = draw_pieces(20, 3, 0)
+    made = clone(SMALL).fit(X, category=kind, groups=piece)
+    new = 90 + np.random.default_rng(2).standard_normal((36, 6))
+    with pytest.warns(UserWarning, match="18 images of 3 groups are too far .* left out"):
+        made.partial_fit(new[:18], groups=np.arange(18) // 6)
+    with pytest.warns(UserWarning, match="36 images are too far .* taken as new ones: 2"):
+        made.partial_fit(new, groups=np.arange(36) // 6)
+    assert list(made.categories_) == [0, 1, 2]
 
 
 def test_early_stopping_watches_groups_that_are_not_trained_on():
@@ -177,8 +242,20 @@ def test_a_group_is_in_one_fold():
     assert sorted(tested) == list(range(60))
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("n_clean", [0, 2, 3, 8])
+def test_every_fold_has_normal_samples_where_groups_have_both(n_clean, shuffle):
+    day = np.repeat(np.arange(8), 10)
+    y = np.where((np.arange(80) % 10 == 0) & (day >= n_clean), -1, 1)
+    for train, test in InlierKFold(4, shuffle=shuffle).split(np.zeros(80), y, groups=day):
+        assert len(test) == 20
+        assert (y[test] == 1).any()
+        assert (y[train] == 1).all()
+        assert not set(day[train]) & set(day[test])
+
+
 def test_more_folds_than_groups_are_refused():
-    with pytest.raises(ValueError, match="n_splits=5 folds need as many groups without an anomaly; got 3"):
+    with pytest.raises(ValueError, match=r"n_splits=5 folds need as many groups with a normal sample .*; got 3"):
         next(InlierKFold(5).split(np.zeros(12), np.ones(12), groups=np.arange(12) % 3))
 
 

@@ -126,17 +126,25 @@ def known_index(category: np.ndarray, categories: np.ndarray) -> np.ndarray:
 
 
 def check_groups(groups, n: int) -> np.ndarray | None:
-    """Number of the group of each of ``n`` images."""
+    """Number of the group of each of ``n`` images; None where every image is one of its own."""
     if groups is None:
         return None
-    labels = np.asarray(groups, dtype=object)
-    if labels.shape != (n,):
-        raise ValueError(f"groups has shape {labels.shape}, but X has {n} images: one group each is expected.")
+    if isinstance(groups, (list, tuple)):  # as they are: numpy makes a table of labels that are tuples
+        labels, shape = list(groups), (len(groups),)
+    else:
+        labels, shape = np.asarray(groups, dtype=object).tolist(), np.shape(groups)
+    if shape != (n,):
+        raise ValueError(f"groups has shape {shape}, but X has {n} images: one group each is expected.")
+    labels = [label.item() if np.ndim(label) == 0 and hasattr(label, "item") else label for label in labels]
     missing = sum(map(is_missing, labels))
     if missing:
         raise ValueError(f"groups is missing for {missing} images: give each a group, of its own if it has none.")
     number: dict[Any, int] = {}
-    return np.array([number.setdefault(label, len(number)) for label in labels.tolist()], dtype=np.int64)
+    try:
+        index = np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
+    except TypeError as error:
+        raise TypeError(f"groups must have labels that hash, such as str or int: {error}.") from error
+    return None if len(number) == n else index
 
 
 def hold_out(
@@ -144,14 +152,14 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows to keep and rows to hold out, sorted: the same share of every category, at least one where there are two.
 
-    Of groups that share is held out, and of each of these one image, drawn at random: another image of a group that is
-    kept, or a second one of a group that is held out, would say nothing of what new groups are like.
+    Of groups that share is held out in each category, and of each of these one image, drawn at random: another image of
+    a group that is kept, or a second one of a group that is held out, would say nothing of what new groups are like.
     """
     rng = np.random.RandomState(seed % 2**32)
     first, kept, held = 0 if groups is None else rng.permutation(groups.max(initial=0) + 1), [index[:0]], [index[:0]]
     for c in np.unique(index):
         rows = rng.permutation(np.flatnonzero(index == c))
-        # A group comes before the same others in every category.
+        # A group comes before the same others in every category, which so hold out much the same ones.
         order = np.arange(len(rows)) if groups is None else np.unique(first[groups[rows]], return_inverse=True)[1]
         n_units = order.max() + 1
         is_held = order < min(n_units - 1, max(1, round(fraction * n_units)))
@@ -179,7 +187,7 @@ def warn_of_single_images(categories: np.ndarray, index: np.ndarray, groups: np.
     if len(names):
         names, unit = ", ".join(map(repr, names.tolist())), "image" if groups is None else "group"
         warn(
-            f"Of category {names} there is one {unit}: nothing says how normal images of it differ, and others are "
+            f"Of category {names} there is one {unit}: nothing says how normal {unit}s of it differ, and others are "
             "likely to be called anomalies. Give more, or mend the label."
         )
 

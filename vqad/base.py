@@ -130,8 +130,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             The kind of object on each image. Discovered when left out. Never needed again.
         groups : array-like of shape (n,), default=None
             Which images belong together, such as several pictures of one piece: any labels that hash. Thresholds then
-            hold for new groups: ``calibration_fraction`` is a share of the groups, and of each that is held out one
-            image is used. When left out, every image stands for itself.
+            hold for new groups: ``calibration_fraction`` is a share of the groups of each category, and of each that is
+            held out one image counts. Where categories are discovered a group is taken to be of one. When left out,
+            every image stands for itself.
 
         Returns
         -------
@@ -147,16 +148,18 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """
         self._validate_params()
         warm = self.warm_start and self.__sklearn_is_fitted__()
-        with self._learner(afresh=not warm) as learner:
-            data = learner._check_X(X, reset=not warm)
-            rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
-            groups = check_groups(groups, len(data))
+        with self._learner() as learner:
+            if not warm:  # what a fit on other images may not set
+                for name in ("features_", "n_features_in_", "feature_names_in_", "map_shape_"):
+                    vars(learner).pop(name, None)
+                learner._map_shape = None
+            data, rows, category, groups = learner._check_images(X, y, category, groups, reset=not warm)
             if len(rows) == 1:
                 raise ValueError(
                     "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
                     "n_samples=1."
                 )
-            learner._learn(data, rows, *(each if each is None else each[rows] for each in (category, groups)), warm)
+            learner._learn(data, rows, category, groups, warm)
         return self
 
     def _learn(self, data, rows, category, groups, warm) -> None:
@@ -217,12 +220,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         if not self.__sklearn_is_fitted__():
             return self.fit(X, y, category=category, groups=groups)
         self._validate_params()
-        data = self._check_X(X)
-        rows, category = normal_rows(_labels(X, y), len(data)), check_category(category, len(data))
-        groups = check_groups(groups, len(data))
-        category, groups = (each if each is None else each[rows] for each in (category, groups))
+        data, rows, category, groups = self._check_images(X, y, category, groups)
         device, seed = pick_device(self.device), self._draw_seed()
-        with seeded(seed, device), self._learner() as learner:
+        copied = "model_", "router_", "map_calibration_", "score_calibration_"
+        with seeded(seed, device), self._learner(copied) as learner:
             store, descriptor = learner._extract(data, rows, device)
             index = learn_more(learner, store, descriptor, category, groups, device, seed)
             add_prototypes(learner, store, index, data, rows, device)
@@ -299,21 +300,21 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @contextmanager
-    def _learner(self, afresh=False) -> Iterator[BaseImageDetector]:
-        """A second self that may learn, and takes this one's place unless what is done inside fails.
+    def _learner(self, copied=()) -> Iterator[BaseImageDetector]:
+        """A second self that may learn, and gives this one what it has learned unless what is done inside fails.
 
-        Other threads may go on scoring with this one: they must not see, nor disturb, what is being learned.
+        Other threads may go on scoring with this one: they must not see, nor disturb, what is being learned. So what is
+        changed in place has to be ``copied``.
         """
         learner = self._as_it_is()
-        if afresh:  # what a fit on other images may not set
-            for name in ("features_", "n_features_in_", "feature_names_in_", "map_shape_"):
-                vars(learner).pop(name, None)
-            learner._map_shape = None
-        else:
-            for name in ("model_", "router_", "map_calibration_", "score_calibration_"):
-                setattr(learner, name, copy.deepcopy(getattr(self, name)))
+        before = vars(learner).copy()
+        for name in copied:
+            setattr(learner, name, copy.deepcopy(before[name]))
         yield learner
-        self.__dict__ = vars(learner)  # at once: another thread sees all of it or nothing
+        after = vars(learner)
+        new = {name: value for name, value in after.items() if name not in before or value is not before[name]}
+        kept = {name: value for name, value in vars(self).copy().items() if name in after or name not in before}
+        self.__dict__ = {**kept, **new}  # at once: another thread sees all of it or nothing
 
     def _as_it_is(self):
         """A second self with the same attributes, which another thread that learns more does not replace."""
@@ -576,6 +577,13 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         return {name: np.concatenate([p[name] for p in parts])[place] for name in parts[0]}
 
     # ---------------------------------------------------------------- images and features
+
+    def _check_images(self, X, y, category, groups, reset=False):
+        """Images, which rows of them are normal, and of these the categories and groups, if given; all checked."""
+        data = self._check_X(X, reset)
+        rows = normal_rows(_labels(X, y), len(data))
+        given = check_category(category, len(data)), check_groups(groups, len(data))
+        return data, rows, *(None if each is None else each[rows] for each in given)
 
     def _check_X(self, X, reset=False):
         """Images or features, checked, as something with a length, sizes and chunks."""

@@ -60,7 +60,7 @@ def learn_all(detector, store, descriptor, category, groups, device, seed, check
         index = _same_categories(detector, descriptor, category)
     else:
         detector.router_ = CategoryRouter()
-        index = detector.router_.fit(descriptor, category, random_state=seed)
+        index = detector.router_.fit(descriptor, category, groups=groups, random_state=seed)
         detector._split_seed = seed  # a second fit on the same images must hold out the same
         detector._n_first = len(detector.router_.categories_)
     detector.categories_ = detector.router_.categories_
@@ -100,6 +100,7 @@ def _split_all(detector, index, groups) -> tuple[np.ndarray, np.ndarray | None, 
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
     train, held_out = split_rows(index, detector.calibration_fraction, detector._split_seed, groups)
     _check_each_held_out(detector, np.arange(len(detector.categories_)), index[held_out], groups)
+    _warn_of_unused(len(index), len(train) + len(held_out))
     warn_of_single_images(detector.categories_, index, groups)
     if not detector.early_stopping:
         return train, None, held_out
@@ -113,6 +114,15 @@ def _only(index, *used) -> np.ndarray:
     """The categories of images of which use is made; -1 for others of a group of which one is held out."""
     rows = np.concatenate([each for each in used if each is not None])
     return np.where(np.isin(np.arange(len(index)), rows), index, -1)
+
+
+def _warn_of_unused(n: int, n_used: int) -> None:
+    """Say that large groups are held out, of which nothing is learned."""
+    if n_used < n / 2:
+        warn(
+            f"Of {n} images {n - n_used} are not used: they are of groups that are held out, of which one image each "
+            "counts. Another random_state holds others out; groups of similar size lose less."
+        )
 
 
 def _check_each_held_out(detector, wanted, held_out, groups) -> None:
@@ -157,7 +167,7 @@ def learn_more(detector, store, descriptor, category, groups, device, seed) -> n
         Category of each image; -1 for those left out.
     """
     n_known = len(detector.categories_)
-    index = _place(detector, descriptor, category, seed)
+    index = _place(detector, descriptor, category, groups, seed)
     placed = np.flatnonzero(index >= 0)
     if not len(placed):
         return index
@@ -171,23 +181,26 @@ def learn_more(detector, store, descriptor, category, groups, device, seed) -> n
     return index
 
 
-def _place(detector, descriptor, category, seed) -> np.ndarray:
+def _place(detector, descriptor, category, groups, seed) -> np.ndarray:
     """Category of every image, of which the router may learn new ones; -1 for images that are left out."""
     taken = np.ones(len(descriptor), dtype=bool)
     if category is None:
         nearest, excess = detector._route(descriptor)
         category, far = detector.categories_[nearest], excess > 0
-        if far.sum() >= MIN_CATEGORY_SIZE:
-            new = detector.router_.discover_more(descriptor[far], seed)
+        own = None if groups is None else groups[far]
+        n_apart = far.sum() if own is None else len(np.unique(own))
+        if n_apart >= MIN_CATEGORY_SIZE:
+            new = detector.router_.discover_more(descriptor[far], seed, own)
             category = category.astype(np.result_type(category, new))
             category[far] = new
             names = ", ".join(map(repr, np.unique(new).tolist()))
             warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
         elif far.any():
             taken = ~far
+            of = "" if own is None else f" of {n_apart} groups"
             warn(
-                f"{far.sum()} images are too far from every known category, and too few to be one of their own: they "
-                "are left out. Give their category to have them learned."
+                f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
+                "they are left out. Give their category to have them learned."
             )
     index = known_index(category, detector.categories_)
     if (index < 0).any():

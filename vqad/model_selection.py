@@ -58,7 +58,7 @@ class InlierKFold(BaseCrossValidator):
     Parameters
     ----------
     n_splits : int, default=5
-        Number of folds, at least 2 and at most the number of normal samples.
+        Number of folds, at least 2 and at most the number of normal samples, or of groups with one.
     shuffle : bool, default=True
         Whether samples are drawn into the folds at random. Without, folds are runs of neighbours: of images that are
         sorted by kind and come without `category`, a whole kind may be missing from training.
@@ -118,8 +118,8 @@ class InlierKFold(BaseCrossValidator):
             +1 for normal samples, -1 for anomalies.
         groups : array-like of shape (n,), default=None
             Which samples belong together, such as several pictures of one piece: a group is in one fold. Groups, not
-            samples, are then divided evenly, those with an anomaly apart from the others; a group is of the kind of
-            its first sample.
+            samples, are then divided evenly: those of normal samples, of both and of anomalies, each for themselves. A
+            group is of the kind of its first sample.
         category : array-like of shape (n,), default=None
             Kind of object of each sample: each is divided evenly over the folds, normal samples and anomalies
             apart. Within `GridSearchCV` and the like it arrives by metadata routing, with
@@ -141,16 +141,16 @@ class InlierKFold(BaseCrossValidator):
         X, y, groups, category = indexable(X, y, groups, category)
         y = self._check_y(y)
         kind = split_by(category, len(y))[1]
-        if groups is None:
+        group = check_groups(groups, len(y))
+        if group is None:
             folds = self._deal(y, kind)
         else:
-            group = check_groups(groups, len(y))
-            label = np.ones(group.max() + 1, dtype=int)
-            np.minimum.at(label, group, y)
-            if np.count_nonzero(label == 1) < self.n_splits:
+            total, size = np.bincount(group, weights=y), np.bincount(group)
+            label = np.where(total == size, 1, np.where(total == -size, -1, 0))
+            n_normal = np.count_nonzero(label >= 0)
+            if n_normal < self.n_splits:
                 raise ValueError(
-                    f"n_splits={self.n_splits} folds need as many groups without an anomaly; got "
-                    f"{np.count_nonzero(label == 1)}."
+                    f"n_splits={self.n_splits} folds need as many groups with a normal sample (y = +1); got {n_normal}."
                 )
             folds = self._deal(label, kind[np.unique(group, return_index=True)[1]])[group]
         for fold in range(self.n_splits):
@@ -170,14 +170,17 @@ class InlierKFold(BaseCrossValidator):
         return y
 
     def _deal(self, y: NDArray[Any], kind: NDArray[Any]) -> NDArray[np.intp]:
-        """Fold of each sample: of every kind, and of all kinds together, the folds differ by one sample at most."""
+        """Fold of each sample: of every kind, and of all kinds together, the folds differ by one sample at most.
+
+        What has both labels, y = 0, is dealt out from where normal samples ended, so that every fold gets some normal.
+        """
         rng = check_random_state(self.random_state)
         folds = np.empty(len(y), dtype=np.intp)
-        for label in (1, -1):
+        for label, start in ((1, 0), (0, np.count_nonzero(y == 1)), (-1, 0)):
             rows = np.flatnonzero(y == label)
             rows = rng.permutation(rows) if self.shuffle else rows
             rows = rows[np.argsort(kind[rows], kind="stable")]
-            dealt = np.arange(len(rows)) % self.n_splits
+            dealt = (start + np.arange(len(rows))) % self.n_splits
             # Within a kind the folds in order, so that unshuffled folds are runs of neighbours.
             folds[rows] = dealt[np.lexsort((dealt, kind[rows]))]
         return folds

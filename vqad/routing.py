@@ -42,7 +42,7 @@ class CategoryRouter:
     means_ : ndarray of shape (n_categories, n_components)
     """
 
-    def fit(self, descriptor: np.ndarray, category=None, *, random_state: int = 0) -> np.ndarray:
+    def fit(self, descriptor: np.ndarray, category=None, *, groups=None, random_state: int = 0) -> np.ndarray:
         """Learn the categories.
 
         Parameters
@@ -50,6 +50,8 @@ class CategoryRouter:
         descriptor : ndarray of shape (n, D)
         category : array-like of shape (n,) of str or int, optional
             Discovered when left out.
+        groups : ndarray of shape (n,), int, optional
+            Of what is one piece; where categories are discovered it is of one kind.
 
         Returns
         -------
@@ -66,7 +68,7 @@ class CategoryRouter:
         self._fit_scaling(descriptor, random_state)
         projected = self._project(descriptor)
         if category is None:
-            index, self.silhouette_ = discover(projected, random_state)
+            index, self.silhouette_ = discover(projected, random_state, groups)
             self.categories_ = np.arange(index.max() + 1)
         else:
             self.categories_, index = np.unique(np.asarray(category), return_inverse=True)
@@ -78,7 +80,7 @@ class CategoryRouter:
                 warn(
                     f"{len(self.categories_)} categories were found in {len(index)} images, of {typical:g} images in "
                     "the median: few to learn one from. Give more images; or, if these are several pictures of each of "
-                    "many pieces of one kind, say so by one label for all: category=['part'] * n."
+                    "many pieces of one kind, say which by groups, and give one label for all: category=['part'] * n."
                 )
         return index.astype(np.int64)
 
@@ -104,9 +106,9 @@ class CategoryRouter:
         self.categories_ = np.append(self.categories_, labels)
         self.means_ = np.vstack([self.means_, *means])
 
-    def discover_more(self, descriptor: np.ndarray, random_state: int = 0) -> np.ndarray:
+    def discover_more(self, descriptor: np.ndarray, random_state: int = 0, groups=None) -> np.ndarray:
         """Labels (n,) of new kinds among images that belong to no known category."""
-        index, _ = discover(self._project(descriptor), random_state)
+        index, _ = discover(self._project(descriptor), random_state, groups)
         _, index = np.unique(index, return_inverse=True)
         if self.categories_.dtype.kind == "U":
             names = (f"new {k}" for k in itertools.count(1))
@@ -158,7 +160,7 @@ class CategoryRouter:
         self.means_ = means @ self.whitening_
 
 
-def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, float]:
+def discover(projected: np.ndarray, random_state: int = 0, groups=None) -> tuple[np.ndarray, float]:
     """Find the kinds of object in a set of descriptors, and how many there are.
 
     Ward's tree, cut into 2, 3, ... parts; the cut with the largest mean silhouette wins if that is at least 0.4 and no
@@ -166,11 +168,20 @@ def discover(projected: np.ndarray, random_state: int = 0) -> tuple[np.ndarray, 
     in smaller parts: these are broken or foreign images, not categories. At most 4,000 images are looked at, and 400
     parts.
 
+    Where ``groups`` (n,) says which images are of one piece, pieces take the place of images, each by its mean: several
+    pictures of one are a cluster, and no kind.
+
     Returns
     -------
     index : ndarray of shape (n,), int64
     silhouette : float
     """
+    if groups is not None:
+        _, piece = np.unique(groups, return_inverse=True)
+        total = np.zeros((piece.max() + 1, projected.shape[1]))
+        np.add.at(total, piece, projected)
+        index, silhouette = discover(total / np.bincount(piece)[:, None], random_state)
+        return index[piece], silhouette
     rows = _subsample(len(projected), random_state, MAX_DISCOVERY_IMAGES)
     sample = projected[rows]
     best, best_score = None, MIN_SILHOUETTE

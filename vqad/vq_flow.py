@@ -104,7 +104,7 @@ class VQFlowDetector(BaseImageDetector):
     false_alarm_rate : float, default=0.01
         Share of normal images that may be called anomalous.
     calibration_fraction : float, default=0.2
-        Share of the images that is not trained on but sets scales and thresholds.
+        Share of the images, or of the groups given to `fit`, that is not trained on but sets scales and thresholds.
     threshold : {"global", "category"}, default="global"
         One threshold for all images, or one for each category.
     device : "auto", str or torch.device, default="auto"

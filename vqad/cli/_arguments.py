@@ -237,7 +237,7 @@ def _size(text: str) -> int | tuple[int, int]:
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 

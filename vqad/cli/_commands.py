@@ -51,7 +51,7 @@ def fit(arguments: argparse.Namespace) -> int:
     detector = _detector(arguments)
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
     origin = "from the folders" if by_folder else "to be found"
-    of = "" if groups is None else f" in {len(set(groups))} groups"
+    of = "" if groups is None else f" in groups: {len(set(groups))}"
     print(f"{len(images)} normal images{of} ({listed}); categories {origin}")
     started = time.monotonic()
     detector.fit(images, category=images.category if by_folder else None, groups=groups)

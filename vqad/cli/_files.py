@@ -26,9 +26,10 @@ def groups_of(paths: list[str], folder: str, pattern: re.Pattern[str]) -> list[s
     groups = []
     for path in paths:
         found = pattern.search(os.path.relpath(path, folder))
-        if found is None:
+        parts = [] if found is None else [part or "" for part in found.groups() or (found[0],)]
+        if not any(parts):
             raise ValueError(f"--groups {pattern.pattern!r} finds nothing in {path!r}: each image needs a group.")
-        groups.append("\0".join(part or "" for part in found.groups()) or found[0])
+        groups.append("\0".join(parts))
     return groups
 
 
