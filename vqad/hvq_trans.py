@@ -141,7 +141,7 @@ class HVQTransDetector(BaseImageDetector):
     training_log_ : vqad.training.TrainingLog
         The last training: its curves, codes in use, seconds, and whether Ctrl-C ended it.
     n_images_ : int
-        Normal images learned, held-out ones among them.
+        Normal images given, held-out ones among them.
     model_ : vqad.nn.hvq_trans.HVQTrans
         The trained module, on the CPU.
     features_ : BackboneFeatures
