@@ -293,6 +293,21 @@ def test_wrong_arguments_are_explained(fitted, labelled, wrong, match):
         copy_of(fitted).set_threshold(*labelled, **wrong)
 
 
+def test_a_threshold_is_not_set_for_another_fit(fitted, labelled, monkeypatch):
+    detector = copy_of(fitted)
+    judge = type(detector)._judge_data
+
+    def and_fit(self, *args, **more):
+        found = judge(self, *args, **more)
+        detector.fit(labelled[0])
+        return found
+
+    monkeypatch.setattr(type(detector), "_judge_data", and_fit)
+    with pytest.raises(RuntimeError, match="Another thread's fit ended while the threshold was set: set it again"):
+        detector.set_threshold(*labelled)
+    assert detector._offset_from is None
+
+
 def test_set_threshold_is_quiet_where_nothing_is_wrong(per_category, labelled):
     detector = copy_of(per_category)
     with warnings.catch_warnings():

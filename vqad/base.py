@@ -270,6 +270,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             When the detector is not fitted.
         ValueError
             When y has other values, only one of the two or the wrong length, or a parameter is out of its range.
+        RuntimeError
+            When meanwhile another thread fitted the detector.
 
         Warns
         -----
@@ -287,12 +289,16 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         >>> detector.predict(bad[:3])
         array([-1, -1, -1])
         """
-        check_is_fitted(self)
+        now = self._as_it_is()
+        check_is_fitted(now)
         rule = threshold_rule(target, recall, miss_cost, false_alarm_cost)
-        data = self._check_X(X)
+        data = now._check_X(X)
         y = both_labels(y, len(data))
-        judged = self._judge_data(data, np.arange(len(data)), keep_maps=False)
-        self.offset_ = labelled_offset(self, -judged.score, judged.category, y, rule)
+        judged = now._judge_data(data, np.arange(len(data)), keep_maps=False)
+        offset = labelled_offset(now, -judged.score, judged.category, y, rule)
+        if self.model_ is not now.model_:
+            raise RuntimeError("Another thread's fit ended while the threshold was set: set it again.")
+        self.offset_ = offset
         self._offset_from = f"{target} on {len(y)} labelled images"
         return self
 
