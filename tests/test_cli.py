@@ -117,7 +117,7 @@ def test_one_product_has_its_folders_name(folders, tmp_path, capsys, place):
 
 def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, category: seen.update(X=X, category=category))
+    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, **given: seen.update(given, X=X))
     # Nothing was fitted, so there is nothing to save.
     assert main(["fit", str(folders / "mvtec"), "-o", str(tmp_path / "x"), "--image-size", "64x96"]) == 2
     expected = load_mvtec(folders / "mvtec", split="train")
@@ -127,7 +127,7 @@ def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, 
 
 def test_fit_on_visa_layout_learns_from_its_training_images(visa_root, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, category: seen.update(X=X, category=category))
+    monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, **given: seen.update(given, X=X))
     assert main(["fit", str(visa_root), "-o", str(tmp_path / "x")]) == 2
     expected = load_visa(visa_root, split="train")
     assert list(seen["X"].paths) == list(expected.paths)

@@ -246,8 +246,8 @@ def test_requests_for_metadata_come_back(on_maps, path):
     with config_context(enable_metadata_routing=True):
         made.set_fit_request(category="kind")
         loaded = through_file(made, path)
-        assert loaded.get_metadata_routing().fit.requests == {"category": "kind"}
-        assert through_file(on_maps, path).get_metadata_routing().fit.requests == {"category": None}
+        assert loaded.get_metadata_routing().fit.requests == {"category": "kind", "groups": None}
+        assert through_file(on_maps, path).get_metadata_routing().fit.requests == {"category": None, "groups": None}
 
 
 def test_a_fresh_process_scores_the_same(on_maps, maps, saved):

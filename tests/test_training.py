@@ -539,7 +539,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 take_and_free()
-print(min(faults() for _ in range(9)))  # now and then the system takes pages away
+print(sorted(faults() for _ in range(9))[4])  # now and then the system takes pages away, or counts none
 """
 
 
