@@ -156,7 +156,7 @@ def test_interrupted_training_keeps_what_was_learned(folders, tmp_path, monkeypa
 
 def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(vqad.cli._commands, "groups_of", lambda *given: seen.append(groups_of(*given)) or seen[0])
+    monkeypatch.setattr(vqad.cli._commands, "groups_of", lambda *given: seen.append(groups_of(*given)) or seen[-1])
     small = ["--image-size", "64", "--max-iter", "1", "--false-alarm-rate", "0.4"]
     arguments = ["fit", str(folders / "good"), "-o", str(tmp_path / "m.safetensors"), *small, "--groups"]
     assert main([*arguments, r"(\w+)/([0-9])"]) == 0
@@ -164,6 +164,8 @@ def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatc
     assert f" normal images in groups: {n} (" in capsys.readouterr().out
     assert len(seen[0]) > n > 1
     assert "disc\x001" in seen[0]
+    assert main([*arguments, "[0-9]"]) == 0  # of each category, though the pattern finds the same in both
+    assert f" normal images in groups: {n} (" in capsys.readouterr().out
     assert len(vqad.load(tmp_path / "m.safetensors")._held_out["score"]) < 0.2 * len(seen[0]) - 1
     for pattern in ("piece[0-9]+", "x*", "(x)?disc|weave"):
         assert main([*arguments, pattern]) == 2

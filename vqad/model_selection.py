@@ -135,7 +135,7 @@ class InlierKFold(BaseCrossValidator):
         Raises
         ------
         ValueError
-            When y is missing or has other values, has fewer normal samples, or groups of normal samples, than there are
+            When y is missing or has other values, has fewer normal samples, or groups with one, than there are
             folds, when y, groups or category have another length than X, or a group or category is missing.
         """
         X, y, groups, category = indexable(X, y, groups, category)

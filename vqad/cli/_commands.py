@@ -46,8 +46,12 @@ def fit(arguments: argparse.Namespace) -> int:
     target = writable(arguments.output)
     replaceable(target)
     spare(files(images), [target])
-    groups = None if arguments.groups is None else groups_of(images.paths, arguments.directory, arguments.groups)
     by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
+    groups = None
+    if arguments.groups is not None:
+        groups = groups_of(images.paths, arguments.directory, arguments.groups)
+        if by_folder:  # the first piece of one category is not that of another
+            groups = list(zip(images.category, groups))
     detector = _detector(arguments)
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
     origin = "from the folders" if by_folder else "to be found"
