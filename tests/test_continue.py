@@ -740,7 +740,7 @@ def test_scoring_in_another_thread_and_learning_do_not_disturb_each_other(how):
 
 
 def judged(detector, X):
-    return detector.score_samples(X), detector.anomaly_map(X), detector.predict_category(X)
+    return detector.score_samples(X), detector.anomaly_map(X), detector.predict_category(X), detector.predict_concept(X)
 
 
 def test_what_a_caller_sets_while_a_fit_runs_stays(monkeypatch):

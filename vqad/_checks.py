@@ -169,6 +169,11 @@ def hold_out(
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
 
 
+def taken(each: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    """What is given of ``rows``; None where nothing was given of any."""
+    return None if each is None else each[rows]
+
+
 def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """Rows in their order, of each category at most ``limit``, drawn at random; ``index`` is the category of each."""
     rng = np.random.RandomState(seed % 2**32)

@@ -27,6 +27,7 @@ from vqad._checks import (
     check_features,
     check_groups,
     normal_rows,
+    taken,
 )
 from vqad.backbones import backbone_strides
 from vqad.chunks import chunk_size, in_chunks, joined, pad_chunk, side_by_side
@@ -289,8 +290,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         >>> detector.predict(bad[:3])
         array([-1, -1, -1])
         """
-        now = self._as_it_is()
-        check_is_fitted(now)
+        now = self._fitted()
         rule = threshold_rule(target, recall, miss_cost, false_alarm_cost)
         data = now._check_X(X)
         y = both_labels(y, len(data))
@@ -326,6 +326,12 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """A second self with the same attributes, which another thread that learns more does not replace."""
         now = object.__new__(type(self))
         vars(now).update(vars(self))
+        return now
+
+    def _fitted(self):
+        """`_as_it_is`, which all that needs a fitted detector works with; raises NotFittedError if it is not one."""
+        now = self._as_it_is()
+        check_is_fitted(now)
         return now
 
     def _plan(self) -> TrainingPlan:
@@ -383,7 +389,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
             deviation of normal images.
         """
-        return -self._as_it_is()._judge(X).score
+        return -self._fitted()._judge(X).score
 
     def decision_function(self, X):
         """``score_samples(X) - offset_``: negative for anomalies.
@@ -392,7 +398,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         -------
         decision : ndarray of shape (n,), float64
         """
-        now = self._as_it_is()
+        now = self._fitted()
         judged = now._judge(X)
         return -judged.score - now._offset_of(judged.category)
 
@@ -413,7 +419,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         p : ndarray of shape (n,), float64
             In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
         """
-        now = self._as_it_is()
+        now = self._fitted()
         judged = now._judge(X)
         return now.conformal_.p_values(judged.score, judged.category)
 
@@ -425,8 +431,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         category : ndarray of shape (n,)
             Labels as given to fit, or numbers where the categories were discovered.
         """
-        now = self._as_it_is()
-        check_is_fitted(now)
+        now = self._fitted()
         data = now._check_X(X)
         device = pick_device(now.device)
 
@@ -448,8 +453,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
             occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
         """
-        now = self._as_it_is()
-        check_is_fitted(now)
+        now = self._fitted()
         data = now._check_X(X)
         maps = now._judge_data(data, np.arange(len(data))).maps
         sizes = [data.size(i) for i in range(len(data))]
@@ -470,21 +474,18 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
             into.
         """
-        now = self._as_it_is()
-        check_is_fitted(now)
+        now = self._fitted()
         return explain_images(now, now._check_X(X))
 
     @property
     def prototypes_(self):
         """Of every code the nearest patch of the normal images; see `vqad.prototypes.Prototypes`."""
-        check_is_fitted(self)
-        return self._prototypes
+        return self._fitted()._prototypes
 
     def _offset_of(self, category):
         return self.offset_ if np.isscalar(self.offset_) else self.offset_[category]
 
     def _judge(self, X) -> Judgement:
-        check_is_fitted(self)
         data = self._check_X(X)
         return self._judge_data(data, np.arange(len(data)), keep_maps=False)
 
@@ -589,7 +590,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         data = self._check_X(X, reset)
         rows = normal_rows(_labels(X, y), len(data))
         given = check_category(category, len(data)), check_groups(groups, len(data))
-        return data, rows, *(None if each is None else each[rows] for each in given)
+        return data, rows, *(taken(each, rows) for each in given)
 
     def _check_X(self, X, reset=False):
         """Images or features, checked, as something with a length, sizes and chunks."""

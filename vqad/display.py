@@ -255,6 +255,7 @@ class ScoreDistributionDisplay:
         """
         _matplotlib(cls)
         detector, X = _detector_and_images(cls, estimator, X)
+        detector = detector._fitted()
         judged = detector._judge(X)
         threshold = np.broadcast_to(-np.asarray(detector._offset_of(judged.category)), judged.score.shape)
         category = detector.categories_[judged.category] if per_category else None

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from vqad._checks import hold_out, known_index, some_of_each, split_rows, warn_of_single_images
+from vqad._checks import hold_out, known_index, some_of_each, split_rows, taken, warn_of_single_images
 from vqad._warn import warn
 from vqad.backbones import state_digest
 from vqad.checkpoint import Checkpoint, fingerprint
@@ -104,9 +104,10 @@ def _split_all(detector, index, groups) -> tuple[np.ndarray, np.ndarray | None, 
     warn_of_single_images(detector.categories_, index, groups)
     if not detector.early_stopping:
         return train, None, held_out
-    some = None if groups is None else groups[train]
-    watched = "early stopping watches the training images"
-    keep, chosen = split_rows(index[train], detector.validation_fraction, detector._split_seed + 1, some, watched)
+    keep, chosen = split_rows(
+        index[train], detector.validation_fraction, detector._split_seed + 1, taken(groups, train),
+        otherwise="early stopping watches the training images",
+    )  # fmt: skip
     return train[keep], train[chosen], held_out
 
 
@@ -183,11 +184,11 @@ def learn_more(detector, store, descriptor, category, groups, device, seed) -> n
 
 def _place(detector, descriptor, category, groups, seed) -> np.ndarray:
     """Category of every image, of which the router may learn new ones; -1 for images that are left out."""
-    taken = np.ones(len(descriptor), dtype=bool)
+    is_placed = np.ones(len(descriptor), dtype=bool)
     if category is None:
         nearest, excess = detector._route(descriptor)
         category, far = detector.categories_[nearest], excess > 0
-        own = None if groups is None else groups[far]
+        own = taken(groups, far)
         n_apart = far.sum() if own is None else len(np.unique(own))
         if n_apart >= MIN_CATEGORY_SIZE:
             new = detector.router_.discover_more(descriptor[far], seed, own)
@@ -196,7 +197,7 @@ def _place(detector, descriptor, category, groups, seed) -> np.ndarray:
             names = ", ".join(map(repr, np.unique(new).tolist()))
             warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
         elif far.any():
-            taken = ~far
+            is_placed = ~far
             of = "" if own is None else f" of {n_apart} groups"
             warn(
                 f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
@@ -206,7 +207,7 @@ def _place(detector, descriptor, category, groups, seed) -> np.ndarray:
     if (index < 0).any():
         detector.router_.extend(descriptor[index < 0], category[index < 0])
         index = known_index(category, detector.router_.categories_)
-    return np.where(taken, index, -1)
+    return np.where(is_placed, index, -1)
 
 
 def _set_limits(detector, descriptor, index, n_known) -> None:
@@ -224,13 +225,12 @@ def _split_more(detector, index, groups, placed, n_known, seed) -> tuple[np.ndar
     train, held_out = [], []
     for rows, split in ((known, hold_out), (new, split_rows)):
         if len(rows):
-            own = None if groups is None else groups[rows]
-            keep, chosen = split(index[rows], detector.calibration_fraction, seed, own)
+            keep, chosen = split(index[rows], detector.calibration_fraction, seed, taken(groups, rows))
             train.append(rows[keep])
             held_out.append(rows[chosen])
     train, held_out = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
     _check_each_held_out(detector, index[new], index[held_out], groups)
-    warn_of_single_images(detector.categories_, index[new], None if groups is None else groups[new])
+    warn_of_single_images(detector.categories_, index[new], taken(groups, new))
     return train, held_out
 
 

@@ -7,7 +7,6 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
 
 from vqad.backbones import DEFAULT_BACKBONE, spread_stages
 from vqad.base import BaseImageDetector
@@ -292,21 +291,21 @@ class VQFlowDetector(BaseImageDetector):
             In 0..n_concepts - 1. A kind of object may have several concepts. Each category that `partial_fit` added has
             n_concepts of its own, which are numbered on from there.
         """
-        check_is_fitted(self)
-        data = self._check_X(X)
-        device = pick_device(self.device)
+        now = self._fitted()
+        data = now._check_X(X)
+        device = pick_device(now.device)
 
         def concepts(part: np.ndarray) -> list[np.ndarray]:
             found = []
             with torch.inference_mode():
-                for _, maps in self._iter_features(data, device, part):
-                    scaled = self._scaled(maps, device)
-                    category = torch.from_numpy(self._route(describe(maps))[0]).to(device)
+                for _, maps in now._iter_features(data, device, part):
+                    scaled = now._scaled(maps, device)
+                    category = torch.from_numpy(now._route(describe(maps))[0]).to(device)
                     found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled, category).cpu().numpy())
             return found
 
-        with on_device(self.model_, device) as model:
-            return np.concatenate(list(self._side_by_side(concepts, data, np.arange(len(data)), device)))
+        with on_device(now.model_, device) as model:
+            return np.concatenate(list(now._side_by_side(concepts, data, np.arange(len(data)), device)))
 
     def _feature_options(self, strides=None):
         stages = self.stages

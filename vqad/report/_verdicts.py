@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted
 
 from vqad.base import BaseImageDetector, resize_map
 from vqad.images import ImageSequence, check_images
@@ -65,7 +64,7 @@ def judge(detector: BaseImageDetector, images: Any, rows: Any = None) -> Verdict
     -------
     Verdicts
     """
-    check_is_fitted(detector)
+    detector = detector._fitted()
     data = sequence_of(detector, images)
     judged = detector._judge_data(data, np.arange(len(data)) if rows is None else np.asarray(rows))
     threshold = np.broadcast_to(-np.asarray(detector._offset_of(judged.category)), judged.score.shape)
