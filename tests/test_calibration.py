@@ -228,6 +228,29 @@ def test_few_feature_rows_set_no_scale_of_their_own():
     np.testing.assert_array_equal(left_out[:19], calibration.combine(terms, category)[:19])
 
 
+def test_categories_of_one_row_share_a_scale_that_each_is_left_out_of():
+    rng, category = np.random.default_rng(0), np.arange(30)
+    terms = {"t": rng.standard_normal((30, 1, 1)).astype(np.float32)}
+    calibration = MapCalibration().fit({"t": terms["t"][:0]}, category[:0], terms, category, 30)
+    assert len(np.unique(calibration.scale_)) == 1
+    left_out = calibration.leave_one_out(terms, category)
+    for i in (0, 7, 29):
+        others = np.delete(terms["t"].ravel(), i)
+        expected = (terms["t"].ravel()[i] - np.median(others)) / robust_deviation(others)
+        np.testing.assert_allclose(left_out[i, 0, 0], expected, rtol=1e-4)
+
+
+def test_what_categories_of_one_image_share_is_worked_out_once(monkeypatch):
+    rng, n = np.random.default_rng(0), 120
+    terms, category, located = {"t": rng.standard_normal((n, 5, 5)).astype(np.float32)}, np.arange(n), []
+    cells = MapCalibration._cells
+    monkeypatch.setattr(MapCalibration, "_cells", lambda *args: located.append(1) or cells(*args))
+    calibration = MapCalibration().fit(terms, category, terms, category, n)
+    # One of more than 100 images makes no difference.
+    np.testing.assert_array_equal(calibration.leave_one_out(terms, category), calibration.combine(terms, category))
+    assert len(located) == 1
+
+
 # ---- image scores --------------------------------------------------------------------------------
 
 
@@ -281,14 +304,15 @@ def test_of_many_scores_one_is_not_left_out():
     np.testing.assert_allclose(made, plain, atol=0.1)
 
 
+@pytest.mark.parametrize("unit", [0.01, 1.0])
 @pytest.mark.parametrize("per_category", [1, 2, 3, 8])
-def test_few_images_of_many_categories_raise_no_more_false_alarms_than_asked(per_category):
+def test_few_images_of_many_categories_raise_no_more_false_alarms_than_asked(per_category, unit):
     """Thresholds from scores that set their own category's scale would: 2 images a category raise them by half."""
     rng, rate, rates = np.random.default_rng(0), 0.2, []
     category = np.repeat(np.arange(6), per_category)
     for _ in range(150):
         level = 5 * rng.standard_normal(6)
-        score, new = (level[category] + rng.standard_normal(len(category)) for _ in range(2))
+        score, new = (unit * (level[category] + rng.standard_normal(len(category))) for _ in range(2))
         scale = ScoreCalibration().fit(score, category, 6)
         known = scale.leave_one_out(score, score, category)
         threshold = ConformalCalibration().fit(known, category, 6).thresholds(rate)[0]

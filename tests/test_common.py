@@ -759,6 +759,21 @@ def test_identical_rows_do_no_harm(detector):
     np.testing.assert_array_equal(made.predict(np.zeros((2, 5))), -1)
 
 
+def test_where_none_can_be_held_out_each_row_counts_once(detector, rows):
+    with pytest.warns(UserWarning, match="Too few groups to hold any out"):
+        made = features_only(detector, max_iter=1, false_alarm_rate=0.2).fit(rows[:8], groups=[0] * 8)
+    assert made.p_values(rows[:1] + 1e6) == [1 / 9]
+
+
+def test_features_too_large_to_learn_from_are_named(detector, rows):
+    large = rows[:48].astype(np.float64)
+    large[7, 1] = -1e19
+    with pytest.raises(ValueError, match=r"X\[7\] has a feature of size 1e\+19; fit takes features of at most 1e\+15"):
+        features_only(detector).fit(large)
+    made = features_only(detector, max_iter=1).fit(large, np.where(np.arange(48) == 7, -1, 1))
+    assert made.predict(large[7:8]) == [-1]
+
+
 def test_images_are_not_mistaken_for_features(detector, images):
     with pytest.raises(ValueError, match="these are images, and backbone=None takes features"):
         features_only(detector).fit(images)

@@ -367,6 +367,14 @@ def test_a_warm_start_needs_the_same_categories(plain, names):
         copy_of(plain, warm_start=True).fit(MAPS, category=KIND)
 
 
+def test_a_warm_start_without_labels_needs_images_of_every_category(plain):
+    """Else it would forget how normal images of the missing ones score."""
+    made = copy_of(plain, warm_start=True)
+    with pytest.raises(ValueError, match=r"no image is nearest to \['b', 'c'\]. Use partial_fit"):
+        made.fit(MAPS[KIND == 0])
+    np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
+
+
 def test_a_warm_start_goes_on_with_found_categories():
     made = small(warm_start=True).fit(MAPS)
     found = made.predict_category(MAPS)

@@ -439,7 +439,19 @@ def test_digest_is_of_every_cell():
         store = FeatureStore(2)
         store.write([0, 1], [changed])
         digests.add(store.digest())
-    assert len(digests) == 6
+    store = FeatureStore(2)
+    store.write([0, 1], [maps.view(2, 3, 1, 4)])
+    assert len(digests | {store.digest()}) == 7
+
+
+def test_what_a_channel_of_large_values_differs_by_does_not_outweigh_the_others():
+    """No more than a rounding error: whether it is one cannot be told."""
+    maps = torch.randn(40, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps[:, 1] = 1.7e9 + 1000 * maps[:, 1]
+    store = FeatureStore(40)
+    store.write(np.arange(40), [maps])
+    mean, scale = vqad.store.channel_statistics(store, np.arange(40), True)
+    assert ((maps[:, 1] - mean[0][0, 1]) / scale[0][0, 1]).abs().max() < 5
 
 
 @pytest.mark.parametrize("units", [1.0, 1e-4, 1e3])

@@ -121,6 +121,16 @@ def test_units_do_not_matter(scale):
     assert adjusted_rand_score(category, index) == 1
 
 
+@pytest.mark.parametrize("ratio", [1e7, 1e8, 1e10])
+def test_one_number_in_large_units_does_not_hide_the_others(ratio):
+    X, category = blobs(3)
+    X = np.column_stack([X / ratio, np.random.default_rng(0).standard_normal(len(X))])
+    assert adjusted_rand_score(category, CategoryRouter().fit(X)) == 1
+    router = CategoryRouter()
+    router.fit(X, category)
+    np.testing.assert_array_equal(router.predict(X)[0], category)
+
+
 def test_blobs_of_unequal_size_are_found():
     X, category = blobs(2, n=100)
     keep = (category == 0) | (np.cumsum(category == 1) <= 6)

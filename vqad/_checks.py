@@ -13,6 +13,9 @@ from sklearn.utils.validation import validate_data
 from vqad._warn import warn
 from vqad.store import FeatureArray
 
+# The largest feature to learn from: sums of squares are float32 numbers.
+LARGEST_FEATURE = 1e15
+
 
 def check_features(estimator, X, reset: bool) -> FeatureArray:
     """Rows (n, C) or maps (n, h, w, C), an array or a list of single ones, of the form that fit saw."""
@@ -42,6 +45,18 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
     elif estimator.map_shape_ != (1, 1, table.shape[1]):
         raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
     return FeatureArray(table[:, None, None, :])
+
+
+def check_range(data: FeatureArray, rows: np.ndarray) -> None:
+    """Raise ValueError for features too large to learn from; none is too large to be judged."""
+    for i in rows:
+        one = data.values[i]
+        largest = max(float(one.max()), -float(one.min()))
+        if largest > LARGEST_FEATURE:
+            raise ValueError(
+                f"X[{i}] has a feature of size {largest:.3g}; fit takes features of at most {LARGEST_FEATURE:g}, as "
+                "it computes with their squares. Leave the image out, or give features in other units."
+            )
 
 
 def normal_rows(y, n: int) -> np.ndarray:

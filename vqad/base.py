@@ -26,6 +26,7 @@ from vqad._checks import (
     check_category,
     check_features,
     check_groups,
+    check_range,
     normal_rows,
     taken,
 )
@@ -589,6 +590,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         """Images, which rows of them are normal, and of these the categories and groups, if given; all checked."""
         data = self._check_X(X, reset)
         rows = normal_rows(_labels(X, y), len(data))
+        if isinstance(data, FeatureArray):
+            check_range(data, rows)
         given = check_category(category, len(data)), check_groups(groups, len(data))
         return data, rows, *(taken(each, rows) for each in given)
 

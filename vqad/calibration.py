@@ -90,13 +90,20 @@ class MapCalibration:
             rows = self._stack(reference, reference_category == c)
             if len(rows):
                 self.mean_[c], self.spread_[c] = _location_statistics(rows)
+        count = np.bincount(held_out_category[held_out_category >= n_known], minlength=n_categories)
         for c in grown:
-            own = held_out_category == c
-            # One image alone does not say where the middle is.
-            cells = self._cells(held_out, held_out_category, own if own.sum() > 1 else held_out_category >= n_known)
-            if cells.shape[1] >= MIN_SCALE_CELLS:
-                self.center_[c], self.scale_[c] = _robust(cells)
+            if count[c] > 1:
+                self._set_scale([c], held_out, held_out_category, held_out_category == c)
+        # One image alone does not say where the middle is.
+        alone = [c for c in grown if count[c] < 2]
+        if alone:
+            self._set_scale(alone, held_out, held_out_category, held_out_category >= n_known)
         return self
+
+    def _set_scale(self, categories: list[int], held_out, held_out_category, rows: np.ndarray) -> None:
+        cells = self._cells(held_out, held_out_category, rows)
+        if cells.shape[1] >= MIN_SCALE_CELLS:
+            self.center_[categories], self.scale_[categories] = _robust(cells)
 
     def combine(self, terms: dict[str, np.ndarray], category: np.ndarray) -> np.ndarray:
         """The standardised map, (n, h, w) float32, of raw terms (n, h, w) and category numbers (n,)."""
@@ -125,10 +132,10 @@ class MapCalibration:
         n_cells = maps[0].size
         for c in np.unique(category[category >= n_known]):
             rows = np.flatnonzero(category == c)
-            if len(rows) * n_cells < MIN_SCALE_CELLS or len(rows) > MAX_LEFT_OUT:
-                continue
             # In the place of a category's only image stand those of the others.
             beside = rows if len(rows) > 1 else np.flatnonzero(category >= n_known)
+            if len(beside) * n_cells < MIN_SCALE_CELLS or len(beside) > MAX_LEFT_OUT:
+                continue
             cells = self._cells(held_out, category, beside).reshape(len(self.terms_), len(beside), n_cells)
             for i in rows if len(beside) > 1 else ():
                 is_own = beside == i
@@ -226,6 +233,8 @@ class ScoreCalibration:
                 self.scale_[c] = self._shrunk_scale(own - self.center_[c])
 
     def _shrunk_scale(self, residual: np.ndarray) -> float:
+        if len(residual) == 1:  # the only one beside an image that is left out, and its own center
+            return self.pooled_scale_
         keep = len(residual) / (len(residual) + SHRINKAGE_IMAGES)
         return keep * float(_robust(residual[None])[1][0]) + (1 - keep) * self.pooled_scale_
 
@@ -323,8 +332,8 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
     n = len(scores)
     if n > 1 and scores[0] == scores[-1]:
         warn(
-            f"All {n} held-out calibration images{of} score alike: they may be copies of one picture. Whatever is not "
-            "that picture to the last digit may then be called an anomaly. Give images that differ as normal ones do."
+            f"All {n} held-out calibration images{of} score alike: they may be copies of one picture. Any image may "
+            "then be called an anomaly, even that picture. Give images that differ as normal ones do."
         )
     rank = math.ceil((n + 1) * (1 - rate) - 1e-9)
     if rank > n:

@@ -138,7 +138,14 @@ def _check_each_held_out(detector, wanted, held_out, groups) -> None:
 def _same_categories(detector, descriptor, category) -> np.ndarray:
     """Categories of the images of a warm start."""
     if category is None:
-        return detector.router_.predict(descriptor)[0].astype(np.int64)
+        index = detector.router_.predict(descriptor)[0].astype(np.int64)
+        missed = np.setdiff1d(np.arange(len(detector.categories_)), index)
+        if len(missed):
+            raise ValueError(
+                f"warm_start=True goes on with the categories {detector.categories_.tolist()}; no image is nearest to "
+                f"{detector.categories_[missed].tolist()}. Use partial_fit to go on with some of them."
+            )
+        return index
     index = known_index(category, detector.categories_)
     if set(index) != set(range(len(detector.categories_))):
         raise ValueError(

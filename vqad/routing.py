@@ -136,7 +136,9 @@ class CategoryRouter:
         sample = descriptor[rows].astype(np.float64)
         self.center_ = sample.mean(0)
         scale = sample.std(0)
-        self.scale_ = np.where(scale > 1e-6 * max(scale.max(), 1e-12), scale, 1.0)
+        # Each number by its own digits: numbers may be of any units.
+        floor = 1e-6 * np.sqrt(np.square(sample).mean(0)) + 1e-12
+        self.scale_ = np.where(scale > floor, scale, np.maximum(floor, 1.0))
         with np.errstate(invalid="ignore"):  # images that are all the same
             pca = PCA(min(32, *sample.shape), svd_solver="full").fit((sample - self.center_) / self.scale_)
         self.components_ = pca.components_.T

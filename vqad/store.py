@@ -96,6 +96,7 @@ class FeatureStore:
         """SHA-256 of all that is kept."""
         digest = hashlib.sha256()
         for m in self.maps:
+            digest.update(f"{tuple(m.shape)} {m.dtype}".encode())
             for image in m:
                 digest.update(image.view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -177,8 +178,10 @@ def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[li
         deviation = (second - first.square()).clamp(min=0).sqrt()
         # What a channel's values have of digits in the difference of squares; under it there is nothing to scale by.
         floor = 1e-6 * second.sqrt() + 1e-12
+        # Not by 1 alone: of a channel of large values, what little they differ would outweigh all others.
+        nothing = floor.clamp(min=1)
         mean.append(first.float().view(1, -1, 1, 1))
-        scale.append(torch.where(deviation > floor, deviation, torch.ones(())).float().view(1, -1, 1, 1))
+        scale.append(torch.where(deviation > floor, deviation, nothing).float().view(1, -1, 1, 1))
     return mean, scale
 
 

@@ -126,7 +126,7 @@ def _reference_terms(detector, store, rows, is_held, index, device) -> dict[str,
 
 def _reference_rows(index, train, held_out, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
     """Images that say how high maps are, of a known category just some held out; and the other held-out ones."""
-    new = train[index[train] >= n_known]
+    new = np.setdiff1d(train[index[train] >= n_known], held_out)  # where too few could be held out, all are both
     chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held_out)]
     return np.concatenate(chosen), np.setdiff1d(held_out, chosen[1])
 

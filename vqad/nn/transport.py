@@ -13,7 +13,8 @@ out for one image does not depend on the others of the batch.
 with :math:`b` the shares of the codes, and give :math:`T_l = L \sum_k P^*_{lk} C_{lk}`, the cost of the cell
 under its conditional plan: ``sinkhorn`` as it stands, ``exact`` with :math:`\epsilon = 0`, ``nearest`` with
 :math:`\epsilon = 0` and without the second constraint. In the mean over an image's cells, therefore,
-nearest <= exact <= sinkhorn. Sinkhorn's iterations [2]_ and the network simplex are POT's [3]_.
+nearest <= exact <= sinkhorn, the last once its iterations have converged: for very unequal shares they may not
+have. Sinkhorn's iterations [2]_ and the network simplex are POT's [3]_.
 
 References
 ----------

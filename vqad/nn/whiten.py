@@ -15,6 +15,10 @@ _WIDE = 1024
 """Numbers of a vector from which on an image is left out by its own vectors: a new inverse takes C³ steps an image."""
 
 
+_OUTWEIGHS = 1e3
+"""An image whose second moments are this many times those of all others together cannot be left out of them."""
+
+
 class Whitening(nn.Module):
     r"""Mean square of vectors, in which every direction counts by how little normal vectors reach into it.
 
@@ -102,7 +106,10 @@ class Whitening(nn.Module):
                     squared.append(lengths.to(cells))
                     continue
                 own = second_moments(x[i : i + 1])[0].cpu().double()
-                root = _inverse_root(total - own, rest).to(root)
+                left = total - own
+                # Where the image outweighs the others, what they add is lost in rounding: it stays in, too.
+                if float(own.trace()) < _OUTWEIGHS * float(left.trace()) or not bool(own.isfinite().all()):
+                    root = _inverse_root(left, rest).to(root)
             squared.append((cells[i] @ root.to(cells.dtype)).square().mean(-1))
         return torch.stack(squared)
 
@@ -114,7 +121,7 @@ class Whitening(nn.Module):
 def second_moments(x: Tensor) -> Tensor:
     """Of maps (N, C, h, w) the sums over cells of their vectors' products with themselves, (N, C, C) in float32."""
     with torch.autocast(x.device.type, enabled=False):
-        cells = x.float().flatten(2)
+        cells = x.float().flatten(2).contiguous()  # the last bits depend on the layout
         return cells @ cells.mT
 
 
@@ -124,9 +131,8 @@ def total_second_moments(x: Tensor) -> Tensor:
     Image by image: what is taken away again to leave one out must be what was added, to the last bit.
     """
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for cells in torch.split(x.float().flatten(2), 1):
-            total += (cells @ cells.mT)[0]
+    for image in x.split(1):
+        total += second_moments(image)[0]
     return total
 
 
