@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -251,8 +252,51 @@ def test_a_file_may_have_any_name(folders, model, tmp_path, capsys):
     table = (tmp_path / "scores.csv").read_bytes()
     assert all(name in table for name in names)
     assert main(["report", str(model), str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
-    assert main(["score", str(model), ""]) == 2
-    assert "empty name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["fit '' -o m", "fit good -o ''", "score '' bad", "score m ''", "score m bad --csv ''", "score m bad --maps ''",
+     "evaluate m ''", "report m '' -o p", "export m -o o --images ''", "demo --out ''"],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_working_directory(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(shlex.split(arguments))
+    assert end.value.code == 2
+    assert "the name is empty" in complaint(capsys)
+
+
+@pytest.mark.parametrize("arguments", ["fit good -o models/", "score m bad --csv tables/", "report m bad -o pages/"])
+def test_a_file_to_write_is_not_given_as_a_folder(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert "is the name of a folder; give that of a file" in complaint(capsys)
+
+
+def test_score_judges_all_images_of_a_folder_but_masks(folders, model, tmp_path, capsys):
+    """Also where a folder in it has a layout that says what its images are."""
+    image = next((folders / "bad").rglob("*.png"))
+    wanted = ["a.png", "part/b.png", "part/extra/c.png", "part/test/good/d.png", "part/test/good/deep/e.png", "f/g.png"]
+    for name in (*wanted, "part/ground_truth/hole/g_mask.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / name)
+    assert main(["score", str(model), str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()[1:-1]
+    assert sorted(line.split()[0] for line in printed) == sorted(str(tmp_path / name) for name in wanted)
+
+
+def test_score_names_broken_links_and_goes_on(folders, model, tmp_path, capsys):
+    image = next((folders / "bad").rglob("*.png"))
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone")
+    assert main(["score", str(model), str(tmp_path)]) == 2
+    assert "b.png' is no file but a device, a pipe or a broken link" in complaint(capsys)
+    shutil.copy(image, tmp_path / "a.png")
+    assert main(["score", str(model), str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "of 1 images are anomalous" in said.out
+    assert "broken link" in said.err
+    assert main(["fit", str(tmp_path), "-o", str(tmp_path / "m")]) == 2
+    assert "broken link" in complaint(capsys)
 
 
 def test_score_says_what_the_detector_says(folders, model, tmp_path, capsys):

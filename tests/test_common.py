@@ -752,11 +752,27 @@ def test_features_keep_their_precision(detector, rows):
     assert (np.abs(spread - 1) < 0.25).all()
 
 
+@pytest.mark.parametrize("stages", [(2.0, 3.0), (True, 2), (3, 2), ()])
+def test_stages_that_are_none_are_refused_before_images_are_read(detector, stages, tmp_path):
+    with pytest.raises(ValueError, match="stages must be increasing numbers of stages"):
+        clone(detector).set_params(stages=stages).fit(Unreadable())
+
+
 def test_identical_rows_do_no_harm(detector):
     with pytest.warns(UserWarning, match="All 6 held-out calibration images score alike: they may be copies"):
         made = features_only(detector).fit(np.ones((30, 5)))
     assert np.isfinite(made.score_samples(np.ones((2, 5)))).all()
     np.testing.assert_array_equal(made.predict(np.zeros((2, 5))), -1)
+
+
+class Unreadable:
+    """Two images, or more of them, that are never looked at."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        raise AssertionError("must not be read")
 
 
 def test_where_none_can_be_held_out_each_row_counts_once(detector, rows):

@@ -483,12 +483,11 @@ def test_ctrl_c_ends_partial_fit(of_two, monkeypatch):
 
     made = copy_of(of_two)
     monkeypatch.setattr(Trainer, "_backward", interrupted)
-    with pytest.warns(UserWarning, match="interrupted after 0 of 1 passes"):
+    with pytest.raises(KeyboardInterrupt):
         made.partial_fit(MAPS, category=NAMES)  # a and b are known, c is new
     assert len(steps) == 1
-    assert made.training_log_.interrupted
-    assert list(made.categories_) == ["a", "b", "c"]
-    assert np.isfinite(made.score_samples(MAPS)).all()
+    assert list(made.categories_) == ["a", "b"]
+    np.testing.assert_array_equal(made.score_samples(MAPS), of_two.score_samples(MAPS))
 
 
 def test_a_label_with_a_typing_error_is_pointed_out(of_two):
@@ -764,6 +763,20 @@ def test_what_a_caller_sets_while_a_fit_runs_stays(monkeypatch):
     assert made.n_jobs == 3
     assert made.note == "mine"
     assert made.offset_ != old
+
+
+def test_what_is_wrong_with_labels_is_said_before_features_are_extracted(plain, monkeypatch):
+    monkeypatch.setattr("vqad.base.FeatureStore", None)
+    per_category, with_one = {"threshold": "category"}, ["d", *NAMES[1:]]
+    for parameters, call, more, message in (
+        ({}, "partial_fit", {"category": KIND}, "has labels such as 0, but the detector knows 'a'"),
+        ({"warm_start": True}, "fit", {"category": ["a"] * 60}, "goes on with the categories"),
+        (per_category, "fit", {"category": with_one}, "needs at least 2 images .* d has 1"),
+        (per_category, "partial_fit", {"category": with_one}, "needs at least 2 images .* d has 1"),
+        (per_category, "fit", {"groups": [0] * 60, "category": NAMES}, "needs at least 2 groups .* a has 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(copy_of(plain, **parameters), call)(MAPS, **more)
 
 
 @pytest.mark.parametrize(("X", "error"), [(MAPS[:1], ValueError), (MAPS[:, :2], ZeroDivisionError)])

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_mvtec_names_folders_of_images_beside_the_categories(mvtec_root):
             load_mvtec(mvtec_root, split=split)
             load_mvtec(mvtec_root / "nut", split=split)
     save_png(mvtec_root / "screw" / "deep" / "a.png", np.zeros((4, 4), np.uint8))
-    with pytest.warns(UserWarning, match=r"has images in folders without train/good too, left out here: screw\.$"):
+    with pytest.warns(UserWarning, match=r"has images outside .* too, left out here: screw\.$"):
         data = load_mvtec(mvtec_root)
     assert set(data.category) == {"bolt", "nut"}
     with warnings.catch_warnings():
@@ -282,6 +283,39 @@ def test_folder_category_and_target_can_be_given(tmp_path):
     assert data.category.tolist() == ["nut", "nut"]
     assert data.target.tolist() == [1, -1]
     assert data.defect.tolist() == ["good", "defect"]
+
+
+def test_mvtec_names_images_that_lie_astray(mvtec_root):
+    astray = ["a.png", "nut/a.png", "nut/train/a.png", "nut/train/good/night/a.png", "nut/test/good/night/a.png"]
+    kept = [load_mvtec(mvtec_root, split=split).paths.tolist() for split in ("train", "test")]
+    for k, name in enumerate(astray):
+        save_png(mvtec_root / name, np.zeros((4, 4), np.uint8))
+        with pytest.warns(UserWarning, match=rf"left out here: .*{re.escape(', '.join(astray[: k + 1]))}\.$"):
+            found = [load_mvtec(mvtec_root, split=split).paths.tolist() for split in ("train", "test")]
+        assert found == kept
+    save_png(mvtec_root / "bolt" / "a.png", np.zeros((4, 4), np.uint8))
+    with pytest.warns(UserWarning, match=r"left out here: a.png, bolt/a.png, .* and 1 more\.$"):
+        load_mvtec(mvtec_root)
+    with pytest.warns(UserWarning, match=r"left out here: bolt/a.png\.$"):
+        load_mvtec(mvtec_root, categories="bolt")
+
+
+def test_links_to_folders_are_followed_at_any_depth_and_broken_ones_listed(tmp_path):
+    root, store = tmp_path / "root", tmp_path / "store"
+    for path in (root / "nut" / "a.png", store / "b.png", store / "deep" / "c.png"):
+        save_png(path, np.zeros((4, 4), np.uint8))
+    (root / "nut" / "linked").symlink_to(store, target_is_directory=True)
+    (store / "back").symlink_to(root / "nut", target_is_directory=True)
+    (store / "up").symlink_to(tmp_path, target_is_directory=True)
+    (store / "again").symlink_to(store / "deep", target_is_directory=True)
+    names = [Path(path).relative_to(root / "nut").as_posix() for path in load_folder(root).paths]
+    assert names == ["a.png", "linked/b.png", "linked/again/c.png"]
+    (root / "nut" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "nut" / "gone").symlink_to(tmp_path / "nowhere")
+    paths = load_folder(root).paths.tolist()
+    assert paths[1] == str(root / "nut" / "gone.png")
+    with pytest.raises(FileNotFoundError, match=r"gone.png', is no file but a device, a pipe or a broken link"):
+        check_images(paths)
 
 
 def test_folder_does_not_follow_a_link_to_itself(tmp_path):

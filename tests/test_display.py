@@ -181,8 +181,8 @@ def test_a_histogram_goes_on_the_axes_that_are_given():
     [
         ({"anomaly_score": []}, "anomaly_score must be finite"),
         ({"anomaly_score": [np.nan, 0]}, "anomaly_score must be finite"),
-        ({"y": [1]}, "y must be"),
-        ({"y": [0, 1]}, "y must be"),
+        ({"y": [1]}, r"y must have one label for each of 2 images; got shape \(1,\)"),
+        ({"y": [0, 1]}, r"y must be .*; got \[0, 1\]"),
         ({"category": ["a"]}, "category has 1 entries for 2 scores"),
     ],
 )

@@ -402,6 +402,23 @@ def test_a_patch_lies_in_the_image_and_holds_the_middle_of_its_cell(data, rows, 
     assert prototypes.patch(np.zeros((*shape, 3)), "level_0", cell).shape == (32, 32, 3)
 
 
+def test_a_patch_is_of_an_image_in_any_form(tmp_path):
+    prototypes = Prototypes()
+    prototypes.grid["level_0"] = (4, 4)
+    grey = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    rgb = np.repeat(grey[:, :, None], 3, axis=2)
+    expected = prototypes.patch(rgb, "level_0", (1, 2))
+    assert expected.std() > 10
+    forms = grey, grey.astype(np.uint16) * 257, (rgb / 255.0), Image.fromarray(rgb), str(tmp_path / "a.png")
+    for image in forms:
+        np.testing.assert_array_equal(prototypes.patch(image, "level_0", (1, 2)), expected)
+    with pytest.raises(ValueError, match="float pixels from"):
+        prototypes.patch(rgb.astype(float), "level_0", (1, 2))
+    with pytest.raises(ValueError, match=r"a row and a column on the grid of 4 x 4; got \(1, 4\)"):
+        prototypes.patch(rgb, "level_0", (1, 4))
+
+
 def test_thumbnails_are_bounded_even_and_of_the_most_used_codes(detector, parts, monkeypatch):
     monkeypatch.setattr(vqad.prototypes, "MAX_THUMBNAILS", 10)
     prototypes = with_images(detector).fit(parts.images[:20], category=parts.category[:20]).prototypes_

@@ -87,6 +87,17 @@ def test_every_transport_fits_and_finds_the_spots(maps, transport, transport_wei
     assert made.predict(maps[40:]).mean() < 0 < made.predict(maps[:40]).mean()
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"n_heads": 3}, "a multiple of n_heads"), ({"d_model": 9, "n_heads": 3}, "must be even"),
+     ({"transport": "exact", "transport_weight": 1.0}, "has no gradient")],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, parameters, message, monkeypatch):
+    monkeypatch.setattr("vqad.base.FeatureStore", None)
+    with pytest.raises(ValueError, match=message):
+        fit(maps, **parameters)
+
+
 def test_transport_changes_the_scores_but_not_the_training(maps):
     nearest, sinkhorn = fit(maps, transport="nearest"), fit(maps, transport="sinkhorn")
     assert nearest.loss_curve_ == sinkhorn.loss_curve_

@@ -8,6 +8,7 @@ import signal
 import struct
 import warnings
 import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -359,6 +360,40 @@ def test_first_frame_of_many_is_taken_with_a_warning(suffix, tmp_path):
         read = [images.pixels(i) for i in (1, 2)]
     assert len(caught) == 1
     assert (np.stack(read) == np.float32(50 / 255)).all()
+
+
+def png_of_16_bits(pixels):
+    """What Pillow cannot write."""
+    height, width, channels = pixels.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    written = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        written += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return written
+
+
+@pytest.mark.parametrize("kind", ["png 1", "png 2", "png 3", "png 4", "ppm"])
+def test_colours_of_16_bits_are_read_with_8_and_a_warning(kind, tmp_path):
+    """Of grey all 16 are read."""
+    channels = 3 if kind == "ppm" else int(kind[-1])
+    pixels = np.random.default_rng(0).integers(0, 65536, (4, 5, channels)).astype(np.uint16)
+    ppm = b"P6 5 4 65535\n" + pixels[:, :, :3].astype(">u2").tobytes()
+    (tmp_path / "a").write_bytes(ppm if kind == "ppm" else png_of_16_bits(pixels))
+    images = check_images([tmp_path / "a", tmp_path / "a"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read = images.pixels(0)
+        images.pixels(1)
+    said = [str(w.message) for w in caught if "has 16 bits a channel, of which 8 are read" in str(w.message)]
+    assert len(said) == (channels > 1)
+    expected = pixels[:, :, :1] if channels < 3 else pixels[:, :, :3]
+    exact = 1e-6 if channels == 1 else 0.005
+    np.testing.assert_allclose(read, np.broadcast_to(expected / 65535, (4, 5, 3)), atol=exact)
 
 
 def test_previews_of_photographs_are_no_pages(tmp_path):

@@ -188,7 +188,8 @@ def test_random_state_decides_the_folds():
     ("y", "match"),
     [
         (None, "InlierKFold needs y"),
-        ([0, 1] * 30, r"y must be \+1 \(normal\) or -1 \(anomaly\); got \[0 1\]"),
+        ([0, 1] * 30, r"y must be \+1 \(normal\) or -1 \(anomaly\); got \[0, 1\]"),
+        ([None] * 60, r"got \[None\]"),
         (["good"] * 60, r"got \['good'\]"),
         (-np.ones(60), "folds need as many normal samples .* got 0"),
         (np.repeat([1, -1], [4, 56]), "n_splits=5 .* got 4"),

@@ -179,6 +179,14 @@ def test_scores_at_hand_are_not_computed_again(detector, parts, tmp_path, monkey
     assert written(tmp_path, detector, parts.images, verdicts=verdicts) == expected
 
 
+def test_a_page_that_cannot_be_written_is_told_before_images_are_judged(detector, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(detector), "_judge_data", None)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_report(tmp_path / "nodir" / "page.html", detector, parts.images)
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+        write_report(tmp_path, detector, parts.images)
+
+
 def test_what_does_not_go_with_the_images_is_refused(detector, parts, tmp_path):
     images = parts.images[:4]
     with pytest.raises(ValueError, match=r"y has shape \(3,\), but there are 4 images"):
@@ -246,7 +254,8 @@ def test_one_picture_in_every_form_gives_one_overlay():
     expected = overlay(grey, heat, 0.5)
     rgb = np.repeat(grey[:, :, None], 3, axis=2)
     rgba = np.concatenate([rgb, np.zeros((9, 7, 1), np.uint8)], axis=2)
-    for image in (grey[:, :, None], rgb, rgba, rgb / 255.0, (grey / 255.0).astype(np.float32)):
+    wide = grey.astype(np.uint16) * 257
+    for image in (grey[:, :, None], rgb, rgba, rgb / 255.0, (grey / 255.0).astype(np.float32), wide):
         drawn = overlay(image, heat, 0.5)
         assert drawn.dtype == np.uint8
         np.testing.assert_allclose(drawn, expected, atol=1)
@@ -257,6 +266,8 @@ def test_a_map_of_another_size_is_refused():
         overlay(np.zeros((9, 7)), np.zeros((7, 9)), 1.0)
     with pytest.raises(ValueError, match="C = 1, 3 or 4"):
         overlay(np.zeros((9, 7, 2)), np.zeros((9, 7)), 1.0)
+    with pytest.raises(ValueError, match=r"float pixels from 0 to 255, where 0\.\.1 is expected"):
+        overlay(np.linspace(0, 255, 63).reshape(9, 7), np.zeros((9, 7)), 1.0)
 
 
 def test_heat_gets_darker_all_the_way():

@@ -58,14 +58,16 @@ class Regression(nn.Module):
 class Scripted(nn.Module):
     """Whose validation loss after each pass is given, whatever it learns; it remembers which pass it is."""
 
-    def __init__(self, curve):
+    def __init__(self, curve, interrupt_after=math.inf):
         super().__init__()
-        self.curve = curve
+        self.curve, self.interrupt_after = curve, interrupt_after
         self.weight = nn.Parameter(torch.zeros(()))
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
 
     def loss(self, features, category):
         if self.training:
+            if self.passes == self.interrupt_after:
+                raise KeyboardInterrupt
             self.passes += 1
             return 1 + 0 * self.weight
         return torch.tensor(self.curve[int(self.passes) - 1])
@@ -228,11 +230,18 @@ def test_the_schedule_is_scaled_to_the_passes_asked_for():
 # ---- early stopping ------------------------------------------------------------------------------
 
 
-def stop_early(curve, **plan):
-    model = Scripted(curve)
+def stop_early(curve, interrupt_after=math.inf, **plan):
+    model = Scripted(curve, interrupt_after)
     options = {"early_stopping": True, "n_iter_no_change": 2, "tol": 0.0, "batch_size": 40, "max_iter": len(curve)}
     log, _ = fit(model, validation=torch.arange(3), **{**options, **plan})
     return model, log
+
+
+def test_an_interrupted_training_goes_back_to_the_best_pass_too():
+    with pytest.warns(UserWarning, match="interrupted after 3 of 4 passes"):
+        model, log = stop_early([5.0, 3.0, 4.0, 2.0], interrupt_after=3)
+    assert log.n_iter == 3
+    assert model.passes == 2
 
 
 def test_early_stopping_goes_back_to_the_best_pass():
@@ -289,7 +298,15 @@ def test_validation_loss_is_the_mean_over_images():
 # ---- interruptions and memory --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("step", "passes"), [(1, 0), (2, 0), (4, 1), (9, 2)])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_training_interrupted_in_the_first_pass_is_given_up(step):
+    model = regression(interrupt_at=step)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model)
+    assert not model.training
+
+
+@pytest.mark.parametrize(("step", "passes"), [(4, 1), (9, 2)])
 def test_an_interrupted_training_keeps_what_was_learned(step, passes):
     """Three steps a pass: the model is as it was after the last whole step."""
     model = regression(interrupt_at=step)

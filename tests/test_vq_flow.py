@@ -182,7 +182,8 @@ def test_parameters_of_the_model_are_checked(maps, name, value):
         ({"n_blocks": (1, 0, 2)}, r"three numbers of at least 1"),
     ],
 )
-def test_what_does_not_fit_together_is_explained(maps, parameters, message):
+def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, parameters, message, monkeypatch):
+    monkeypatch.setattr("vqad.base.FeatureStore", None)
     with pytest.raises(ValueError, match=message):
         fit(maps, **parameters)
 

@@ -305,7 +305,9 @@ def _check_attribute(owner: Any, name: str) -> None:
         raise Refused(f"no file may set the attribute {name!r} of {type(owner).__name__}")
     is_parameter = isinstance(owner, BaseEstimator) and not name.startswith("_") and not name.endswith("_")
     if is_parameter and name not in owner.get_params(deep=False):
-        raise Refused(f"{type(owner).__name__} has no parameter {name!r}")
+        raise Refused(
+            f"{type(owner).__name__} has no parameter {name!r}, and what is none has an underscore at an end of it"
+        )
 
 
 def _requests(owner: Any, given: dict[str, dict[str, Any]]) -> MetadataRequest:

@@ -201,11 +201,21 @@ def has_more_pages(image: Image.Image) -> bool:
         return False
 
 
+def is_narrowed(image: Image.Image) -> bool:
+    """Whether a file has 16 bits a channel, of which Pillow reads 8; known only before it is loaded."""
+    if image.mode not in ("LA", "RGB", "RGBA"):
+        return False
+    for codec, *_, how in getattr(image, "tile", None) or ():
+        if ";16" in str(how) or (codec == "ppm" and isinstance(how, tuple) and how[1] > 255):
+            return True
+    return False
+
+
 def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
     """Decode an image of any mode; give its pixels, and whether alpha was dropped.
 
     The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32; int32 if their range cannot be
-    known. 16-bit colour files are read by Pillow with 8 bits a channel.
+    known. 16-bit colour files are read by Pillow with 8 bits a channel, see `is_narrowed`.
     """
     is_16_bit = image.format in ("PNG", "PPM")  # some versions give these as mode I, signed 32 bit
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info

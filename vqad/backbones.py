@@ -78,10 +78,7 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     FileNotFoundError
         When no weights are at hand: the message names the ways to get them.
     """
-    if stages is not None and (
-        not stages or not all(isinstance(s, Integral) and s >= 0 for s in stages) or any(np.diff(stages) <= 0)
-    ):
-        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
+    check_stages(stages)
     stages = default_stages(backbone_strides(name)) if stages is None else tuple(stages)
     with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
         source = _weight_source(name, weights)
@@ -121,6 +118,16 @@ def backbone_strides(name: str) -> tuple[int, ...]:
             return tuple(stage["reduction"] for stage in every)
     except _NOT_MADE as error:
         raise ValueError(f"timm makes no feature maps from backbone={name!r}: {error}") from error
+
+
+def check_stages(stages) -> None:
+    """Raise ValueError for what says not which stages of a backbone are wanted."""
+    if stages is not None and (
+        not stages
+        or not all(isinstance(s, Integral) and not isinstance(s, bool) and s >= 0 for s in stages)
+        or any(np.diff(stages) <= 0)
+    ):
+        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
 
 
 def default_stages(strides: Sequence[int]) -> tuple[int, ...]:

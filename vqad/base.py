@@ -37,7 +37,7 @@ from vqad.device import native_precision, on_device, pick_device, seeded, to_dev
 from vqad.explain import explain_images
 from vqad.features import BackboneFeatures, fit_features, transformer_maps
 from vqad.images import check_images
-from vqad.learning import learn_all, learn_more, open_checkpoint
+from vqad.learning import check_labels, learn_all, learn_more, open_checkpoint
 from vqad.prototypes import add_prototypes, learn_prototypes
 from vqad.store import (
     FeatureArray,
@@ -143,6 +143,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         Raises
         ------
+        KeyboardInterrupt
+            When interrupted before the end of the first pass. Later an interrupt ends the training early: what was
+            learned so far stays, with a warning.
         ValueError
             When X has the wrong form, an image cannot be read or a parameter is out of its range.
         FileNotFoundError
@@ -161,6 +164,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
                     "At least 2 normal images are needed, one to learn from and one to set the threshold; got "
                     "n_samples=1."
                 )
+            check_labels(learner, category, groups, "warm" if warm else "anew")
             learner._learn(data, rows, category, groups, warm)
         return self
 
@@ -223,6 +227,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             return self.fit(X, y, category=category, groups=groups)
         self._validate_params()
         data, rows, category, groups = self._check_images(X, y, category, groups)
+        check_labels(self, category, groups, "more")
         device, seed = pick_device(self.device), self._draw_seed()
         copied = "model_", "router_", "map_calibration_", "score_calibration_"
         with seeded(seed, device), self._learner(copied) as learner:

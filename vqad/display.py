@@ -496,8 +496,10 @@ _NAMES = {1: "normal", -1: "anomalous"}
 
 def _labels(y: ArrayLike, n: int) -> np.ndarray:
     y = np.asarray(y)
-    if y.shape != (n,) or not np.isin(y, (1, -1)).all():
-        raise ValueError(f"y must be +1 (normal) or -1 (anomaly) for each of {n} images; got shape {y.shape}.")
+    if y.shape != (n,):
+        raise ValueError(f"y must have one label for each of {n} images; got shape {y.shape}.")
+    if not np.isin(y, (1, -1)).all():
+        raise ValueError(f"y must be +1 (normal) or -1 (anomaly); got {list(dict.fromkeys(y.tolist()))[:5]}.")
     return y
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from vqad._warn import warn
-from vqad.backbones import DEFAULT_BACKBONE, default_stages, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, check_stages, default_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 
@@ -288,6 +288,16 @@ class HVQTransDetector(BaseImageDetector):
         }
         return cls(**{**published, **overrides})
 
+    def _validate_params(self):
+        super()._validate_params()
+        check_stages(self.stages)
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(
+                f"d_model must be even and a multiple of n_heads; got d_model={self.d_model}, n_heads={self.n_heads}."
+            )
+        if self.transport == "exact" and self.transport_weight:
+            raise ValueError("transport='exact' has no gradient to train with: set transport_weight=0.")
+
     def _feature_options(self, strides=None):
         stages, scale = self.stages, self.patch_size
         if stages is None and strides is not None:
@@ -299,12 +309,6 @@ class HVQTransDetector(BaseImageDetector):
         return {"stages": stages, "merge": True, "grid_scale": scale}
 
     def _make_model(self, channels, shapes, n_categories):
-        if self.d_model % self.n_heads or self.d_model % 2:
-            raise ValueError(
-                f"d_model must be even and a multiple of n_heads; got d_model={self.d_model}, n_heads={self.n_heads}."
-            )
-        if self.transport == "exact" and self.transport_weight:
-            raise ValueError("transport='exact' has no gradient to train with: set transport_weight=0.")
         patch_size = self.features_.grid_scale if isinstance(self.backbone, str) else self.patch_size
         if any(cells % patch_size for cells in shapes[0]):
             if math.prod(shapes[0]) > 1:  # not rows, which are a grid of a single cell

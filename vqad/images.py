@@ -21,6 +21,7 @@ from vqad._checks import is_missing
 from vqad._decode import (
     check_dtype,
     has_more_pages,
+    is_narrowed,
     loaded,
     not_there,
     opened,
@@ -215,6 +216,8 @@ class ImageSequence:
         item, name = self._item(i), self.name(i)
         if isinstance(item, str):
             with opened(item, name) as image:
+                if is_narrowed(image):
+                    self._warn_once(name, "16 bits a channel, of which 8 are read: pass arrays of uint16 for all 16.")
                 raw, has_alpha = pil_to_array(image)
                 has_pages = has_more_pages(image)
             if has_pages:

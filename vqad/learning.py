@@ -33,6 +33,27 @@ NOT_OF_THE_TRAINING = {
 }  # fmt: skip
 
 
+def check_labels(detector, category, groups, how) -> None:
+    """Raise for labels from which nothing can be learned ``how``: "anew", "warm" or "more".
+
+    Before features are extracted, which takes long. What can be wrong with categories that are found comes later.
+    """
+    if category is None:
+        return
+    is_new = np.ones(len(category), dtype=bool)
+    if how != "anew":
+        index = known_index(category, detector.categories_)
+        is_new = index < 0
+        if how == "warm" and set(index) != set(range(len(detector.categories_))):
+            raise ValueError(
+                f"warm_start=True goes on with the categories {detector.categories_.tolist()}; got "
+                f"{np.unique(category).tolist()}. Use partial_fit to add categories or to go on with some of them."
+            )
+    names, index = np.unique(category, return_inverse=True)
+    _, held_out = hold_out(index, detector.calibration_fraction, 0, groups)
+    _check_each_held_out(detector, names[np.setdiff1d(index[is_new], index[held_out])], groups)
+
+
 def open_checkpoint(detector, store, category, groups, device, seed, warm) -> Checkpoint | None:
     """The checkpoint of this very training, which is known by its features, parameters and start."""
     if detector.checkpoint_dir is None:
@@ -99,7 +120,7 @@ def learn_all(detector, store, descriptor, category, groups, device, seed, check
 def _split_all(detector, index, groups) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
     train, held_out = split_rows(index, detector.calibration_fraction, detector._split_seed, groups)
-    _check_each_held_out(detector, np.arange(len(detector.categories_)), index[held_out], groups)
+    _check_each_held_out(detector, np.delete(detector.categories_, np.unique(index[held_out])), groups)
     _warn_of_unused(len(index), len(train) + len(held_out))
     warn_of_single_images(detector.categories_, index, groups)
     if not detector.early_stopping:
@@ -126,13 +147,11 @@ def _warn_of_unused(n: int, n_used: int) -> None:
         )
 
 
-def _check_each_held_out(detector, wanted, held_out, groups) -> None:
-    """Raise where categories are to have thresholds of their own, and one has no held-out image."""
-    alone = np.setdiff1d(wanted, held_out)
+def _check_each_held_out(detector, alone, groups) -> None:
+    """Raise where categories are to have thresholds of their own, and those named ``alone`` have no held-out image."""
     if detector.threshold == "category" and len(alone):
         units = "images" if groups is None else "groups"
-        name = detector.categories_[alone[0]]
-        raise ValueError(f"threshold='category' needs at least 2 {units} of every category; {name} has 1.")
+        raise ValueError(f"threshold='category' needs at least 2 {units} of every category; {alone[0]} has 1.")
 
 
 def _same_categories(detector, descriptor, category) -> np.ndarray:
@@ -146,13 +165,7 @@ def _same_categories(detector, descriptor, category) -> np.ndarray:
                 f"{detector.categories_[missed].tolist()}. Use partial_fit to go on with some of them."
             )
         return index
-    index = known_index(category, detector.categories_)
-    if set(index) != set(range(len(detector.categories_))):
-        raise ValueError(
-            f"warm_start=True goes on with the categories {detector.categories_.tolist()}; got "
-            f"{np.unique(category).tolist()}. Use partial_fit to add categories or to go on with some of them."
-        )
-    return index
+    return known_index(category, detector.categories_)
 
 
 def _take_over(model, before) -> None:
@@ -236,7 +249,7 @@ def _split_more(detector, index, groups, placed, n_known, seed) -> tuple[np.ndar
             train.append(rows[keep])
             held_out.append(rows[chosen])
     train, held_out = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
-    _check_each_held_out(detector, index[new], index[held_out], groups)
+    _check_each_held_out(detector, detector.categories_[np.setdiff1d(index[new], index[held_out])], groups)
     warn_of_single_images(detector.categories_, index[new], taken(groups, new))
     return train, held_out
 

@@ -163,7 +163,7 @@ class InlierKFold(BaseCrossValidator):
         if y.ndim != 1:
             raise ValueError(f"y must have one label for each sample, shape (n,); got shape {y.shape}.")
         if not np.isin(y, (-1, 1)).all():
-            raise ValueError(f"y must be +1 (normal) or -1 (anomaly); got {np.unique(y)[:5]}.")
+            raise ValueError(f"y must be +1 (normal) or -1 (anomaly); got {list(dict.fromkeys(y.tolist()))[:5]}.")
         n_normal = np.count_nonzero(y == 1)
         if n_normal < self.n_splits:
             raise ValueError(f"n_splits={self.n_splits} folds need as many normal samples (y = +1); got {n_normal}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vqad._warn import warn
 from vqad.explain import Explanation, codes_of, known
 from vqad.features import BackboneFeatures, read_ahead, readers
+from vqad.images import check_images
 from vqad.store import FeatureArray
 
 __all__ = ["Prototype", "Prototypes"]
@@ -207,15 +208,18 @@ class Prototypes:
             In pixels.
         """
         grid = known(self.grid, codebook)
+        if not all(0 <= k < n for k, n in zip(cell, grid)):
+            raise ValueError(f"cell must be a row and a column on the grid of {grid[0]} x {grid[1]}; got {cell!r}.")
         (top, height), (left, width) = (_extent(*along) for along in zip(cell, grid, shape[:2]))
         return top, left, height, width
 
-    def patch(self, image: np.ndarray, codebook: str, cell: tuple[int, int]) -> np.ndarray:
+    def patch(self, image: Any, codebook: str, cell: tuple[int, int]) -> np.ndarray:
         """The same cut of another image, to lay it beside a thumbnail.
 
         Parameters
         ----------
-        image : ndarray of shape (H, W, 3), float in 0..1 or uint8
+        image : array of shape (H, W) or (H, W, C), PIL image or path
+            As the detector takes them.
         codebook, cell
             As for `box`.
 
@@ -223,9 +227,8 @@ class Prototypes:
         -------
         patch : ndarray of shape (32, 32, 3), uint8
         """
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-        return _cut(pixels, self.box(codebook, cell, image.shape))
+        pixels = check_images([image]).pixels(0)
+        return _cut(torch.from_numpy(pixels).permute(2, 0, 1), self.box(codebook, cell, pixels.shape))
 
     def forget_thumbnails(self) -> None:
         """Drop all thumbnails, for good; where the prototypes are in the images stays known."""

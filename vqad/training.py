@@ -160,6 +160,11 @@ class Trainer:
         Returns
         -------
         log : TrainingLog
+
+        Raises
+        ------
+        KeyboardInterrupt
+            In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
         if self.device.type == "cpu":
@@ -174,6 +179,8 @@ class Trainer:
                 if checkpoint is None or not checkpoint.finished:
                     self._run(run, train, validation, checkpoint)
             except KeyboardInterrupt:
+                if not run.log.n_iter:
+                    raise
                 run.log.interrupted = True
                 warn(
                     f"Training was interrupted after {run.log.n_iter} of {plan.max_iter} passes; "
@@ -181,6 +188,7 @@ class Trainer:
                 )
             finally:
                 self.model.eval()
+            run.best.restore(self.model)
         run.log.seconds += time.monotonic() - started
         return run.log
 
@@ -207,7 +215,6 @@ class Trainer:
                     run.best.look_at(log.validation_curve[-1], self.model)
                 if checkpoint is not None and checkpoint.due(after_pass=True):
                     checkpoint.write(run.state(self.batch_size))
-        run.best.restore(self.model)
 
     def _one_pass(self, run: _Run, train: Tensor, checkpoint: Checkpoint | None) -> float:
         """Train on every image once, or on those that are left of a pass that a kill cut short."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from vqad.backbones import DEFAULT_BACKBONE, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, check_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.device import on_device, pick_device
 from vqad.nn.vq_flow import VQFlow, resize
@@ -307,19 +307,23 @@ class VQFlowDetector(BaseImageDetector):
         with on_device(now.model_, device) as model:
             return np.concatenate(list(now._side_by_side(concepts, data, np.arange(len(data)), device)))
 
-    def _feature_options(self, strides=None):
-        stages = self.stages
-        if stages is None and strides is not None:
-            stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
-        if stages is not None and len(stages) != 4:
-            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(stages)}.")
-        return {"stages": stages, "merge": False}
-
-    def _make_model(self, channels, shapes, n_categories):
+    def _validate_params(self):
+        super()._validate_params()
+        check_stages(self.stages)
+        if self.stages is not None and len(self.stages) != 4:
+            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(self.stages)}.")
         if self.d_position % 4:
             raise ValueError(f"d_position must be a multiple of 4; got d_position={self.d_position}.")
         if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
             raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
+
+    def _feature_options(self, strides=None):
+        stages = self.stages
+        if stages is None and strides is not None:
+            stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
+        return {"stages": stages, "merge": False}
+
+    def _make_model(self, channels, shapes, n_categories):
         if min(channels) < 2:
             raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
         model = VQFlow(

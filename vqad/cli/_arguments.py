@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,7 +69,11 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
         "example:\n  vqad demo --out demo-output",
     )
     command.add_argument(
-        "--out", type=Path, default=Path(DEMO_FOLDER), metavar="DIR", help="for pages and models (default: %(default)s)"
+        "--out",
+        type=_folder,
+        default=Path(DEMO_FOLDER),
+        metavar="DIR",
+        help="for pages and models (default: %(default)s)",
     )
     command.add_argument("--quick", action="store_true", help="fewer cells and passes: a minute, and poorer results")
     _add_running(command)
@@ -91,8 +96,10 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow\n"
         "  vqad fit good-parts/ -o model.safetensors --groups 'piece[0-9]+'    # piece07_left.png, piece07_right.png",
     )
-    command.add_argument("directory", metavar="DIR", help="folder of normal images")
-    command.add_argument("-o", "--output", required=True, metavar="MODEL", help="file to write the model to")
+    command.add_argument("directory", type=_name, metavar="DIR", help="folder of normal images")
+    command.add_argument(
+        "-o", "--output", type=_file, required=True, metavar="MODEL", help="file to write the model to"
+    )
     group = command.add_mutually_exclusive_group()
     group.add_argument(
         "--category-from-folders",
@@ -139,16 +146,16 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "say of each image how anomalous it is and which category it was judged as",
         "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
         "p-value: share of normal images that score this high or higher.\n"
-        "A damaged image is named and left out; the exit code then is 2.\n"
+        "A damaged or missing image is named and left out; the exit code then is 2.\n"
         "examples:\n"
         "  vqad score model.safetensors new-parts/\n"
         "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",
     )
     _add_model(command)
-    command.add_argument("images", nargs="+", metavar="DIR|FILE", help="images, or folders of images")
-    command.add_argument("--csv", metavar="FILE", help="also write the table to a CSV file")
+    command.add_argument("images", type=_name, nargs="+", metavar="DIR|FILE", help="images, or folders of images")
+    command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file")
     command.add_argument(
-        "--maps", type=Path, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
+        "--maps", type=_folder, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
     )
     _add_device(command)
     return command
@@ -164,8 +171,8 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "example:\n  vqad evaluate model.safetensors mvtec/ --json metrics.json",
     )
     _add_model(command)
-    command.add_argument("directory", metavar="ROOT", help="folder of categories, or of one category")
-    command.add_argument("--json", metavar="FILE", help="also write the metrics to a JSON file")
+    command.add_argument("directory", type=_name, metavar="ROOT", help="folder of categories, or of one category")
+    command.add_argument("--json", type=_file, metavar="FILE", help="also write the metrics to a JSON file")
     command.add_argument("--no-pixels", action="store_true", help="leave out the pixel metrics")
     command.add_argument(
         "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
@@ -184,8 +191,8 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
         "example:\n  vqad report model.safetensors new-parts/ -o page.html",
     )
     _add_model(command)
-    command.add_argument("directory", metavar="DIR", help="folder of images")
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="HTML file to write")
+    command.add_argument("directory", type=_name, metavar="DIR", help="folder of images")
+    command.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="HTML file to write")
     command.add_argument("--title", help="of the page")
     command.add_argument(
         "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
@@ -206,13 +213,15 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         "example:\n  vqad export model.safetensors -o model.onnx --images new-parts/",
     )
     _add_model(command)
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="ONNX file to write")
-    command.add_argument("--images", metavar="DIR", help="folder of images to compare on (default: drawn ones)")
+    command.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="ONNX file to write")
+    command.add_argument(
+        "--images", type=_name, metavar="DIR", help="folder of images to compare on (default: drawn ones)"
+    )
     return command
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="file that vqad fit wrote")
+    command.add_argument("model", type=_name, metavar="MODEL", help="file that vqad fit wrote")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
@@ -222,6 +231,24 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 def _add_running(command: argparse.ArgumentParser) -> None:
     _add_device(command)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="makes runs repeat (default: %(default)s)")
+
+
+def _name(text: str) -> str:
+    """The name of a file or folder: an empty one, as of a variable that is not set, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def _folder(text: str) -> Path:
+    return Path(_name(text))
+
+
+def _file(text: str) -> str:
+    """The name of a file to write."""
+    if _name(text).endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of a folder; give that of a file")
+    return text
 
 
 def _size(text: str) -> int | tuple[int, int]:

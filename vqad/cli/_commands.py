@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import vqad
+from vqad._decode import not_there
 from vqad.base import BaseImageDetector
 from vqad.cli._arguments import DRAWN_SIDE
 from vqad.cli._files import (
@@ -78,6 +80,14 @@ def score(arguments: argparse.Namespace) -> int:
         writable(arguments.csv)
     if arguments.maps is not None:
         check_folder_of_maps(arguments.maps, arguments.images)
+    n_asked, named = len(paths), set(arguments.images)
+    broken = [path for path in paths if path not in named and not os.path.isfile(path)]  # links that folders have
+    for path in broken:
+        complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
+    outputs = [output for path, output in zip(paths, outputs) if path not in broken]
+    paths = [path for path in paths if path not in broken]
+    if not paths:
+        return USER_ERROR
     data = check_images(paths)
     detector = _loaded(arguments)
     if arguments.maps is not None:
@@ -105,7 +115,7 @@ def score(arguments: argparse.Namespace) -> int:
             n_scored += len(rows)
     if n_scored:
         print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
-    return OK if n_scored == len(paths) else USER_ERROR
+    return OK if n_scored == n_asked else USER_ERROR
 
 
 def _judged(detector: BaseImageDetector, data: ImageSequence, rows: range) -> tuple[Sequence[int], Verdicts | None]:

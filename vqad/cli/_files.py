@@ -13,7 +13,11 @@ from typing import Any
 from PIL import Image
 
 from vqad.datasets import ImageDataset, load_folder
+from vqad.datasets._files import image_files
 from vqad.datasets._layouts import loader_of
+
+# Where MVTec AD and VisA have the masks of defects.
+MASK_FOLDERS = {"ground_truth", "Masks"}
 
 
 def training_images(folder: str) -> ImageDataset:
@@ -51,12 +55,11 @@ def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
     taken: set[Path] = set()
     for argument in arguments:
         root = Path(argument)
-        if not argument:
-            raise ValueError("an image or folder has the empty name ''.")
         if not root.is_dir():
             found, root = [argument], root.parent
-        elif loader := loader_of(root):
-            found = list(loader(root, split="all").paths)
+        elif loader_of(root):  # all images, wherever they lie: masks are none
+            listed = image_files(root, recursive=True)
+            found = [str(path) for path in listed if not MASK_FOLDERS & set(path.relative_to(root).parts[:-1])]
         else:
             found = list(load_folder(root).paths)
         for path in found:

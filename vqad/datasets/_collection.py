@@ -66,6 +66,8 @@ class ImageDataset:
             raise ValueError(f"target must be +1 (normal) or -1 (anomaly); got {np.unique(self.target)}.")
         self.target = self.target.astype(int)
         check_none_missing(category)
+        if not isinstance(category, str) and np.ndim(category) != 1:
+            raise TypeError(f"category must be a str for all images, or one label for each; got {category!r}.")
         self.category = np.full(n, category) if isinstance(category, str) else np.asarray(category, dtype=str)
         if defect is None:
             defect = np.where(self.target == 1, "good", "defect")

@@ -35,15 +35,21 @@ def natural_key(path: Path) -> list[tuple[int, str]]:
 def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """List the image files of a folder in natural order; hidden files and folders are skipped.
 
-    With `recursive`, the files of a folder come before those of its subfolders.
+    With `recursive`, the files of a folder come before those of its subfolders, links to folders included, and each
+    folder is read once. A broken link is listed: what it leads to was to be an image.
     """
+    top = folder.resolve()
+    return _listed(folder, recursive, {top, *top.parents})
+
+
+def _listed(folder: Path, recursive: bool, seen: set[Path]) -> list[Path]:
     entries = _visible(folder)
-    files = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if recursive:
-        for path in entries:
-            # A link to a folder further up would be followed for ever.
-            if path.is_dir() and not path.is_symlink():
-                files += image_files(path, recursive=True)
+    images = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in images if path.is_file() or not path.exists()]
+    for path in subfolders(folder) if recursive else []:
+        if (real := path.resolve()) not in seen:
+            seen.add(real)
+            files += _listed(path, True, seen)
     return files
 
 

@@ -47,7 +47,8 @@ def load_mvtec(
     Warns
     -----
     UserWarning
-        Of folders beside the categories that hold images too.
+        Of images and folders of images that lie beside the categories, and of images that lie beside the folders of a
+        category or in folders within them.
 
     References
     ----------
@@ -68,10 +69,14 @@ def load_mvtec(
     if unknown:
         raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {list(found)}.")
 
-    if categories is None and not _is_category(folder):
-        others = [path for path in subfolders(folder) if path.name not in found]
-        if plain := [path.name for path in others if image_files(path, recursive=True)]:
-            warn(f"root {str(root)!r} has images in folders without train/good too, left out here: {', '.join(plain)}.")
+    outside = [] if categories is not None or _is_category(folder) else _beside(folder, found)
+    if outside := [*outside, *(path for name in names for path in _astray(found[name]))]:
+        listed = ", ".join(os.path.relpath(path, folder) for path in outside[:5])
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        warn(
+            f"root {str(root)!r} has images outside CATEGORY/train/good and CATEGORY/test/KIND too, left out here: "
+            f"{listed}{more}."
+        )
     rows: list[tuple[Path, int, str, str, Path | None]] = []
     for name in names:
         if split in ("train", "all"):
@@ -89,6 +94,25 @@ def find_categories(folder: Path) -> dict[str, Path]:
     if _is_category(folder):
         return {folder.resolve().name: folder}
     return {path.name: path for path in subfolders(folder) if _is_category(path)}
+
+
+def _beside(folder: Path, found: dict[str, Path]) -> list[Path]:
+    """Images that lie beside categories, and folders with images that do."""
+    others = [path for path in subfolders(folder) if path.name not in found]
+    return image_files(folder) + [path for path in others if image_files(path, recursive=True)]
+
+
+def _astray(folder: Path) -> list[Path]:
+    """Images that lie in a category, but in none of the folders that are read: beside these, or in folders in them.
+
+    Whole folders beside train and test, such as ``validation``, are splits of another kind.
+    """
+    splits = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
+    kinds = [
+        kind for split in splits for kind in subfolders(split) if split.name == "test" or kind.name in NORMAL_KINDS
+    ]
+    deeper = [image for kind in kinds for inner in subfolders(kind) for image in image_files(inner, recursive=True)]
+    return [image for each in (folder, *splits) for image in image_files(each)] + deeper
 
 
 def _is_category(folder: Path) -> bool:

@@ -131,7 +131,7 @@ def total_second_moments(x: Tensor) -> Tensor:
     Image by image: what is taken away again to leave one out must be what was added, to the last bit.
     """
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for image in x.split(1):
+    for image in torch.split(x, 1):
         total += second_moments(image)[0]
     return total
 

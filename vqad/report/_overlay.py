@@ -1,4 +1,4 @@
-"""An anomaly map drawn over its image: numpy and scipy only."""
+"""An anomaly map drawn over its image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+
+from vqad._decode import to_unit_range
 
 # The colours run from 0 to this many map thresholds, whatever the image: two overlays compare.
 SCALE_TOP = 2.0
@@ -41,7 +43,7 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
 
     Parameters
     ----------
-    image : array-like of shape (H, W) or (H, W, C) with C = 1, 3 or 4, uint8, or float in 0..1
+    image : array-like of shape (H, W) or (H, W, C) with C = 1, 3 or 4, unsigned integers, or float in 0..1
         Alpha is dropped.
     anomaly_map : array-like of shape (H, W)
         Higher is more anomalous.
@@ -56,7 +58,7 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
     Raises
     ------
     ValueError
-        If image and map differ in height or width, or either has another number of axes.
+        If image and map differ in height or width, either has another number of axes, or floats are not in 0..1.
     """
     heat = np.asarray(anomaly_map, dtype=float)
     grey = _grey(np.asarray(image))
@@ -73,13 +75,13 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
 
 def _grey(image: NDArray[Any]) -> NDArray[np.float64]:
     """Lightness (H, W) in 0..255."""
-    if image.ndim == 3 and image.shape[2] in (1, 3, 4):
-        pixels = image[..., 0].astype(float) if image.shape[2] == 1 else image[..., :3].astype(float) @ _GREY
-    elif image.ndim == 2:
-        pixels = image.astype(float)
-    else:
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
         raise ValueError(f"image must have shape (H, W) or (H, W, C) with C = 1, 3 or 4; got {image.shape}.")
-    return pixels if image.dtype == np.uint8 else np.clip(pixels, 0, 1) * 255
+    image = image[..., :3]
+    pixels = image.astype(float) if image.dtype == np.uint8 else 255.0 * to_unit_range(image, "image").astype(float)
+    return pixels[..., 0] if image.shape[2] == 1 else pixels @ _GREY
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

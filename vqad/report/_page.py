@@ -17,6 +17,7 @@ from PIL import Image
 from vqad.base import BaseImageDetector
 from vqad.images import ImageSequence
 from vqad.metrics import evaluate
+from vqad.persistence import replaceable
 from vqad.report._figures import curves, histograms
 from vqad.report._overlay import heat_colours, overlay
 from vqad.report._verdicts import Verdicts, judge, sequence_of
@@ -97,6 +98,9 @@ def write_report(
     _require_extras()
     data = sequence_of(detector, images)
     truth = _one_each("y", y, len(data))
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        replaceable(path)  # says what is wrong before the work
     if n_images < 1:
         raise ValueError(f"n_images must be at least 1; got {n_images!r}.")
     if verdicts is None:
@@ -124,7 +128,6 @@ def write_report(
         n_shown=sum(len(cards) for _, cards in sections),
         n_images=len(data),
     )
-    path = Path(path)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
     return path
 
