@@ -310,8 +310,7 @@ class VQFlowDetector(BaseImageDetector):
     def _validate_params(self):
         super()._validate_params()
         check_stages(self.stages)
-        if self.stages is not None and len(self.stages) != 4:
-            raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(self.stages)}.")
+        _check_four(self.stages)
         if self.d_position % 4:
             raise ValueError(f"d_position must be a multiple of 4; got d_position={self.d_position}.")
         if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
@@ -321,6 +320,7 @@ class VQFlowDetector(BaseImageDetector):
         stages = self.stages
         if stages is None and strides is not None:
             stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
+        _check_four(stages)
         return {"stages": stages, "merge": False}
 
     def _make_model(self, channels, shapes, n_categories):
@@ -395,3 +395,8 @@ class VQFlowDetector(BaseImageDetector):
 
     def _map_weights(self):
         return {f"{kind}_{k}": 1.0 for kind in ("energy", "density") for k in (1, 2, 3)}
+
+
+def _check_four(stages):
+    if stages is not None and len(stages) != 4:
+        raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(stages)}.")
