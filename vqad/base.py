@@ -193,11 +193,12 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         What the model has for each category alone is trained: of a new category for ``max_iter`` passes, of a known
         one for one. In HVQ-Trans these are codes and a last layer; in VQ-Flow codes and a short flow behind the shared
-        ones, which only categories have that were added here (of those that `fit` learned together, only routing and
-        thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one they join
+        ones, which only categories have that were added here (of those that `fit` learned together, only the scale of
+        scores and thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one they join
         the ones of before. All that the categories share stays as it is: while an image is judged as a category that
         gets no image here, its score does not change by a bit. It is judged as another if it is nearer to a new one,
-        as with one kind under two names. ``offset_`` and p-values change where all categories share one threshold.
+        as with one kind under two names. ``map_threshold_`` changes, and ``offset_`` and p-values where all categories
+        share one threshold.
 
         The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
 
