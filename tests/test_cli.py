@@ -277,7 +277,14 @@ def test_score_judges_all_images_of_a_folder_but_masks(folders, model, tmp_path,
     """Also where a folder in it has a layout that says what its images are."""
     image = next((folders / "bad").rglob("*.png"))
     wanted = ["a.png", "part/b.png", "part/extra/c.png", "part/test/good/d.png", "part/test/good/deep/e.png", "f/g.png"]
-    for name in (*wanted, "part/ground_truth/hole/g_mask.png"):
+    wanted += ["Masks/train/good/h.png", "deep/er/mvtec/nut/train/good/i.png", "ground_truth/j.png"]
+    masks = [
+        "part/ground_truth/hole/k.png",
+        "deep/er/mvtec/nut/ground_truth/l.png",
+        "visa/pcb/Data/Masks/Anomaly/m.png",
+    ]
+    wanted += ["visa/pcb/Data/Images/Normal/n.png"]
+    for name in (*wanted, *masks):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / name)
     assert main(["score", str(model), str(tmp_path)]) == 0
@@ -288,8 +295,9 @@ def test_score_judges_all_images_of_a_folder_but_masks(folders, model, tmp_path,
 def test_score_names_broken_links_and_goes_on(folders, model, tmp_path, capsys):
     image = next((folders / "bad").rglob("*.png"))
     (tmp_path / "b.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "itself.png").symlink_to("itself.png")
     assert main(["score", str(model), str(tmp_path)]) == 2
-    assert "b.png' is no file but a device, a pipe or a broken link" in complaint(capsys)
+    assert "b.png' is no file but a device, a pipe or a broken link" in capsys.readouterr().err
     shutil.copy(image, tmp_path / "a.png")
     assert main(["score", str(model), str(tmp_path)]) == 2
     said = capsys.readouterr()

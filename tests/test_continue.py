@@ -474,6 +474,27 @@ def test_more_images_of_a_category_teach_it_and_no_other():
     assert len(made._held_out["score"]) == n_held + 3
 
 
+def test_ctrl_c_between_known_and_new_categories_keeps_none_that_was_never_trained(of_two, monkeypatch):
+    made = copy_of(of_two)
+
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqad.training.codebook_perplexity", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after 1 of 1 passes"), pytest.raises(KeyboardInterrupt):
+        made.partial_fit(MAPS, category=NAMES)
+    assert list(made.categories_) == ["a", "b"]
+
+
+def test_where_no_category_can_be_held_out_one_threshold_each_comes_from_trained_images(of_two):
+    made = copy_of(of_two, threshold="category")
+    with pytest.warns(UserWarning, match="Too few images to hold any out"):
+        made.partial_fit(np.concatenate([MAPS[KIND < 2], MAPS[2:3]]), category=[*NAMES[KIND < 2], "c"])
+    assert made.offset_.shape == (3,)
+    with pytest.warns(UserWarning, match="Too few groups to hold any out"):
+        small(threshold="category").fit(MAPS[::3], category=["a"] * 20, groups=[0] * 20)
+
+
 def test_ctrl_c_ends_partial_fit(of_two, monkeypatch):
     steps = []
 
@@ -771,9 +792,15 @@ def test_what_is_wrong_with_labels_is_said_before_features_are_extracted(plain, 
     for parameters, call, more, message in (
         ({}, "partial_fit", {"category": KIND}, "has labels such as 0, but the detector knows 'a'"),
         ({"warm_start": True}, "fit", {"category": ["a"] * 60}, "goes on with the categories"),
+        ({"warm_start": True, **per_category}, "fit", {"category": [*"ab" * 29, "b", "c"]}, "needs .*; c has 1"),
         (per_category, "fit", {"category": with_one}, "needs at least 2 images .* d has 1"),
-        (per_category, "partial_fit", {"category": with_one}, "needs at least 2 images .* d has 1"),
-        (per_category, "fit", {"groups": [0] * 60, "category": NAMES}, "needs at least 2 groups .* a has 1"),
+        (per_category, "partial_fit", {"category": ["e", "e", *with_one[:58]]}, "needs at least 2 images .* d has 1"),
+        (
+            per_category,
+            "fit",
+            {"groups": [0, 1, 2] * 19 + [0, 1, 3], "category": NAMES},
+            "at least 2 groups .* a has 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             getattr(copy_of(plain, **parameters), call)(MAPS, **more)

@@ -286,7 +286,7 @@ def test_folder_category_and_target_can_be_given(tmp_path):
 
 
 def test_mvtec_names_images_that_lie_astray(mvtec_root):
-    astray = ["a.png", "nut/a.png", "nut/train/a.png", "nut/train/good/night/a.png", "nut/test/good/night/a.png"]
+    astray = ["a.png", "nut/a.png", "nut/train/a.png", "nut/train/bad/a.png", "nut/test/good/night/a.png"]
     kept = [load_mvtec(mvtec_root, split=split).paths.tolist() for split in ("train", "test")]
     for k, name in enumerate(astray):
         save_png(mvtec_root / name, np.zeros((4, 4), np.uint8))
@@ -308,13 +308,22 @@ def test_links_to_folders_are_followed_at_any_depth_and_broken_ones_listed(tmp_p
     (store / "back").symlink_to(root / "nut", target_is_directory=True)
     (store / "up").symlink_to(tmp_path, target_is_directory=True)
     (store / "again").symlink_to(store / "deep", target_is_directory=True)
-    names = [Path(path).relative_to(root / "nut").as_posix() for path in load_folder(root).paths]
-    assert names == ["a.png", "linked/b.png", "linked/again/c.png"]
+    save_png(root / "bolt" / "deep" / "d.png", np.zeros((4, 4), np.uint8))
+    (root / "nut" / "bolts").symlink_to(root / "bolt", target_is_directory=True)
+    save_png(root / ".kept" / "e.png", np.zeros((4, 4), np.uint8))
+    (root / "nut" / "kept").symlink_to(root / ".kept", target_is_directory=True)
+    bolt, *paths = load_folder(root).paths
+    assert bolt == str(root / "bolt" / "deep" / "d.png")
+    names = [Path(path).relative_to(root / "nut").as_posix() for path in paths]
+    assert names.pop(1) == "kept/e.png"
+    assert names == ["a.png", "linked/b.png", "linked/deep/c.png"]
     (root / "nut" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (root / "nut" / "gone").symlink_to(tmp_path / "nowhere")
     paths = load_folder(root).paths.tolist()
-    assert paths[1] == str(root / "nut" / "gone.png")
-    with pytest.raises(FileNotFoundError, match=r"gone.png', is no file but a device, a pipe or a broken link"):
+    assert paths[2] == str(root / "nut" / "gone.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"image 2 of X, .*gone.png', is no file but a device, a pipe or a broken link"
+    ):
         check_images(paths)
 
 

@@ -4,12 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from vqad.routing import CategoryRouter, _cuts, discover
+from vqad.store import describe
 
 
 def blobs(k, n=12, dim=16, distance=8.0, seed=0):
@@ -129,6 +131,12 @@ def test_one_number_in_large_units_does_not_hide_the_others(ratio):
     router = CategoryRouter()
     router.fit(X, category)
     np.testing.assert_array_equal(router.predict(X)[0], category)
+
+
+def test_rounding_in_maps_that_are_constant_over_space_does_not_hide_the_categories():
+    X, category = blobs(3)
+    maps = torch.from_numpy(X.astype(np.float32))[:, :, None, None].expand(-1, -1, 7, 7)
+    assert adjusted_rand_score(category, CategoryRouter().fit(describe([maps]))) == 1
 
 
 def test_blobs_of_unequal_size_are_found():

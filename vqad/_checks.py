@@ -15,6 +15,8 @@ from vqad.store import FeatureArray
 
 # The largest feature to learn from: sums of squares are float32 numbers.
 LARGEST_FEATURE = 1e15
+# Features that are looked at together.
+FEATURES_AT_ONCE = 2**22
 
 
 def check_features(estimator, X, reset: bool) -> FeatureArray:
@@ -49,13 +51,14 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
 
 def check_range(data: FeatureArray, rows: np.ndarray) -> None:
     """Raise ValueError for features too large to learn from; none is too large to be judged."""
-    for i in rows:
-        one = data.values[i]
-        largest = max(float(one.max()), -float(one.min()))
-        if largest > LARGEST_FEATURE:
+    n_at_once = max(1, FEATURES_AT_ONCE // data.values[0].size)
+    for part in np.split(rows, range(n_at_once, len(rows), n_at_once)):
+        largest = np.abs(data.values[part]).reshape(len(part), -1).max(1)
+        for i in np.flatnonzero(largest > LARGEST_FEATURE)[:1]:
             raise ValueError(
-                f"X[{i}] has a feature of size {largest:.3g}; fit takes features of at most {LARGEST_FEATURE:g}, as "
-                "it computes with their squares. Leave the image out, or give features in other units."
+                f"X[{part[i]}] has a feature of size {largest[i]:.3g}; fit takes features of at most "
+                f"{LARGEST_FEATURE:g}, as it computes with their squares. Leave the image out, or give features in "
+                "other units."
             )
 
 

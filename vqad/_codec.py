@@ -306,7 +306,7 @@ def _check_attribute(owner: Any, name: str) -> None:
     is_parameter = isinstance(owner, BaseEstimator) and not name.startswith("_") and not name.endswith("_")
     if is_parameter and name not in owner.get_params(deep=False):
         raise Refused(
-            f"{type(owner).__name__} has no parameter {name!r}, and what is none has an underscore at an end of it"
+            f"{type(owner).__name__} has no parameter {name!r}; other attributes start or end with an underscore"
         )
 
 

@@ -202,11 +202,13 @@ def has_more_pages(image: Image.Image) -> bool:
 
 
 def is_narrowed(image: Image.Image) -> bool:
-    """Whether a file has 16 bits a channel, of which Pillow reads 8; known only before it is loaded."""
-    if image.mode not in ("LA", "RGB", "RGBA"):
+    """Whether a PNG, TIFF, PPM or SGI file has 16 bits a channel, of which Pillow reads 8; known until it is loaded."""
+    if image.mode not in ("CMYK", "LA", "RGB", "RGBA", "RGBX"):
         return False
     for codec, *_, how in getattr(image, "tile", None) or ():
-        if ";16" in str(how) or (codec == "ppm" and isinstance(how, tuple) and how[1] > 255):
+        how = how if isinstance(how, tuple) else (how,)
+        is_wide = ";16" in str(how[0]) and not str(how[0]).startswith("BGR")  # that is 16 bits a pixel
+        if is_wide or codec == "SGI16" or (codec in ("ppm", "ppm_plain") and how[-1] > 255):
             return True
     return False
 

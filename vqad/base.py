@@ -144,8 +144,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         Raises
         ------
         KeyboardInterrupt
-            When interrupted before the end of the first pass. Later an interrupt ends the training early: what was
-            learned so far stays, with a warning.
+            When interrupted before the end of the first pass, or after the last one. In between an interrupt ends the
+            training early: what was learned so far stays, with a warning.
         ValueError
             When X has the wrong form, an image cannot be read or a parameter is out of its range.
         FileNotFoundError
@@ -194,11 +194,11 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         What the model has for each category alone is trained: of a new category for ``max_iter`` passes, of a known
         one for one. In HVQ-Trans these are codes and a last layer; in VQ-Flow codes and a short flow behind the shared
         ones, which only categories have that were added here (of those that `fit` learned together, only the scale of
-        scores and thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one they join
-        the ones of before. All that the categories share stays as it is: while an image is judged as a category that
-        gets no image here, its score does not change by a bit. It is judged as another if it is nearer to a new one,
-        as with one kind under two names. ``map_threshold_`` changes, and ``offset_`` and p-values where all categories
-        share one threshold.
+        scores and thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one
+        they join the ones of before. All that the categories share stays as it is: while an image is judged as a
+        category that gets no image here, its score does not change by a bit. It is judged as another if it is nearer to
+        a new one, as with one kind under two names. ``map_threshold_`` changes, and ``offset_`` and p-values where all
+        categories share one threshold.
 
         The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
 
@@ -221,6 +221,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
         Raises
         ------
+        KeyboardInterrupt
+            When interrupted, as by `fit`, of which known categories have one pass only.
         ValueError
             When X has the wrong form, an image cannot be read or labels are of another type.
         """

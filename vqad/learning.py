@@ -40,18 +40,19 @@ def check_labels(detector, category, groups, how) -> None:
     """
     if category is None:
         return
-    is_new = np.ones(len(category), dtype=bool)
     if how != "anew":
         index = known_index(category, detector.categories_)
-        is_new = index < 0
-        if how == "warm" and set(index) != set(range(len(detector.categories_))):
+        if how == "more":
+            category, groups = category[index < 0], taken(groups, index < 0)
+        elif set(index) != set(range(len(detector.categories_))):
             raise ValueError(
                 f"warm_start=True goes on with the categories {detector.categories_.tolist()}; got "
                 f"{np.unique(category).tolist()}. Use partial_fit to add categories or to go on with some of them."
             )
     names, index = np.unique(category, return_inverse=True)
     _, held_out = hold_out(index, detector.calibration_fraction, 0, groups)
-    _check_each_held_out(detector, names[np.setdiff1d(index[is_new], index[held_out])], groups)
+    if len(held_out):  # else thresholds come from what is trained on
+        _check_each_held_out(detector, np.delete(names, np.unique(index[held_out])), groups)
 
 
 def open_checkpoint(detector, store, category, groups, device, seed, warm) -> Checkpoint | None:
@@ -262,7 +263,7 @@ def _train_more(detector, store, index, train, n_known, device) -> None:
     if is_new.any():
         batches = TrainingBatches(scaled, category, torch.from_numpy(train[is_new]), detector.batch_size)
         detector._add_categories(len(detector.categories_) - n_known, batches)
-    for rows, n_passes in ((train[~is_new], 1), (train[is_new], detector.max_iter)):
+    for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], detector.max_iter, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if detector._parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
         if len(rows):
@@ -273,7 +274,7 @@ def _train_more(detector, store, index, train, n_known, device) -> None:
             )  # fmt: skip
             log = trainer.fit(torch.from_numpy(rows))
             detector._note(log, add=True)
-            if log.interrupted:
-                break
+            if log.interrupted and not is_last:
+                raise KeyboardInterrupt  # rather than keep a category that was never trained
     if is_new.any():
         detector._settle(batches)

@@ -192,5 +192,6 @@ def describe(maps: list[Tensor]) -> np.ndarray:
         cells = m.float().flatten(2)
         mean = cells.mean(2)
         # On a CPU torch's own standard deviation takes ten times as long.
-        parts += [mean, (cells - mean[..., None]).square().mean(2).sqrt()]
+        spread = (cells - mean[..., None]).square().mean(2).sqrt()
+        parts += [mean, torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)]  # no more than rounding
     return torch.cat(parts, 1).cpu().numpy()

@@ -146,7 +146,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "say of each image how anomalous it is and which category it was judged as",
         "score: higher is more anomalous; 0 is a typical normal image, 1 a standard deviation of normal images.\n"
         "p-value: share of normal images that score this high or higher.\n"
-        "A damaged or missing image is named and left out; the exit code then is 2.\n"
+        "A damaged image, or a broken link in a folder, is named and left out; the exit code then is 2.\n"
         "examples:\n"
         "  vqad score model.safetensors new-parts/\n"
         "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",

@@ -74,20 +74,20 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     paths, outputs = images_to_score(arguments.images)
+    n_asked, named = len(paths), set(arguments.images)
+    broken = {path for path in paths if path not in named and not os.path.isfile(path)}  # links that folders have
+    for path in sorted(broken):
+        complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
+    outputs = [output for path, output in zip(paths, outputs) if path not in broken]
+    paths = [path for path in paths if path not in broken]
+    if not paths:
+        return USER_ERROR
     drawn = [] if arguments.maps is None else [arguments.maps / output for output in outputs]
     spare([arguments.model, *paths], [arguments.csv, *drawn])
     if arguments.csv is not None:
         writable(arguments.csv)
     if arguments.maps is not None:
         check_folder_of_maps(arguments.maps, arguments.images)
-    n_asked, named = len(paths), set(arguments.images)
-    broken = [path for path in paths if path not in named and not os.path.isfile(path)]  # links that folders have
-    for path in broken:
-        complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
-    outputs = [output for path, output in zip(paths, outputs) if path not in broken]
-    paths = [path for path in paths if path not in broken]
-    if not paths:
-        return USER_ERROR
     data = check_images(paths)
     detector = _loaded(arguments)
     if arguments.maps is not None:

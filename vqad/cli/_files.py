@@ -13,11 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vqad.datasets import ImageDataset, load_folder
-from vqad.datasets._files import image_files
-from vqad.datasets._layouts import loader_of
-
-# Where MVTec AD and VisA have the masks of defects.
-MASK_FOLDERS = {"ground_truth", "Masks"}
+from vqad.datasets._layouts import images_but_masks, loader_of
 
 
 def training_images(folder: str) -> ImageDataset:
@@ -55,13 +51,10 @@ def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
     taken: set[Path] = set()
     for argument in arguments:
         root = Path(argument)
-        if not root.is_dir():
-            found, root = [argument], root.parent
-        elif loader_of(root):  # all images, wherever they lie: masks are none
-            listed = image_files(root, recursive=True)
-            found = [str(path) for path in listed if not MASK_FOLDERS & set(path.relative_to(root).parts[:-1])]
+        if root.is_dir():
+            found = [str(path) for path in images_but_masks(root)]
         else:
-            found = list(load_folder(root).paths)
+            found, root = [argument], root.parent
         for path in found:
             output = _free(Path(os.path.relpath(path, root)), taken)
             taken.add(output)
@@ -123,7 +116,7 @@ def writable(path: str | os.PathLike[str]) -> Path:
 
 def spare(inputs: list[Any], outputs: list[Any]) -> None:
     """Raise where an output would be written over what is read."""
-    read = {Path(path).resolve() for path in inputs}
+    read = set(map(os.path.realpath, inputs))
     for path in outputs:
-        if path is not None and Path(path).resolve() in read:
+        if path is not None and os.path.realpath(path) in read:
             raise ValueError(f"the output {str(path)!r} is the model or one of the images or masks; give another name.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from vqad.datasets import mvtec, visa
 from vqad.datasets._collection import ImageDataset
+from vqad.datasets._files import existing_folder, image_files, no_images
 from vqad.datasets.mvtec import find_categories, load_mvtec
 from vqad.datasets.visa import is_visa, load_visa
 
@@ -18,3 +20,18 @@ def loader_of(folder: Path) -> Callable[..., ImageDataset] | None:
         if is_visa(folder):
             return load_visa
     return None
+
+
+def images_but_masks(root: Path) -> list[Path]:
+    """All images of a folder, at any depth and of whatever layout; masks are none."""
+    masks: dict[Path, bool] = {existing_folder(root): False}
+
+    def has_masks(folder: Path) -> bool:
+        if folder not in masks:
+            masks[folder] = mvtec.is_masks(folder) or visa.is_masks(folder) or has_masks(folder.parent)
+        return masks[folder]
+
+    images = [path for path in image_files(root, recursive=True) if not has_masks(path.parent)]
+    if not images:
+        raise no_images(root)
+    return images

@@ -6,7 +6,7 @@ import os
 
 from vqad._warn import warn
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import IMAGE_SUFFIXES, describe, existing_folder, image_files, subfolders
+from vqad.datasets._files import existing_folder, image_files, no_images, subfolders
 from vqad.datasets._layouts import loader_of
 
 
@@ -58,14 +58,12 @@ def load_folder(
     categories = [folder.resolve().name] * len(paths)
     empty = []
     for subfolder in subfolders(folder) if recursive else []:
-        inside = image_files(subfolder, recursive=True)
+        inside = image_files(subfolder, recursive=True, within=folder)
         paths += inside
         categories += [subfolder.name] * len(inside)
         empty += [] if inside else [subfolder.name]
     if not paths:
-        raise ValueError(
-            f"root {str(root)!r} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}); it contains {describe(folder)}."
-        )
+        raise no_images(root)
     if empty:
         warn(f"root {str(root)!r} has subfolders without an image, which are no categories: {', '.join(empty)}.")
     return ImageDataset(paths, target=[target] * len(paths), category=category or categories)

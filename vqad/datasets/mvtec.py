@@ -89,6 +89,11 @@ def load_mvtec(
     return ImageDataset(paths, target=target, category=category, defect=defect, mask_paths=mask_paths)
 
 
+def is_masks(folder: Path) -> bool:
+    """Whether a folder is the one that has the masks of a category."""
+    return folder.name == "ground_truth" and _is_category(folder.parent)
+
+
 def find_categories(folder: Path) -> dict[str, Path]:
     """Find the category folders in `folder`, or `folder` itself, by name; empty if it has not the layout."""
     if _is_category(folder):
@@ -108,11 +113,12 @@ def _astray(folder: Path) -> list[Path]:
     Whole folders beside train and test, such as ``validation``, are splits of another kind.
     """
     splits = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
-    kinds = [
-        kind for split in splits for kind in subfolders(split) if split.name == "test" or kind.name in NORMAL_KINDS
-    ]
-    deeper = [image for kind in kinds for inner in subfolders(kind) for image in image_files(inner, recursive=True)]
-    return [image for each in (folder, *splits) for image in image_files(each)] + deeper
+    beside = [image for each in (folder, *splits) for image in image_files(each)]
+    for kind in (kind for split in splits for kind in subfolders(split)):
+        is_read = kind.parent.name == "test" or kind.name in NORMAL_KINDS
+        for inner in subfolders(kind) if is_read else [kind]:
+            beside += image_files(inner, recursive=True)
+    return beside
 
 
 def _is_category(folder: Path) -> bool:

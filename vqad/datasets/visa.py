@@ -86,6 +86,11 @@ def is_visa(folder: Path) -> bool:
     return _has_table(folder) or _is_category(folder)
 
 
+def is_masks(folder: Path) -> bool:
+    """Whether a folder is the one that has the masks of an object."""
+    return folder.name == "Masks" and _is_category(folder.parent.parent)
+
+
 def _has_table(folder: Path) -> bool:
     return (folder / TABLE).is_file()
 

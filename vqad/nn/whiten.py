@@ -15,8 +15,9 @@ _WIDE = 1024
 """Numbers of a vector from which on an image is left out by its own vectors: a new inverse takes C³ steps an image."""
 
 
-_OUTWEIGHS = 1e3
-"""An image whose second moments are this many times those of all others together cannot be left out of them."""
+_OUTWEIGHS = 1e10
+"""An image whose second moments are this many times those of all others together cannot be left out: a difference of
+float64 has no digits of these any more."""
 
 
 class Whitening(nn.Module):
@@ -105,9 +106,8 @@ class Whitening(nn.Module):
                 if lengths is not None:
                     squared.append(lengths.to(cells))
                     continue
-                own = second_moments(x[i : i + 1])[0].cpu().double()
+                own = second_moments(x[i : i + 1].cpu())[0].double()  # as they were summed up, to the last bit
                 left = total - own
-                # Where the image outweighs the others, what they add is lost in rounding: it stays in, too.
                 if float(own.trace()) < _OUTWEIGHS * float(left.trace()) or not bool(own.isfinite().all()):
                     root = _inverse_root(left, rest).to(root)
             squared.append((cells[i] @ root.to(cells.dtype)).square().mean(-1))

@@ -101,6 +101,8 @@ def write_report(
     path = Path(path)
     if path.is_dir() or not path.exists():
         replaceable(path)  # says what is wrong before the work
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{str(path)!r} may not be written.")
     if n_images < 1:
         raise ValueError(f"n_images must be at least 1; got {n_images!r}.")
     if verdicts is None:
