@@ -396,6 +396,16 @@ def test_colours_of_16_bits_are_read_with_8_and_a_warning(kind, tmp_path):
     np.testing.assert_allclose(read, np.broadcast_to(expected / 65535, (4, 5, 3)), atol=exact)
 
 
+def test_16_bits_a_pixel_are_not_16_a_channel(tmp_path):
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0) + struct.pack(
+        "<III", 0xF800, 0x07E0, 0x001F
+    )
+    (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 74, 0, 0, 66) + header + bytes(range(8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_images([tmp_path / "a.bmp"]).pixels(0).shape == (2, 2, 3)
+
+
 def test_previews_of_photographs_are_no_pages(tmp_path):
     frames = [Image.fromarray(np.full((4, 5), value, dtype=np.uint8)) for value in (50, 200)]
     path = saved(tmp_path, frames[0], "photo.mpo", save_all=True, append_images=frames[1:])

@@ -185,6 +185,9 @@ def test_a_page_that_cannot_be_written_is_told_before_images_are_judged(detector
         write_report(tmp_path / "nodir" / "page.html", detector, parts.images)
     with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
         write_report(tmp_path, detector, parts.images)
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(PermissionError, match="may not be written"):
+        write_report(tmp_path / "page.html", detector, parts.images)
 
 
 def test_what_does_not_go_with_the_images_is_refused(detector, parts, tmp_path):

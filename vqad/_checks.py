@@ -54,9 +54,10 @@ def check_range(data: FeatureArray, rows: np.ndarray) -> None:
     n_at_once = max(1, FEATURES_AT_ONCE // data.values[0].size)
     for part in np.split(rows, range(n_at_once, len(rows), n_at_once)):
         largest = np.abs(data.values[part]).reshape(len(part), -1).max(1)
-        for i in np.flatnonzero(largest > LARGEST_FEATURE)[:1]:
+        worst = int(largest.argmax())
+        if largest[worst] > LARGEST_FEATURE:
             raise ValueError(
-                f"X[{part[i]}] has a feature of size {largest[i]:.3g}; fit takes features of at most "
+                f"X[{part[worst]}] has a feature of size {largest[worst]:.3g}; fit takes features of at most "
                 f"{LARGEST_FEATURE:g}, as it computes with their squares. Leave the image out, or give features in "
                 "other units."
             )

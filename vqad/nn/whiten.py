@@ -13,8 +13,6 @@ _RIDGE = 0.01
 """Share of the mean variance that every direction has at least (docs/choices.md)."""
 _WIDE = 1024
 """Numbers of a vector from which on an image is left out by its own vectors: a new inverse takes C³ steps an image."""
-
-
 _OUTWEIGHS = 1e10
 """An image whose second moments are this many times those of all others together cannot be left out: a difference of
 float64 has no digits of these any more."""
