@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -15,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import save_png
-from scipy.spatial.distance import cdist
 
 import vqad.cli._commands
 import vqad.demo
-from vqad import BackboneFeatures, HVQTransDetector, VQFlowDetector
-from vqad._memory_bank import PatchMemoryBank
+from vqad import HVQTransDetector, VQFlowDetector
+from vqad._yardstick import GaussianYardstick
 from vqad.cli import main
 from vqad.cli._files import groups_of
 from vqad.datasets import load_elpv, load_mvtec, load_visa, make_textured_parts
@@ -35,7 +35,6 @@ TINY_DEMO = DemoSize(
     20,
     8,
     8,
-    100,
     {
         "hvq-trans": {"image_size": 64, "d_model": 32, "n_codes": 16, "max_iter": 1, "false_alarm_rate": 0.2},
         "vq-flow": {"image_size": 64, "hidden": 8, "n_patterns": 16, "max_iter": 2, "false_alarm_rate": 0.25},
@@ -600,25 +599,17 @@ def test_demo_cells_are_disjoint_surely_labelled_and_in_proportion(size):
     assert list(other.paths) != list(train.paths)
 
 
-def test_memory_bank_scores_are_distances_to_the_nearest_patch():
-    images = make_textured_parts(4, 1, categories=("disc",), random_state=0).images
-    bank = PatchMemoryBank(10**6).fit(images[:3], np.array(["a", "b", "a"]))
-    maps = BackboneFeatures(stages=(2, 3), grid_scale=2).fit().transform(images)
-    smooth = np.empty_like(maps, dtype=np.float64)
-    for i in range(28):
-        for j in range(28):
-            near = maps[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
-            smooth[:, i, j] = near.mean((1, 2), dtype=np.float64)
-    kept = smooth[:3].reshape(-1, smooth.shape[-1])
-    scale = kept.std(0, ddof=1)
-    expected = [cdist(own.reshape(-1, own.shape[-1]) / scale, kept / scale).min(1).max() for own in smooth[3:]]
-    np.testing.assert_allclose(bank.anomaly_score(images[3:]), expected, rtol=1e-3)
-
-
-def test_memory_bank_keeps_as_many_patches_of_each_category():
-    images = make_textured_parts(6, 0, categories=("disc",), image_size=32, random_state=0).images
-    bank = PatchMemoryBank(50).fit(images, np.array(["a", "a", "a", "a", "b", "b"]))
-    assert bank.bank.shape == (100, 152)
+def test_demo_tells_of_passes_and_leaves_the_log_as_it_was(caplog):
+    log, lines = logging.getLogger("vqad"), []
+    before = log.level, list(log.filters)
+    with vqad.demo._passes_told("Detector", 600, lines.append):
+        for k in range(1, 13):
+            log.info("pass %d/%d: %s", k, 12, {})
+        log.warning("something else")
+    log.info("pass 12/12: after it")
+    assert lines == [f"  Detector: learning 600 cells, pass {k} of 12 done" for k in (1, 3, 6, 9, 12)]
+    assert caplog.messages == ["something else"]
+    assert (log.level, log.filters) == before
 
 
 @pytest.fixture(scope="module")
@@ -635,8 +626,14 @@ def demo(tmp_path_factory):
 def test_demo_prints_what_the_saved_models_say_side_by_side(demo):
     folder, printed, test = demo
     assert "Learning from 20 sound solar cells (8 mono, 12 poly)" in printed
+    steps = printed[: printed.index("Learned from 20")].strip().splitlines()[1:]
+    for name, n_passes in (("HVQTransDetector", 1), ("VQFlowDetector", 2)):
+        own = [step.strip().removeprefix(f"{name}: ") for step in steps if name in step]
+        passes = [f"learning 20 cells, pass {k} of {n_passes} done" for k in range(1, n_passes + 1)]
+        assert own[:-1] == ["reading 20 cells", *passes, "scoring 16 cells"]
+        assert own[-1].startswith("learned in")
     head, *lines = printed[printed.index("Learned from 20") :].splitlines()[1:]
-    assert head.split() == ["HVQTransDetector", "VQFlowDetector", "memory", "bank"]
+    assert head.split() == ["HVQTransDetector", "VQFlowDetector", "untrained", "Gaussian"]
     cells = [re.split(r"  +", line.strip()) for line in lines if line.startswith("  ")]
     table = {what: values for what, *values in cells}
     for k, name in enumerate(("hvq-trans", "vq-flow")):
@@ -660,10 +657,10 @@ def test_demo_prints_what_the_saved_models_say_side_by_side(demo):
 
 
 @pytest.mark.slow
-def test_demo_prints_the_memory_banks_column(demo):
+def test_demo_prints_the_untrained_gaussians_column(demo):
     _, printed, test = demo
     train = split_cells(load_elpv(), TINY_DEMO, 0)[0]
-    score = PatchMemoryBank(100, random_state=0).fit(train, train.category).anomaly_score(test)
+    score = GaussianYardstick().fit(train, train.category).anomaly_score(test, test.category)
     low, high = bootstrap_interval(image_auroc, test.target, score, random_state=0)
     pooled = image_auroc(test.target, score)
     assert re.search(rf"image AUROC, pooled .* {pooled:.3f}\n", printed)
@@ -698,7 +695,7 @@ def test_interrupted_demo_stops(monkeypatch, capsys, tmp_path, interrupted_fit):
         return one_pass(self, *args)
 
     monkeypatch.setattr(Trainer, "_one_pass", interrupted)
-    monkeypatch.setattr(vqad.demo, "PatchMemoryBank", never)
+    monkeypatch.setattr(vqad.demo, "GaussianYardstick", never)
     monkeypatch.setattr(vqad.cli._commands, "QUICK", TINY_DEMO)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 130
     assert "vqad: interrupted" in capsys.readouterr().err

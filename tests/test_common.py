@@ -615,13 +615,13 @@ def test_many_kinds_in_turn_cost_what_few_do(detector, n_kinds, monkeypatch):
     kind = np.arange(1024) % n_kinds
     X = (9 * rng.standard_normal((n_kinds, 12))[kind] + rng.standard_normal((1024, 12))).astype(np.float32)
     made = features_only(detector).fit(X[:80], category=kind[:80])
-    seen, terms = [], type(made)._map_terms
+    seen, judged = [], type(made)._judged
 
-    def counted(self, model, features, category):
+    def counted(self, model, maps, category):
         seen.append(len(category))
-        return terms(self, model, features, category)
+        return judged(self, model, maps, category)
 
-    monkeypatch.setattr(type(made), "_map_terms", counted)
+    monkeypatch.setattr(type(made), "_judged", counted)
     made.score_samples(X)
     assert sum(seen) <= 1024 + 64 * n_kinds * 2  # of two parts at the most
 
@@ -842,7 +842,7 @@ def test_own_transformer_must_give_maps_of_one_shape(detector, images):
 
 
 def test_backbone_features_keep_their_own_settings(detector, images, labels):
-    merge = detector._feature_options().get("merge", True)
+    merge = detector._takes_merged
     stages, channels = ((1, 2), (24, 40)) if merge else ((1, 2, 3, 4), (24, 40, 112, 320))
     backbone = BackboneFeatures(image_size=96, stages=stages, merge=merge)
     made = clone(clone(detector).set_params(backbone=backbone, max_iter=1)).fit(images[:24], category=labels[:24])

@@ -18,6 +18,7 @@ from vqad.base import resize_map
 from vqad.datasets import make_textured_parts
 from vqad.explain import Explanation
 from vqad.prototypes import Prototypes
+from vqad.scoring import FAR_WEIGHT
 
 DETECTORS = [
     HVQTransDetector(
@@ -110,7 +111,7 @@ def assert_same_explanation(a, b):
     for name in ("category", "anomaly_score", "too_far", "group"):
         assert getattr(a, name) == getattr(b, name)
     np.testing.assert_array_equal(a.standardized, b.standardized)
-    for name in ("codes", "distances", "terms", "contributions"):
+    for name in ("codes", "distances", "terms", "standardized_terms", "contributions"):
         x, y = getattr(a, name), getattr(b, name)
         assert x.keys() == y.keys()
         for key in x:
@@ -129,12 +130,32 @@ def assert_same_prototypes(a, b, groups=slice(None)):
 # ---- explain -------------------------------------------------------------------------------------
 
 
-def test_terms_are_exactly_those_of_the_map(fitted, explained):
-    terms = {name: np.stack([e.terms[name] for e in explained]) for name in explained[0].terms}
-    index = np.searchsorted(fitted.categories_, [e.category for e in explained])
-    standardized = np.stack([e.standardized for e in explained])
-    np.testing.assert_array_equal(fitted.map_calibration_.combine(terms, index), standardized)
-    np.testing.assert_array_equal(np.stack([resize_map(m, (8, 8)) for m in standardized]), fitted.anomaly_map(MAPS))
+def stacked(explained, attribute):
+    """Of images of one category: an array of all of them for each term."""
+    return {name: np.stack([getattr(e, attribute)[name] for e in explained]) for name in getattr(explained[0], attribute)}
+
+
+def test_terms_are_exactly_those_of_the_map_and_the_score(fitted, explained):
+    """Standardised by what is known of the category, they give the map, and with their highest cells the score."""
+    scorer = fitted.scorer_
+    for c, category in enumerate(fitted.categories_):
+        own = [e for e in explained if e.category == category]
+        assert len(own) > 20
+        terms, standard = stacked(own, "terms"), stacked(own, "standardized_terms")
+        assert terms.keys() == standard.keys() == {t.name for t in scorer.terms}
+        for name, term in terms.items():
+            mean, spread = (getattr(scorer, f"{kind}_{name}")[c].numpy() for kind in ("mean", "spread"))
+            assert term.shape[1:] == scorer.shapes[name][1:]
+            np.testing.assert_array_equal(standard[name], (term - mean) / spread)
+        numbers = {name: torch.from_numpy(term) for name, term in standard.items()}
+        combined = scorer.combined(numbers)
+        np.testing.assert_array_equal(combined.numpy(), [e.standardized for e in own])
+        peaks = (scorer._peaks(numbers, combined) - scorer.peak_center[c]) / scorer.peak_scale[c]
+        score = (torch.logsumexp(peaks, 1) - np.log(peaks.shape[1]) - scorer.ends[c, 0]) / scorer.ends[c, 1]
+        expected = [e.anomaly_score - FAR_WEIGHT * e.too_far for e in own]
+        np.testing.assert_allclose(score, expected, rtol=1e-9, atol=1e-9)
+    found = np.stack([resize_map(e.standardized, (8, 8)) for e in explained])
+    np.testing.assert_array_equal(found, fitted.anomaly_map(MAPS))
 
 
 def test_the_map_is_brought_to_the_size_of_the_image(on_images, parts):
@@ -145,7 +166,8 @@ def test_the_map_is_brought_to_the_size_of_the_image(on_images, parts):
 
 def test_contributions_add_up_to_the_map(fitted, explained):
     for e in explained[::7]:
-        assert e.contributions.keys() == e.terms.keys() == fitted._map_weights().keys()
+        assert e.contributions.keys() == fitted.scorer_.weight.keys() <= e.terms.keys()
+        assert {heat.shape for heat in e.contributions.values()} == {e.standardized.shape}
         np.testing.assert_allclose(sum(e.contributions.values()), e.standardized, rtol=1e-3, atol=1e-3)
         row, col = e.worst_cell
         assert e.standardized[row, col] == e.standardized.max()
@@ -196,8 +218,7 @@ def test_form_of_X_does_not_change_an_explanation(on_images, parts, tmp_path, fo
 
 def test_images_of_different_sizes_are_explained_on_one_grid(on_images, parts):
     a, b = on_images.explain([parts.images[0], parts.images[1][:40]])
-    side = 8 if "level_0" in a.codes else 4
-    assert a.standardized.shape == b.standardized.shape == (side, side)
+    assert a.standardized.shape == b.standardized.shape == (8, 8)
     assert_same_explanation(a, on_images.explain(parts.images[:1])[0])
 
 
@@ -262,7 +283,7 @@ def test_a_cell_of_the_map_lies_in_a_cell_of_every_codebook():
     codes = {"same": np.zeros((4, 6), int), "half": np.zeros((2, 3), int), "odd": np.zeros((3, 5), int)}
     heat = np.zeros((4, 6))
     heat[3, 4] = 1
-    e = Explanation("a", 0.0, 0.0, 0, codes, {}, {}, {}, heat)
+    e = Explanation("a", 0.0, 0.0, 0, codes, {}, {}, {}, {}, heat)
     assert e.worst_cell == (3, 4)
     assert [e.cell_of(name) for name in codes] == [(3, 4), (1, 2), (2, 3)]
     assert e.cell_of("half", (1, 1)) == (0, 0)

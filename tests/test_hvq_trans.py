@@ -8,8 +8,8 @@ import torch
 from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 
-from vqad import HVQTransDetector
-from vqad.backbones import load_backbone
+from vqad import BackboneFeatures, HVQTransDetector
+from vqad.backbones import backbone_strides
 
 SMALL = HVQTransDetector(
     backbone=None, n_codes=16, d_model=16, n_layers=2, n_heads=2, dim_feedforward=16, max_iter=2,
@@ -46,6 +46,8 @@ def test_paper_gives_the_published_configuration():
         "learning_rate": 1e-4,
         "weight_decay": 1e-4,
         "standardize": False,
+        "gaussian": False,
+        "patch_size": 1,
     }
     parameters = HVQTransDetector.paper().get_params()
     assert {name: parameters[name] for name in published} == published
@@ -58,12 +60,14 @@ def test_paper_gives_the_published_configuration():
 
 def test_paper_sees_272_channels_on_a_grid_of_14():
     paper = HVQTransDetector.paper()
-    network = load_backbone(paper.backbone, "random", paper._feature_options()["stages"])
+    options = paper._feature_options(backbone_strides(paper.backbone))
+    assert options == {"stages": (0, 1, 2, 3)}
+    paper.features_ = BackboneFeatures(paper.backbone, weights="random", image_size=224, merge=False, **options).fit()
     with torch.inference_mode():
-        maps = network(torch.zeros(1, 3, 224, 224))
+        maps = paper.features_.network_(torch.zeros(1, 3, 224, 224))
     assert sum(m.shape[1] for m in maps) == 272
     assert tuple(maps[-1].shape[2:]) == (14, 14)
-    assert paper._feature_options()["grid_scale"] == 1
+    assert tuple(paper._arranged(maps).shape) == (1, 272, 14, 14)
 
 
 def test_paper_fits_when_made_small(maps):
@@ -74,12 +78,13 @@ def test_paper_fits_when_made_small(maps):
 
 @pytest.mark.parametrize("transport_weight", [0.0, 0.1])
 @pytest.mark.parametrize("transport", ["conditional", "nearest", "sinkhorn", "exact"])
-def test_every_transport_fits_and_finds_the_spots(maps, transport, transport_weight):
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_every_transport_fits_and_finds_the_spots(maps, transport, transport_weight, gaussian):
     if transport == "exact" and transport_weight:
         with pytest.raises(ValueError, match=r"transport='exact' has no gradient .* transport_weight=0"):
             fit(maps, transport=transport, transport_weight=transport_weight)
         return
-    made = fit(maps, transport=transport, transport_weight=transport_weight)
+    made = fit(maps, transport=transport, transport_weight=transport_weight, gaussian=gaussian)
     found = made.anomaly_map(maps[40:])
     spot = np.zeros((4, 6), bool)
     spot[1:3, 2:4] = True
@@ -99,7 +104,8 @@ def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, 
 
 
 def test_transport_changes_the_scores_but_not_the_training(maps):
-    nearest, sinkhorn = fit(maps, transport="nearest"), fit(maps, transport="sinkhorn")
+    """The published scores: with ``gaussian`` they do not rest on the transport."""
+    nearest, sinkhorn = (fit(maps, transport=kind, gaussian=False) for kind in ("nearest", "sinkhorn"))
     assert nearest.loss_curve_ == sinkhorn.loss_curve_
     assert not np.array_equal(nearest.score_samples(maps), sinkhorn.score_samples(maps))
     assert fit(maps, transport="nearest", transport_weight=1.0).loss_curve_ != nearest.loss_curve_

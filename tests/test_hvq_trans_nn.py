@@ -62,12 +62,12 @@ def published(release) -> HVQTrans:
     ).double()
     state = release_codebooks(release, "param")
     for name, value in model.state_dict().items():
-        if name.endswith(("n_updates", "whitening.root")):
+        if name.endswith("n_updates"):
             state[name] = value
         elif name not in state:
             state[name] = release[f"param.{name}"].reshape(value.shape)
     n_recorded = sum(name.startswith("param.") for name in release)
-    assert len(state) - 6 == n_recorded - 5 * 3 * (N_CATEGORIES - 1), "every recorded parameter has its place"
+    assert len(state) - 5 == n_recorded - 5 * 3 * (N_CATEGORIES - 1), "every recorded parameter has its place"
     model.load_state_dict(state)
     return model
 

@@ -11,10 +11,10 @@ from sklearn.utils._param_validation import InvalidParameterError
 
 import vqad
 from vqad import BackboneFeatures, VQFlowDetector
-from vqad.backbones import load_backbone
+from vqad.backbones import backbone_strides, load_backbone
 from vqad.datasets import make_textured_parts
 from vqad.metrics import image_auroc
-from vqad.nn.vq_flow import VQFlow
+from vqad.nn.vq_flow import VQFlow, resize
 
 SMALL = VQFlowDetector(
     backbone=None, n_concepts=4, n_patterns=8, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=8, max_iter=20,
@@ -55,6 +55,7 @@ def test_paper_gives_the_published_configuration():
         "batch_size": 16,
         "learning_rate": 1e-4,
         "standardize": False,
+        "gaussian": False,
     }
     parameters = VQFlowDetector.paper().get_params()
     assert {name: parameters[name] for name in published} == published
@@ -64,11 +65,12 @@ def test_paper_gives_the_published_configuration():
 
 def test_paper_sees_four_stages_of_convnext():
     paper = VQFlowDetector.paper()
-    network = load_backbone("convnextv2_atto", "random", paper._feature_options()["stages"])
+    options = paper._feature_options(backbone_strides("convnextv2_atto"))
+    assert options == {"stages": (0, 1, 2, 3)}
+    network = load_backbone("convnextv2_atto", "random", options["stages"])
     with torch.inference_mode():
         maps = network(torch.zeros(1, 3, 64, 64))
     assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32]
-    assert paper._feature_options()["merge"] is False
 
 
 def test_paper_fits_when_made_small(maps):
@@ -109,20 +111,34 @@ def test_concepts_tell_the_kinds_of_object_apart(maps, fitted):
     assert fitted.predict_concept(maps[5:6]) == concept[5]
 
 
+def assembled(detector, maps):
+    """Maps (n, h, w, C), one or some, as the model takes them."""
+    maps = maps if isinstance(maps, list) else [maps]
+    return detector._assembled([torch.from_numpy(m).movedim(3, 1) for m in maps])
+
+
 def test_map_terms_add_up_to_the_density(maps, fitted):
-    """The three terms, undone their division by channels and their resizing, are minus the log-density."""
-    features = fitted._scaled([torch.from_numpy(maps[:2]).movedim(3, 1)], torch.device("cpu"))[0]
+    """The published terms and the volumes, undone their division by channels, are minus the log-density."""
+    features = assembled(fitted, maps[:2])
     terms = fitted.model_.anomaly_map(features)
     with torch.no_grad():
         latents = fitted.model_(features).latents
     total = sum(6 * (terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"]).sum((1, 2)) for k in (1, 2, 3))
     total += 0.5 * latents.n_dimensions * np.log(2 * np.pi)
     torch.testing.assert_close(-total, latents.log_prob, rtol=1e-4, atol=1e-3)
-    ours = fitted._map_terms(fitted.model_, features, None)
-    assert set(ours) == set(fitted._map_weights())
-    torch.testing.assert_close(ours["energy_1"], terms["mahalanobis_1"])
-    torch.testing.assert_close(ours["density_1"], terms["mahalanobis_1"] + terms["volume_1"])
-    assert {tuple(term.shape) for term in ours.values()} == {(2, 4, 4)}
+
+
+def test_what_is_measured_are_the_coarsest_latents_or_the_published_terms(maps, fitted):
+    features, category = assembled(fitted, maps[:2]), torch.zeros(2, dtype=torch.long)
+    terms = fitted.model_.anomaly_map(features)
+    with torch.no_grad():
+        (latent,) = fitted._model_fields(fitted.model_, features, category).values()
+        torch.testing.assert_close(latent, fitted.model_(features).latents.z[-1])
+        published = clone(fitted).set_params(gaussian=False)._model_fields(fitted.model_, features, category)
+    assert list(published) == [f"log_likelihood_{k}" for k in (1, 2, 3)]
+    torch.testing.assert_close(published["log_likelihood_1"], terms["log_likelihood_1"])
+    for k in (2, 3):
+        torch.testing.assert_close(published[f"log_likelihood_{k}"], resize(terms[f"log_likelihood_{k}"], (4, 4)))
 
 
 def test_a_single_map_becomes_a_pyramid():
@@ -140,7 +156,7 @@ def test_inverse_on_real_features():
     detector = VQFlowDetector(image_size=64, hidden=16, max_iter=2, precision="float32", random_state=0)
     detector.set_params(false_alarm_rate=0.4).fit(parts.images)
     maps = detector.features_.transform(parts.images[:4])
-    features = detector._scaled([torch.from_numpy(m).movedim(3, 1) for m in maps], torch.device("cpu"))
+    features = assembled(detector, maps)
     with torch.no_grad():
         output = detector.model_(features)
         restored = detector.model_.restore(output.latents.z, output.codes)
@@ -237,9 +253,8 @@ def test_a_new_category_moves_no_score_of_the_old_ones(of_two, of_three):
     before = of_two.model_.state_dict()
     for name, value in of_three.model_.state_dict().items():
         if name in before:
-            assert torch.equal(
-                value[: len(before[name])] if "codebook" in name or "whitening" in name else value, before[name]
-            ), name
+            kept = value[: len(before[name])] if "codebook" in name else value
+            assert torch.equal(kept, before[name]), name
 
 
 def untrained(detector, monkeypatch):
@@ -247,8 +262,6 @@ def untrained(detector, monkeypatch):
 
     def share(self, n, batches):
         self._n_first = self.model_.n_categories = self.model_.n_categories + n
-        for whitening in self.model_.whitening:
-            whitening.add_groups(n)
 
     monkeypatch.setattr(VQFlowDetector, "_add_categories", share)
     monkeypatch.setattr(VQFlowDetector, "_parts_of", lambda *args: [])
@@ -265,7 +278,7 @@ def test_the_parts_of_a_new_category_learn_it(of_two, of_three, monkeypatch):
     is_odd = (np.arange(240) >= 120)[kind == "c"]
     maps = maps[kind == "c"]
     assert set(of_three.predict_category(maps)) == {"c"}
-    features = of_three._scaled([torch.from_numpy(maps[~is_odd]).movedim(3, 1)], torch.device("cpu"))[0]
+    features = assembled(of_three, maps[~is_odd])
     with torch.no_grad():
         own, shared = (of_three.model_(features, torch.full((40,), c)).latents for c in (2, 0))
     assert own.log_prob.mean() > shared.log_prob.mean() + 0.1 * own.n_dimensions

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
-from vqad.calibration import ConformalCalibration, MapCalibration, ScoreCalibration
+from vqad.calibration import ConformalCalibration
 from vqad.device import undisturbed
 from vqad.features import BackboneFeatures
 from vqad.hvq_trans import HVQTransDetector
 from vqad.prototypes import Prototypes
 from vqad.routing import CategoryRouter
+from vqad.scoring import Scorer
 from vqad.training import TrainingLog
 from vqad.vq_flow import VQFlowDetector
 
@@ -35,8 +36,6 @@ CLASSES: dict[str, type] = {
         VQFlowDetector,
         BackboneFeatures,
         CategoryRouter,
-        MapCalibration,
-        ScoreCalibration,
         ConformalCalibration,
         TrainingLog,
         Prototypes,
@@ -149,6 +148,10 @@ class Writer:
         if isinstance(owner, BaseImageDetector) and name == "model_":
             _check_rebuilds(owner, module)
             return {"state": self.state_dict(module, where)}
+        if isinstance(owner, BaseImageDetector) and name == "scorer_":
+            shapes = {term: list(shape) for term, shape in module.shapes.items()}
+            _check_scorer_rebuilds(owner, module)
+            return {"state": self.state_dict(module, where), "shapes": shapes}
         if isinstance(owner, BackboneFeatures) and name == "network_":
             included = self.include_backbone or owner.weights in UNFINDABLE
             return {
@@ -241,19 +244,25 @@ class Reader:
             model = _rebuild(owner)
             model.load_state_dict(state, assign=True)
             return model
+        if isinstance(owner, BaseImageDetector) and name == "scorer_" and state is not None:
+            scorer = _rebuild_scorer(
+                owner, {str(term): tuple(map(int, shape)) for term, shape in data["shapes"].items()}
+            )
+            scorer.load_state_dict(state, assign=True)
+            return scorer
         if isinstance(owner, BackboneFeatures) and name == "network_":
             return self.network(owner, state, self.decode(data["normalization"]))
         raise Refused(f"it has a module {name!r}, which is not known")
 
     def network(self, features: BackboneFeatures, state: dict[str, Tensor] | None, normalization: Any) -> nn.Module:
         if state is not None:
-            network = load_backbone(features.backbone, "random", features.stages, features.size_)
+            network = load_backbone(features.backbone, "random", features.network_stages_, features.size_)
             network.load_state_dict(state, assign=True)
         elif self.weights is None and features.weights in UNFINDABLE:
             raise Refused(f"it lacks the backbone's weights, which were {features.weights!r}")
         else:
             weights = features.weights if self.weights is None else self.weights
-            network = load_backbone(features.backbone, weights, features.stages, features.size_)
+            network = load_backbone(features.backbone, weights, features.network_stages_, features.size_)
         digest = state_digest(network)
         if digest != features.digest_:
             raise Refused(
@@ -270,6 +279,22 @@ def _rebuild(detector: BaseImageDetector) -> nn.Module:
     channels, shapes = detector._model_shapes
     model: nn.Module = detector._make_model(channels, shapes, len(detector.categories_))
     return model.eval()
+
+
+def _rebuild_scorer(detector: BaseImageDetector, shapes: dict[str, tuple[int, int, int]]) -> nn.Module:
+    """The scorer that `fit` would make, without room for numbers."""
+    with torch.device("meta"):
+        return detector._make_scorer(shapes, len(detector.categories_)).eval()
+
+
+def _check_scorer_rebuilds(detector: BaseImageDetector, scorer: Scorer) -> None:
+    """Raise where a detector's parameters would make another scorer than the one that it has."""
+    twin = _rebuild_scorer(detector, scorer.shapes)
+    if (twin.terms, twin.map_peak) != (scorer.terms, scorer.map_peak):
+        raise ValueError(
+            "The detector's parameters were changed after fit: its scorer has other terms than gaussian="
+            f"{detector.gaussian} gives. Set them back with set_params, or fit again."
+        )
 
 
 def _check_rebuilds(detector: BaseImageDetector, model: nn.Module) -> None:

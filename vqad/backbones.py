@@ -159,6 +159,46 @@ def _channels_first(network: nn.Module, inputs, maps: list[Tensor]) -> list[Tens
     return [m.permute(0, 3, 1, 2) for m in maps]
 
 
+def two_views(network: nn.Module, pixels: Tensor, small: Tensor) -> list[Tensor]:
+    """Maps of all stages but the last from ``pixels``, and what has the last stage's stride from ``small``.
+
+    Where the network is an EfficientNet, that is all of its blocks with this stride, side by side, and no block is
+    computed that is not needed.
+
+    Parameters
+    ----------
+    network : nn.Module
+        As `load_backbone` gives it, of two stages or more.
+    pixels, small : Tensor of shape (n, 3, H, W)
+        The same images; ``small`` may be ``pixels``.
+    """
+    ends = _last_blocks(network)
+    if ends is None:
+        maps = network(pixels)
+        return [*maps[:-1], maps[-1] if small is pixels else network(small)[-1]]
+    fine, x = [], network.bn1(network.conv_stem(pixels))
+    for i, block in enumerate(network.blocks[: ends[-2] + 1]):
+        x = block(x)
+        if i in ends:
+            fine.append(x)
+    if small is not pixels:
+        x = network.bn1(network.conv_stem(small))
+        for block in network.blocks[: ends[-2] + 1]:
+            x = block(x)
+    deep = []
+    for block in network.blocks[ends[-2] + 1 :]:
+        x = block(x)
+        deep.append(x)
+    return [*fine, torch.cat([m for m in deep if m.shape[2:] == x.shape[2:]], 1)]
+
+
+def _last_blocks(network: nn.Module) -> list[int] | None:
+    """Number of the last block of each stage of an EfficientNet; None of another network."""
+    names = [name.split(".") for name in network.feature_info.module_name()]
+    is_plain = type(network).__module__ in _EFFICIENTNETS and all(name[0] == "blocks" for name in names)
+    return [int(name[1]) for name in names] if is_plain and len(names) > 1 else None
+
+
 _PREPARING = threading.Lock()
 _READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
 PREPARATION = 2

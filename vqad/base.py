@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,31 +30,32 @@ from vqad._checks import (
     normal_rows,
     taken,
 )
-from vqad.backbones import backbone_strides
+from vqad.backbones import backbone_strides, spread_stages
 from vqad.chunks import chunk_size, in_chunks, joined, pad_chunk, side_by_side
 from vqad.datasets import ImageDataset
-from vqad.device import native_precision, on_device, pick_device, seeded, to_device
+from vqad.device import native_precision, on_device, pick_device, seeded
 from vqad.explain import explain_images
-from vqad.features import BackboneFeatures, fit_features, transformer_maps
+from vqad.features import BackboneFeatures, check_image_size, fit_features, transformer_maps
 from vqad.images import check_images
 from vqad.learning import check_labels, learn_all, learn_more, open_checkpoint
+from vqad.nn.fields import feature_fields
 from vqad.prototypes import add_prototypes, learn_prototypes
-from vqad.store import (
-    FeatureArray,
-    FeatureStore,
-    describe,
-)
+from vqad.scoring import FAR_WEIGHT, Scorer, Term
+from vqad.store import FeatureArray, FeatureStore, describe
 from vqad.thresholds import labelled_offset, threshold_rule
 from vqad.training import TrainingPlan
 
 # An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
 FAR = 1.5
-# What such an image's score grows by for every further such distance, in standard deviations of normal scores.
-FAR_WEIGHT = 10.0
 # The most distances that count: of features whose squares are no numbers, too.
 FARTHEST = 1e9
-# The largest value of a scaled feature that a model sees.
+# The largest value of a feature that a model or a Gaussian sees.
 LARGEST = 1e12
+# A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
+DEEP_VIEW = 7 / 9
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Judgement(NamedTuple):
@@ -77,14 +78,13 @@ class Judgement(NamedTuple):
 class BaseImageDetector(OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
-    A detector adds its parameters and six hooks: ``_make_model(channels, shapes, n_categories)`` returns the
+    A detector adds its parameters and these hooks: ``_make_model(channels, shapes, n_categories)`` returns the
     module, with the methods ``loss``, ``anomaly_map`` and ``initialise_codes``; ``_clip_norm`` bounds its gradient;
-    ``_feature_options(strides)`` says what it wants of `BackboneFeatures`, given the strides of the backbone's stages;
-    ``_map_weights()`` how the terms of the map add up;
-    ``_codebooks()`` names its codebooks, and ``_look_up(model, features, category)`` gives of each the code of every
-    cell and its distance to it, (n, h, w) each.
-    One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``; one whose
-    model has a `Whitening` gives what this measures in ``_deviations``.
+    ``_stages_of(strides)`` says which stages of the backbone it wants; ``_arranged(maps)`` brings their maps to the
+    form that the model takes; ``_model_fields(model, features, category)`` gives the vectors, or numbers, of every cell
+    that say how anomalous it is, and ``_terms()`` how they count; ``_codebooks()`` names its codebooks, and
+    ``_look_up(model, features, category)`` gives of each the code of every cell and its distance to it, (n, h, w) each.
+    One whose model has parts that serve a single category says so in ``_add_categories`` and ``_parts_of``.
     """
 
     _parameter_constraints: dict = {
@@ -93,6 +93,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "image_shape": [tuple, list, None],
         "standardize": ["boolean"],
+        "gaussian": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
@@ -175,9 +176,9 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             if self.backbone is not None and not warm:
                 strides = backbone_strides(self.backbone) if isinstance(self.backbone, str) else None
                 self.features_ = fit_features(
-                    self.backbone, data, rows, taker=type(self).__name__, weights=self.weights,
-                    image_size=self.image_size, device=self.device, precision=self.precision,
-                    **self._feature_options(strides),
+                    self.backbone, data, rows, taker=type(self).__name__, merged=self._takes_merged,
+                    weights=self.weights, image_size=self.image_size, device=self.device, precision=self.precision,
+                    **({} if strides is None else self._feature_options(strides)),
                 )  # fmt: skip
             store, descriptor = self._extract(data, rows, device)
         checkpoint = open_checkpoint(self, store, category, groups, device, seed, warm)
@@ -232,7 +233,7 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         data, rows, category, groups = self._check_images(X, y, category, groups)
         check_labels(self, category, groups, "more")
         device, seed = pick_device(self.device), self._draw_seed()
-        copied = "model_", "router_", "map_calibration_", "score_calibration_"
+        copied = "model_", "router_", "scorer_"
         with seeded(seed, device), self._learner(copied) as learner:
             store, descriptor = learner._extract(data, rows, device)
             index = learn_more(learner, store, descriptor, category, groups, device, seed)
@@ -356,10 +357,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _settle(self, batches) -> None:
         """What the model does with the images that it has learned, when it has; nothing."""
-
-    def _deviations(self, model: nn.Module, features, category: Tensor) -> list[Tensor]:
-        """For each `Whitening` of the model, in its order, the vectors (n, C, h, w) whose lengths matter."""
-        return []
 
     def _add_categories(self, n: int, batches) -> None:
         """Make room in the model for ``n`` more categories, and start it from their batches; no model needs to."""
@@ -507,22 +504,17 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             chunks = ((chunk, describe(maps), maps) for chunk, maps in self._iter_features(data, device, part))
             for chunk, descriptor, maps in joined(chunks):
                 category, excess = self._route(descriptor)
-                terms = self._model_terms(scorer, maps, category, device)
-                combined = self.map_calibration_.combine(terms, category)
-                score = self._image_score(combined, category, excess)
+                found = self._model_terms(model, maps, category, device, self._judged)
+                score = found["score"] + FAR_WEIGHT * excess
                 if note is not None:
-                    note(scorer, chunk, maps, category, excess, terms, combined, score)
-                judged.append((score, category, combined if keep_maps else combined[:0].copy()))
+                    note(model, chunk, maps, category, excess, score)
+                judged.append((score, category, found["map"] if keep_maps else found["map"][:0].copy()))
             return judged
 
-        with on_device(self.model_, device) as model:
-            scorer = self._scorer(model, native_precision(device, self.precision))
+        with on_device(self.model_, device) as model, on_device(self.scorer_, device):
+            model = self._scoring_model(model, native_precision(device, self.precision))
             parts = list(self._side_by_side(judge, data, rows, device))
         return Judgement(*(np.concatenate(column) for column in zip(*parts)))
-
-    def _image_score(self, maps, category, excess) -> np.ndarray:
-        score = self.score_calibration_.transform(self.score_calibration_.pool(maps), category)
-        return score + FAR_WEIGHT * excess
 
     def _route(self, descriptor) -> tuple[np.ndarray, np.ndarray]:
         """Category of each image, and by how many limits it is too far from it."""
@@ -530,50 +522,85 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         excess = np.maximum(0.0, distance / self._distance_limit[category] - 1.0)
         return category, np.nan_to_num(excess, nan=FARTHEST).clip(max=FARTHEST)
 
-    def _model_terms(
-        self, model: nn.Module, maps: list[Tensor], category, device, compute=None
-    ) -> dict[str, np.ndarray]:
-        """The model's map terms of one chunk, or what ``compute`` gives of it.
+    def _model_terms(self, model: nn.Module, maps: list[Tensor], category, device, compute) -> dict[str, np.ndarray]:
+        """What ``compute(model, maps, category)`` gives of one chunk.
 
         One category at a time, filled up to a fixed number of images, in one layout: the last bits of a matrix
         product depend on its size and strides, and which products are formed on the categories.
         """
         size = chunk_size(device, math.prod(maps[-1].shape[-2:]))
-        maps = self._scaled(maps, device)
         dtype = native_precision(device, self.precision)
-        compute = self._map_terms if compute is None else compute
         out: dict[str, np.ndarray] = {}
 
         def judge(part: Tensor, size: int) -> dict[str, Tensor]:
-            chunk = [pad_chunk(m[part.to(device)], size).contiguous(memory_format=torch.channels_last) for m in maps]
+            rows = part.to(maps[0].device)
+            chunk = [pad_chunk(m[rows], size).to(device).float().clamp(-LARGEST, LARGEST) for m in maps]
+            chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
             number = torch.full((size,), int(category[part[0]]), device=device)
             with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return compute(model, chunk[0] if len(chunk) == 1 else chunk, number)
+                return compute(model, chunk, number)
 
         for c in np.unique(category):
             for part, terms in in_chunks(judge, torch.from_numpy(np.flatnonzero(category == c)), size):
                 for name, term in terms.items():
-                    values = (term.float() if term.is_floating_point() else term)[: len(part)].cpu().numpy()
+                    values = (term.float() if term.dtype in HALF else term)[: len(part)].cpu().numpy()
                     kept = out.setdefault(name, np.empty((len(category), *values.shape[1:]), values.dtype))
                     kept[part.numpy()] = values
         return out
 
-    def _scaled(self, maps: list[Tensor], device) -> list[Tensor]:
-        """Maps as the model sees them, float32; not so large that their squares are no numbers."""
-        moments = zip(maps, self.feature_mean_, self.feature_scale_)
-        scaled = [(m.to(device).float() - mean.to(device)) / scale.to(device) for m, mean, scale in moments]
-        return [m.clamp_(-LARGEST, LARGEST) for m in scaled]
+    def _assembled(self, maps: list[Tensor]) -> Tensor | list[Tensor]:
+        """Maps in the form that the model takes, float32, each channel scaled."""
+        return self._arranged(self._scaled(maps))
 
-    def _scorer(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """What gives the same terms as the model for less, in a pass over many images."""
+    def _scaled(self, maps: list[Tensor]) -> list[Tensor]:
+        moments = zip(maps, self.feature_mean_, self.feature_scale_)
+        return [((m - mean.to(m.device)) / scale.to(m.device)).clamp_(-LARGEST, LARGEST) for m, mean, scale in moments]
+
+    def _fields(self, model: nn.Module, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+        """What the scorer measures: the model's fields, and with ``gaussian`` those of the features themselves."""
+        fields = self._model_fields(model, self._assembled(maps), category)
+        if not self.gaussian:
+            return fields
+        if self.backbone is None:  # numbers of any unit
+            maps = self._scaled(maps)
+        strides = self.features_.strides_ if isinstance(getattr(self, "features_", None), BackboneFeatures) else None
+        return {**feature_fields(maps, strides), **fields}
+
+    def _judged(self, model: nn.Module, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+        """Score and map."""
+        judged = self.scorer_(self._fields(model, maps, category), category[0])
+        return {"score": judged.score, "map": judged.map}
+
+    def _make_scorer(self, shapes: dict[str, tuple[int, int, int]], n_categories: int) -> Scorer:
+        """A scorer of fields of these shapes that has learned nothing."""
+        terms, map_peak = self._terms()
+        return Scorer([t for t in terms if t.name in shapes], shapes, n_categories, map_peak)
+
+    def _feature_terms(self) -> list[Term]:
+        """How the fields of the features count."""
+        return [
+            Term("features", 1.0, (0.0,)),
+            Term("fine", 1.0, (0.0,)),
+            Term("middle", 1.0, (0.0,)),
+            Term("deep", 0.0, (0.0, 0.3)),
+            Term("whole", 0.0, (0.0,)),
+        ]
+
+    def _feature_options(self, strides) -> dict:
+        """Of `BackboneFeatures`, for a network with these strides."""
+        stages = self._stages_of(strides)
+        if not self.gaussian or spread_stages(strides) is not None:
+            return {"stages": stages}
+        side = strides[-1]
+        size = (max(side, round(DEEP_VIEW * s / side) * side) for s in check_image_size(self.image_size))
+        return {"stages": stages, "deep_size": tuple(max(32, s) for s in size)}
+
+    def _scoring_model(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """What gives the same fields as the model for less, in a pass over many images."""
         return model
 
-    def _map_terms(self, model: nn.Module, features, category: Tensor) -> dict[str, Tensor]:
-        """Terms of the anomaly map, all (n, h, w) on one grid; a detector says which."""
-        return model.anomaly_map(features, category)
-
-    def _store_terms(self, store, rows, category, device, compute=None) -> dict[str, np.ndarray]:
-        """Map terms of stored images, or what ``compute`` gives of them."""
+    def _store_terms(self, store, rows, category, device, compute) -> dict[str, np.ndarray]:
+        """What ``compute(model, maps, category)`` gives of stored images."""
         order = np.argsort(category, kind="stable")  # a chunk is of one category, and filled up
         size = chunk_size(device, math.prod(store.maps[-1].shape[-2:]))
 
@@ -581,13 +608,14 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             out = []
             for part in np.split(places, range(size, len(places), size)):
                 part = order[part]
-                maps = store.batch(rows[part])
-                maps = to_device([maps] if isinstance(maps, Tensor) else maps, device)
-                out.append(self._model_terms(scorer, maps, category[part], device, compute))
+                maps = [m.to(device, non_blocking=True) for m in store.batch(rows[part])]
+                out.append(self._model_terms(model, maps, category[part], device, compute))
             return out
 
-        with on_device(self.model_, device) as model:
-            scorer = self._scorer(model, native_precision(device, self.precision))
+        with on_device(self.model_, device) as model, ExitStack() as stack:
+            if self.scorer_ is not None:
+                stack.enter_context(on_device(self.scorer_, device))
+            model = self._scoring_model(model, native_precision(device, self.precision))
             parts = list(side_by_side(terms_of, np.arange(len(rows)), device, chunk=size))
         place = np.argsort(order)
         return {name: np.concatenate([p[name] for p in parts])[place] for name in parts[0]}

@@ -1,9 +1,12 @@
-"""The demonstration: real solar cells of two kinds, both detectors, measured beside a memory bank of patches."""
+"""The demonstration: real solar cells of two kinds, both detectors, measured beside an untrained Gaussian."""
 
 from __future__ import annotations
 
+import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vqad
-from vqad._memory_bank import PatchMemoryBank
+from vqad._yardstick import GaussianYardstick
 from vqad.base import BaseImageDetector
 from vqad.datasets import ElpvDataset, load_elpv
 from vqad.hvq_trans import HVQTransDetector
@@ -38,8 +41,6 @@ class DemoSize:
         Cells to learn from, of those that the experts called surely sound (defect probability 0).
     n_test_normal, n_test_defective : int
         Cells to measure on: sound ones that are not learned from, and surely defective ones (probability 1).
-    bank_patches : int
-        Patches that the memory bank keeps of each kind of cell.
     parameters : dict of str to dict
         Of each detector, named as in `DETECTORS`, where they are not its defaults.
     """
@@ -47,7 +48,6 @@ class DemoSize:
     n_train: int
     n_test_normal: int
     n_test_defective: int
-    bank_patches: int
     parameters: dict[str, dict[str, Any]]
 
 
@@ -56,7 +56,6 @@ FULL = DemoSize(
     n_train=600,
     n_test_normal=300,
     n_test_defective=200,
-    bank_patches=8000,
     parameters={
         "hvq-trans": {"image_size": 224, "max_iter": 12},
         "vq-flow": {"image_size": 224, "max_iter": 12},
@@ -67,7 +66,6 @@ QUICK = DemoSize(
     n_train=150,
     n_test_normal=60,
     n_test_defective=60,
-    bank_patches=1000,
     parameters={
         "hvq-trans": {"image_size": 224, "max_iter": 3, "false_alarm_rate": 0.05},
         "vq-flow": {"image_size": 224, "max_iter": 3, "false_alarm_rate": 0.05},
@@ -157,7 +155,7 @@ class DemoResult:
     detectors : dict of str to MeasuredDetector
         By the names in `DETECTORS`.
     baseline : Measured
-        The memory bank of patches.
+        The untrained Gaussian, which is told the kind of every cell.
     """
 
     cells: ElpvDataset
@@ -232,7 +230,7 @@ class DemoResult:
             facts={
                 "Cells learned from": f"{self.n_train}, surely sound",
                 "Image AUROC, mean of both kinds": f"{mine.evaluation.mean['image_auroc']:.3f} "
-                f"(memory bank of patches: {self.baseline.evaluation.mean['image_auroc']:.3f})",
+                f"(untrained Gaussian: {self.baseline.evaluation.mean['image_auroc']:.3f})",
                 "Images": SOURCE,
                 "More": Markup(", ").join(links),
             },
@@ -253,12 +251,12 @@ def run_demo(
     ----------
     size : DemoSize, default=FULL
     random_state : int, default=0
-        Decides which cells are learned from, and seeds the detectors and the memory bank.
+        Decides which cells are learned from, and seeds the detectors.
     device : str, default="auto"
     verbose : int, default=0
-        Whether to show the trainings' progress.
+        Whether to show the trainings' progress in bars, as in a terminal; without, ``say`` is told of it.
     say : callable, optional
-        Is given a line of text after each step.
+        Is given a line of text before and after each step: some 20 lines in all.
 
     Returns
     -------
@@ -279,24 +277,28 @@ def run_demo(
     common = {"random_state": random_state, "device": device, "verbose": verbose}
     detectors = {}
     for name, kind_of_detector in DETECTORS.items():
-        detectors[name] = _measure_detector(kind_of_detector(**{**common, **size.parameters[name]}), train, test)
-        say(_times(detectors[name]))
-    bank = PatchMemoryBank(size.bank_patches, device=device, random_state=random_state)
-    baseline = _measure_bank(bank, train, test)
-    say(_times(baseline))
+        detector = kind_of_detector(**{**common, **size.parameters[name]})
+        with _passes_told(type(detector).__name__, len(train), None if verbose else say):
+            detectors[name] = _measure_detector(detector, train, test, say)
+    baseline = _measure_yardstick(GaussianYardstick(device), train, test, say)
     return DemoResult(test, len(train), detectors, baseline)
 
 
-def _measure_detector(detector: BaseImageDetector, train: ElpvDataset, test: ElpvDataset) -> MeasuredDetector:
+def _measure_detector(
+    detector: BaseImageDetector, train: ElpvDataset, test: ElpvDataset, say: Callable[[str], None]
+) -> MeasuredDetector:
+    name = type(detector).__name__
+    say(f"  {name}: reading {len(train)} cells")
     started = time.monotonic()
     detector.fit(train, category=train.category)
     if detector.training_log_.interrupted:
         raise KeyboardInterrupt
     fitted = time.monotonic()
+    say(f"  {name}: scoring {len(test)} cells")
     verdicts = judge(detector, test)
     scored = time.monotonic()
-    return MeasuredDetector(
-        name=type(detector).__name__,
+    measured = MeasuredDetector(
+        name=name,
         score=verdicts.score,
         evaluation=evaluate(test.target, verdicts.score, test.category),
         fit_seconds=fitted - started,
@@ -304,21 +306,57 @@ def _measure_detector(detector: BaseImageDetector, train: ElpvDataset, test: Elp
         detector=detector,
         verdicts=verdicts,
     )
+    say(_times(measured))
+    return measured
 
 
-def _measure_bank(bank: PatchMemoryBank, train: ElpvDataset, test: ElpvDataset) -> Measured:
+def _measure_yardstick(
+    yardstick: GaussianYardstick, train: ElpvDataset, test: ElpvDataset, say: Callable[[str], None]
+) -> Measured:
+    say(f"  untrained Gaussian, told the kind of every cell: learning {len(train)} cells, then scoring {len(test)}")
     started = time.monotonic()
-    bank.fit(train, train.category)
+    yardstick.fit(train, train.category)
     fitted = time.monotonic()
-    score = bank.anomaly_score(test)
+    score = yardstick.anomaly_score(test, test.category)
     scored = time.monotonic()
-    return Measured(
-        name="memory bank",
+    measured = Measured(
+        name="untrained Gaussian",
         score=score,
         evaluation=evaluate(test.target, score, test.category),
         fit_seconds=fitted - started,
         score_seconds=scored - fitted,
     )
+    say(_times(measured))
+    return measured
+
+
+@contextmanager
+def _passes_told(name: str, n_cells: int, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Let ``say`` hear, five times in a training, which pass is done; the log's own readers hear what they would."""
+    if say is None:
+        yield
+        return
+    log = logging.getLogger("vqad")
+    own, effective = log.level, log.getEffectiveLevel()
+
+    def hear(record: logging.LogRecord) -> bool:
+        match = re.match(r"pass (\d+)/(\d+)", record.getMessage())
+        if match is not None and _is_told(*map(int, match.groups())):
+            say(f"  {name}: learning {n_cells} cells, pass {match[1]} of {match[2]} done")
+        return record.levelno >= effective
+
+    log.addFilter(hear)
+    log.setLevel(min(effective, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeFilter(hear)
+        log.setLevel(own)
+
+
+def _is_told(n_done: int, n_passes: int) -> bool:
+    """Whether this was the first pass, or ended a quarter of them, a half, or so on."""
+    return n_done == 1 or 4 * n_done // n_passes > 4 * (n_done - 1) // n_passes
 
 
 def _times(measured: Measured) -> str:

@@ -36,12 +36,15 @@ class Explanation:
         Of each codebook the code that each cell was turned into.
     distances : dict of str to ndarray of shape (h_k, w_k), float32
         Euclidean distance of what was encoded of the cell to that code, in the units of the codebook.
-    terms : dict of str to ndarray of shape (h, w), float32
-        The terms of the map, as the model gives them: for `HVQTransDetector` "averaged_reconstruction" and
-        "transport_j" of each level, for `VQFlowDetector` "energy_k" and "density_k" of each stage. Higher is more
-        anomalous; they do not compare with one another.
+    terms : dict of str to ndarray of shape (h_k, w_k), float32
+        What map and score are made of, each on its own grid: distances that Gaussians by location measure of the
+        features ("fine", "middle", "deep", "whole", or "features" of maps that the caller gave) and of the model
+        ("error" of `HVQTransDetector`'s decoder, "latent" of `VQFlowDetector`'s flow). Higher is more anomalous; they
+        do not compare with one another.
+    standardized_terms : dict of str to ndarray of shape (h_k, w_k), float32
+        The same in standard deviations of normal images at that place, which compare.
     contributions : dict of str to ndarray of shape (h, w), float32
-        What each term adds to the map, standardised and weighted: their sum is the map, but for rounding.
+        What each term of the map adds to it, standardised and weighted: their sum is the map, but for rounding.
     standardized : ndarray of shape (h, w), float32
         The map that ``anomaly_map`` brings to the size of the image: in units that compare between cells and images.
     """
@@ -53,6 +56,7 @@ class Explanation:
     codes: dict[str, np.ndarray]
     distances: dict[str, np.ndarray]
     terms: dict[str, np.ndarray]
+    standardized_terms: dict[str, np.ndarray]
     contributions: dict[str, np.ndarray]
     standardized: np.ndarray
 
@@ -96,38 +100,55 @@ def explain_images(detector, data) -> list[Explanation]:
     device = pick_device(detector.device)
     found: dict[int, Explanation] = {}
 
-    def note(scorer, part, maps, category, excess, terms, combined, score) -> None:
-        codes = detector._model_terms(scorer, maps, category, device, codes_of(detector))
-        added = _contributions(detector.map_calibration_, terms, category)
+    def note(model, part, maps, category, excess, score) -> None:
+        made = detector._model_terms(model, maps, category, device, parts_of(detector))
+        by_kind: dict[str, dict[str, np.ndarray]] = {}
+        for name, values in made.items():
+            kind, _, what = name.partition(" ")
+            by_kind.setdefault(kind, {})[what] = values
         group = detector._code_groups(category)
         for k, i in enumerate(part.tolist()):
+            own = {kind: {name: values[k] for name, values in named.items()} for kind, named in by_kind.items()}
             found[i] = Explanation(
                 category=detector.categories_[category[k]],
                 anomaly_score=float(score[k]),
                 too_far=float(excess[k]),
                 group=int(group[k]),
-                codes={name[5:]: code[k] for name, code in codes.items() if name.startswith("code ")},
-                distances={name[9:]: far[k] for name, far in codes.items() if name.startswith("distance ")},
-                terms={name: term[k] for name, term in terms.items()},
-                contributions={name: term[k] for name, term in added.items()},
-                standardized=combined[k],
+                codes=own["code"],
+                distances=own["distance"],
+                terms=own["term"],
+                standardized_terms=own["standard"],
+                contributions=own["contribution"],
+                standardized=own["map"][""],
             )
 
     detector._judge_data(data, np.arange(len(data)), keep_maps=False, note=note)
     return [found[i] for i in range(len(data))]
 
 
-def codes_of(detector):
-    """What `_model_terms` is to compute for codes and distances instead of terms."""
+def parts_of(detector):
+    """What `_model_terms` is to compute for codes, distances and all that the scorer makes on the way to a map."""
+    codes = codes_of(detector)
 
-    def look_up(model, features, category: Tensor) -> dict[str, Tensor]:
-        found = detector._look_up(model, features, category)
+    def parts(model, maps, category: Tensor) -> dict[str, Tensor]:
+        judged = detector.scorer_(detector._fields(model, maps, category), category[0])
+        named = {
+            "term": judged.terms,
+            "standard": judged.standard,
+            "contribution": detector.scorer_.contributions(judged.standard),
+        }
+        flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
+        return {**codes(model, maps, category), **flat, "map": judged.map}
+
+    return parts
+
+
+def codes_of(detector):
+    """What `_model_terms` is to compute for codes and distances."""
+
+    def look_up(model, maps, category: Tensor) -> dict[str, Tensor]:
+        found = detector._look_up(model, detector._assembled(maps), category)
         kinds = ("code", "distance")
         return {f"{kind} {name}": grid for name, pair in found.items() for kind, grid in zip(kinds, pair)}
 
     return look_up
-
-
-def _contributions(calibration, terms, category) -> dict[str, np.ndarray]:
-    z = calibration.standardise(terms, category)
-    return dict(zip(calibration.terms_, (z * calibration.weight_[:, None, None]).swapaxes(0, 1)))

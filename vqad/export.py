@@ -19,15 +19,16 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import vqad
-from vqad.base import FAR_WEIGHT, BaseImageDetector, resize_map
+from vqad.backbones import two_views
+from vqad.base import BaseImageDetector, resize_map
 from vqad.device import undisturbed
 from vqad.features import BackboneFeatures, merge_maps
 from vqad.hvq_trans import HVQTransDetector
 from vqad.images import ImageSequence, check_images
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.quantize import Quantized, VectorQuantizer
-from vqad.nn.whiten import Whitening
 from vqad.persistence import replacing
+from vqad.scoring import FAR_WEIGHT
 from vqad.vq_flow import VQFlowDetector
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -137,32 +138,22 @@ class _Scorer(nn.Module):
 
     def __init__(self, detector: BaseImageDetector):
         super().__init__()
-        self.map_terms = detector._map_terms
+        self.fields = detector._fields
         features = detector.features_
-        self.size, self.grid = features.size_, features.grid_ if features.merge else None
+        self.size, self.deep_size = features.size_, features.deep_size_
+        self.grid = features.grid_ if features.merge else None
         self.network = copy.deepcopy(features.network_).float().eval()
         self.model = _traceable(detector.model_)
+        self.scorer = copy.deepcopy(detector.scorer_)
         mean, std = features.network_.normalization
         self._keep("pixel_mean", torch.tensor(mean).view(-1, 1, 1))
         self._keep("pixel_std", torch.tensor(std).view(-1, 1, 1))
-        self.n_maps = len(detector.feature_mean_)
-        for k, (mean, scale) in enumerate(zip(detector.feature_mean_, detector.feature_scale_)):
-            self._keep(f"feature_mean_{k}", mean)
-            self._keep(f"feature_scale_{k}", scale)
         router = detector.router_
         self._keep("router_center", router.center_)
         self._keep("router_scale", router.scale_)
         self._keep("router_matrix", router.components_ @ router.whitening_)
         self._keep("router_means", router.means_)
         self._keep("far_limit", detector._distance_limit)
-        calibration = detector.map_calibration_
-        self.terms = calibration.terms_
-        for name in ("weight_", "mean_", "spread_", "center_", "scale_"):
-            self._keep(f"map_{name}", getattr(calibration, name))
-        n_cells = int(np.prod(calibration.mean_.shape[2:]))
-        self.n_highest = max(1, round(detector.score_calibration_.fraction * n_cells))
-        self._keep("score_center", detector.score_calibration_.center_)
-        self._keep("score_scale", detector.score_calibration_.scale_)
         self._keep("offset", np.broadcast_to(detector.offset_, len(detector.categories_)).copy())
 
     def _keep(self, name: str, value: Any) -> None:
@@ -170,19 +161,22 @@ class _Scorer(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pixels = _resampled(image.permute(2, 0, 1), self.size, _shrinking).clamp(0.0, 1.0)
-        maps = list(self.network(((pixels - self.pixel_mean) / self.pixel_std)[None]))
-        if self.grid is not None:
-            maps = [merge_maps(maps, self.grid)]
+        maps = self._maps((pixels - self.pixel_mean) / self.pixel_std)
         category, excess = self._route(maps)
-        terms = self._terms(maps, category)
-        combined = self._combine(terms, category)
-        score = combined.flatten().topk(self.n_highest).values.double().mean()
-        score = (score - self.score_center[category[0]]) / self.score_scale[category[0]] + FAR_WEIGHT * excess
-        normal = -score
+        judged = self.scorer(self.fields(self.model, maps, category), category[0])
+        normal = -(judged.score[0] + FAR_WEIGHT * excess)
         # A comparison that NaN fails: what is no image is not normal.
         label = torch.where(normal - self.offset[category[0]] >= 0, 1, -1)
-        grid_map = _resampled(combined[None], image[:, :, 0], _between)[0]
+        grid_map = _resampled(judged.map, image[:, :, 0], _between)[0]
         return normal.float(), label, grid_map, category[0]
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        if self.deep_size is not None:
+            same = self.deep_size == self.size
+            small = pixels if same else _resampled(pixels, self.deep_size, _shrinking)
+            return two_views(self.network, pixels[None], pixels[None] if same else small[None])
+        maps = list(self.network(pixels[None]))
+        return maps if self.grid is None else [merge_maps(maps, self.grid)]
 
     def _route(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Number of the category, (1,), and by how many limits the image is too far from it."""
@@ -193,21 +187,6 @@ class _Scorer(nn.Module):
         category = distance.argmin(0, keepdim=True)
         excess = (distance[category] / self.far_limit[category] - 1.0).clamp_min(0.0)
         return category, excess[0]
-
-    def _terms(self, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
-        scaled = [
-            (m - getattr(self, f"feature_mean_{k}")) / getattr(self, f"feature_scale_{k}") for k, m in enumerate(maps)
-        ]
-        features = scaled[0] if self.n_maps == 1 else scaled
-        found: dict[str, Tensor] = self.map_terms(self.model, features, category)
-        return found
-
-    def _combine(self, terms: dict[str, Tensor], category: Tensor) -> Tensor:
-        """As `MapCalibration.combine`, (h, w)."""
-        raw = torch.cat([terms[name].float() for name in self.terms])
-        z = (raw - self.map_mean_[category[0]]) / self.map_spread_[category[0]]
-        z = (z - self.map_center_[category[0]][:, None, None]) / self.map_scale_[category[0]][:, None, None]
-        return (self.map_weight_[:, None, None] * z).sum(0)
 
 
 def _resampled(maps: Tensor, size: Any, weights: Any) -> Tensor:
@@ -269,12 +248,6 @@ class _TraceableQuantizer(VectorQuantizer):
         return codes[0][indices], indices
 
 
-class _TraceableWhitening(Whitening):
-    def forward(self, x: Tensor, group: Tensor) -> Tensor:
-        squared: Tensor = (x.flatten(2).mT @ self.root[group]).square().mean(-1)
-        return squared.view(len(x), *x.shape[2:])
-
-
 class _TraceableHVQTrans(HVQTrans):
     def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
         weight = torch.stack([head.weight for head in self.output_projection])[category]
@@ -284,7 +257,6 @@ class _TraceableHVQTrans(HVQTrans):
 
 _TRACEABLE = {
     VectorQuantizer: _TraceableQuantizer,
-    Whitening: _TraceableWhitening,
     HVQTrans: _TraceableHVQTrans,
 }
 

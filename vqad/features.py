@@ -25,10 +25,12 @@ from vqad.backbones import (
     DEFAULT_BACKBONE,
     PREPARATION,
     backbone_strides,
+    default_stages,
     load_backbone,
     ready_network,
     spread_stages,
     state_digest,
+    two_views,
 )
 from vqad.cache import FeatureCache
 from vqad.chunks import chunk_size, in_chunks, pad_chunk
@@ -58,6 +60,10 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         returned as they are.
     grid_scale : int, default=1
         The merged map has the grid of the last stage times this.
+    deep_size : int or (int, int) or None, default=None
+        Height and width in pixels of a smaller view of each image, from which the backbone's last stage is taken: there
+        each cell sees more of the image. Its map is appended to those of ``stages``; of an EfficientNet it has the
+        channels of all blocks with that stride. None takes no such view. Needs ``merge=False``.
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -68,9 +74,9 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     network_ : torch.nn.Module
         The backbone, in evaluation mode, on the CPU.
     channels_ : tuple of int
-        Channels of every chosen stage.
+        Channels of every map.
     strides_ : tuple of int
-        Pixels per cell of every chosen stage.
+        Pixels per cell of every map, of the view that it is of.
     grid_ : tuple of int
         Height and width of the merged map, in cells.
     digest_ : str
@@ -89,6 +95,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "merge": ["boolean"],
         "grid_scale": [Interval(Integral, 1, None, closed="left")],
+        "deep_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float32", "bfloat16"})],
     }
@@ -102,6 +109,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         image_size=224,
         merge=True,
         grid_scale=1,
+        deep_size=None,
         device="auto",
         precision="auto",
     ):
@@ -111,6 +119,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         self.image_size = image_size
         self.merge = merge
         self.grid_scale = grid_scale
+        self.deep_size = deep_size
         self.device = device
         self.precision = precision
 
@@ -130,10 +139,18 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
                 f"backbone={self.backbone!r} sees patches of {strides[0]} pixels, and nothing of what is left over of "
                 f"images of {self.size_[0]} x {self.size_[1]} pixels. Choose image_size={near}."
             )
-        network = load_backbone(self.backbone, self.weights, self.stages, self.size_)
+        stages, self.deep_size_ = self.stages, None
+        if self.deep_size is not None:
+            if self.merge:
+                raise ValueError("deep_size adds a map of its own, which merge=False gives; got merge=True.")
+            self.deep_size_ = check_image_size(self.deep_size)
+            chosen = default_stages(strides) if stages is None else stages
+            stages = (*(s for s in chosen if s < len(strides) - 1), len(strides) - 1)
+        network = load_backbone(self.backbone, self.weights, stages, self.size_)
+        self.network_stages_ = stages
         try:
             with torch.inference_mode():
-                maps = network(torch.zeros(1, 3, *self.size_))
+                maps = self._stage_maps(network, torch.zeros(1, 3, *self.size_))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
                 f"backbone={self.backbone!r} does not take images of {self.size_[0]} x {self.size_[1]} pixels: {error} "
@@ -223,8 +240,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         """All that an image's maps depend on, to the last bit, beside the image."""
         return joblib.hash(
             [self.backbone, self.digest_, tuple(self.network_.feature_info.out_indices), self.size_, self.merge,
-             self.grid_, self.network_.normalization, device.type, str(dtype), size, str(torch.__version__),
-             PREPARATION]
+             self.grid_, self.deep_size_, self.network_.normalization, device.type, str(dtype), size,
+             str(torch.__version__), PREPARATION]
         )  # fmt: skip
 
     def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -232,10 +249,16 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         mean, std = (moment.to(pixels.device) for moment in moments)
         pixels = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, dtype != torch.float32):
-            maps = network(pixels)
-        if not self.merge:
-            return list(maps)
-        return [merge_maps(maps, self.grid_)]
+            maps = self._stage_maps(network, pixels)
+        return [merge_maps(maps, self.grid_)] if self.merge else maps
+
+    def _stage_maps(self, network: nn.Module, pixels: Tensor) -> list[Tensor]:
+        if self.deep_size_ is None:
+            return list(network(pixels))
+        small = pixels
+        if tuple(pixels.shape[2:]) != self.deep_size_:
+            small = F.interpolate(pixels, self.deep_size_, mode="bilinear", align_corners=False, antialias=True)
+        return two_views(network, pixels, small.contiguous(memory_format=torch.channels_last))
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "network_")
@@ -248,7 +271,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merge=True, **options):
+def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merged: bool, **options):
     """What gives a detector its features: of a timm model's name, or of a caller's own transformer, fitted if need be.
 
     Parameters
@@ -258,13 +281,15 @@ def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merge=
         Images that a transformer is fitted on.
     taker : str
         Name of the detector, for errors.
-    merge, **options
-        Of `BackboneFeatures`.
+    merged : bool
+        What the detector expects of a caller's own `BackboneFeatures`.
+    **options
+        Of `BackboneFeatures`, for a name.
     """
     if isinstance(backbone, str):
-        return BackboneFeatures(backbone, merge=merge, **options).fit()
-    if isinstance(backbone, BackboneFeatures) and backbone.merge != merge:
-        raise ValueError(f"{taker} takes a BackboneFeatures with merge={merge}.")
+        return BackboneFeatures(backbone, merge=False, **options).fit()
+    if isinstance(backbone, BackboneFeatures) and backbone.merge != merged:
+        raise ValueError(f"{taker} takes a BackboneFeatures with merge={merged}.")
     try:
         check_is_fitted(backbone)
     except NotFittedError:

@@ -11,10 +11,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from vqad._warn import warn
 from vqad.backbones import DEFAULT_BACKBONE, check_stages, default_stages, spread_stages
 from vqad.base import BaseImageDetector
+from vqad.features import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
-
-# The decoder's error is averaged over so many cells each way before its length is taken (docs/choices.md).
-ERROR_WINDOW = 3
+from vqad.scoring import Term
 
 
 class HVQTransDetector(BaseImageDetector):
@@ -39,13 +38,17 @@ class HVQTransDetector(BaseImageDetector):
         Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
         takes those of strides 8 and 16: (2, 3) of the default backbone. Of a vision transformer, whose stages are its
         blocks, it takes the last block of each quarter.
-    image_size : int or (int, int), default=224
-        Height and width in pixels that the backbone sees.
+    image_size : int or (int, int), default=288
+        Height and width in pixels that the backbone sees. Its coarsest stage sees a view of 7/9 of that.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images, so that all channels
         count alike in the reconstruction. The published system does not.
+    gaussian : bool, default=True
+        Whether scores and maps come from Gaussians by location, see `vqad.scoring.Scorer`: of the features
+        themselves, the coarsest stage among them, and of the decoder's error. They find far more than the
+        published terms alone, which False gives.
     patch_size : int, default=2
         Cells along each side of a token: features are taken on a grid this many times finer than the tokens' and
         rebuilt there. Finer features and maps at the same cost of attention. No more than the finest stage has in one
@@ -68,7 +71,7 @@ class HVQTransDetector(BaseImageDetector):
         "nearest" is the plan when only the cells' marginal is fixed.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
-    max_iter : int, default=48
+    max_iter : int, default=10
         Passes over the training images.
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
@@ -104,7 +107,7 @@ class HVQTransDetector(BaseImageDetector):
     contamination : "auto" or float in (0, 0.5], default="auto"
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
-    false_alarm_rate : float, default=0.01
+    false_alarm_rate : float, default=0.05
         Share of normal images that may be called anomalous.
     calibration_fraction : float, default=0.2
         Share of the images, or of the groups given to `fit`, that is not trained on but sets scales and thresholds.
@@ -146,6 +149,8 @@ class HVQTransDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
+    scorer_ : vqad.scoring.Scorer
+        What makes scores and maps of features and model, on the CPU.
     prototypes_ : vqad.prototypes.Prototypes
         Of every code the nearest patch of the normal images.
 
@@ -165,6 +170,7 @@ class HVQTransDetector(BaseImageDetector):
     """
 
     _clip_norm = 0.1
+    _takes_merged = True
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
         "stages": [tuple, list, None],
@@ -186,9 +192,10 @@ class HVQTransDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=None,
-        image_size=224,
+        image_size=288,
         image_shape=None,
         standardize=True,
+        gaussian=True,
         patch_size=2,
         n_codes=512,
         d_model=128,
@@ -198,7 +205,7 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=48,
+        max_iter=10,
         batch_size=16,
         learning_rate=1e-3,
         schedule="cosine",
@@ -211,7 +218,7 @@ class HVQTransDetector(BaseImageDetector):
         warm_start=False,
         checkpoint_dir=None,
         contamination="auto",
-        false_alarm_rate=0.01,
+        false_alarm_rate=0.05,
         calibration_fraction=0.2,
         threshold="global",
         device="auto",
@@ -227,6 +234,7 @@ class HVQTransDetector(BaseImageDetector):
         self.image_size = image_size
         self.image_shape = image_shape
         self.standardize = standardize
+        self.gaussian = gaussian
         self.patch_size = patch_size
         self.n_codes = n_codes
         self.d_model = d_model
@@ -271,6 +279,7 @@ class HVQTransDetector(BaseImageDetector):
             "stages": (0, 1, 2, 3),
             "image_size": 224,
             "standardize": False,
+            "gaussian": False,
             "patch_size": 1,
             "n_codes": 512,
             "d_model": 256,
@@ -298,18 +307,34 @@ class HVQTransDetector(BaseImageDetector):
         if self.transport == "exact" and self.transport_weight:
             raise ValueError("transport='exact' has no gradient to train with: set transport_weight=0.")
 
-    def _feature_options(self, strides=None):
-        stages, scale = self.stages, self.patch_size
-        if stages is None and strides is not None:
-            at_8_and_16 = tuple(i for i, stride in enumerate(strides) if stride in (8, 16))
-            stages = spread_stages(strides) or at_8_and_16 or default_stages(strides)
-        chosen = [] if strides is None else [strides[s] for s in stages if s in range(len(strides))]
-        if chosen:  # a grid finer than all stages would show no more
-            scale = min(scale, max(1, chosen[-1] // min(chosen)))
-        return {"stages": stages, "merge": True, "grid_scale": scale}
+    def _stages_of(self, strides):
+        if self.stages is not None:
+            return self.stages
+        at_8_and_16 = tuple(i for i, stride in enumerate(strides) if stride in (8, 16))
+        return spread_stages(strides) or at_8_and_16 or default_stages(strides)
+
+    def _feature_options(self, strides):
+        options = super()._feature_options(strides)
+        if self.stages is not None and max(self.stages) >= len(strides) - 1:  # the last one is rebuilt too
+            options.pop("deep_size", None)
+        return options
+
+    def _arranged(self, maps):
+        """All but the smaller view, side by side on a grid as fine as the tokens' patches want."""
+        if len(maps) == 1:
+            return maps[0]
+        strides = self.features_.strides_
+        if self.features_.deep_size_ is not None:
+            maps, strides = maps[:-1], strides[:-1]
+        # A grid finer than all stages would show no more.
+        scale = min(self.patch_size, max(1, strides[-1] // min(strides)))
+        return merge_maps(maps, tuple(scale * cells for cells in maps[-1].shape[2:]))
 
     def _make_model(self, channels, shapes, n_categories):
-        patch_size = self.features_.grid_scale if isinstance(self.backbone, str) else self.patch_size
+        patch_size = self.patch_size
+        if isinstance(self.backbone, str):
+            strides = self.features_.strides_[: -1 if self.features_.deep_size_ is not None else None]
+            patch_size = min(patch_size, max(1, strides[-1] // min(strides)))
         if any(cells % patch_size for cells in shapes[0]):
             if math.prod(shapes[0]) > 1:  # not rows, which are a grid of a single cell
                 warn(f"patch_size={patch_size} does not divide maps of {shapes[0]} cells: each cell is a token.")
@@ -346,18 +371,21 @@ class HVQTransDetector(BaseImageDetector):
     def _parts_of(self, categories):
         return [*self.model_.codebook, *(self.model_.output_projection[c] for c in categories)]
 
-    def _deviations(self, model, features, category):
-        return [model.averaged_error(features, category, ERROR_WINDOW)]
-
-    def _scorer(self, model, dtype):
+    def _scoring_model(self, model, dtype):
         return model if dtype == torch.float32 else model.scoring_copy(dtype)
 
-    def _map_terms(self, model, features, category):
-        """Squared lengths: of the reconstruction's error, averaged over 3 x 3 cells and whitened; of the transport."""
-        terms = model.anomaly_map(features, category, window=ERROR_WINDOW)
-        del terms["reconstruction"]
-        terms["averaged_reconstruction"] = terms["averaged_reconstruction"].square()
-        return terms
+    def _model_fields(self, model, features, category):
+        if self.gaussian:
+            return {"error": model.token_error(features, category)}
+        return model.anomaly_map(features, category)
+
+    def _terms(self):
+        """The decoder's error beside the features; or half the reconstruction, half the transport on all levels."""
+        if self.gaussian:
+            return [*self._feature_terms(), Term("error", 1.0, (0.0,), is_trained=True)], None
+        levels = range(self.n_layers + 1)
+        transport = [Term(f"transport_{j}", 0.5 / len(levels), (), is_trained=True) for j in levels]
+        return [Term("reconstruction", 0.5, (), is_trained=True), *transport], 0.01
 
     def _codebooks(self):
         return {f"level_{j}": quantizer for j, quantizer in enumerate(self.model_.quantizers)}
@@ -368,8 +396,3 @@ class HVQTransDetector(BaseImageDetector):
             distance = (level.input.float() - level.quantized.float()).norm(dim=-1)
             found[f"level_{j}"] = tuple(cells.view(-1, *model.token_grid) for cells in (level.indices, distance))
         return found
-
-    def _map_weights(self):
-        """Half for the reconstruction, half for the transport on all levels."""
-        levels = range(self.n_layers + 1)
-        return {"averaged_reconstruction": 0.5, **{f"transport_{j}": 0.5 / len(levels) for j in levels}}

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vqad._checks import hold_out, known_index, some_of_each, split_rows, taken, warn_of_single_images
 from vqad._warn import warn
@@ -93,11 +94,13 @@ def learn_all(detector, store, descriptor, category, groups, device, seed, check
         limit = max(START_PER_CATEGORY, START_IMAGES // len(detector.categories_))
         some = some_of_each(train, index[train], limit, detector._split_seed)
         detector.feature_mean_, detector.feature_scale_ = channel_statistics(store, some, detector.standardize)
-    scaled = ScaledFeatures(store, detector.feature_mean_, detector.feature_scale_)
+    scaled = ScaledFeatures(store, detector._assembled)
     category_tensor = torch.from_numpy(index)
 
     before = detector.model_ if warm else None
-    detector._model_shapes = [m.shape[1] for m in store.maps], [tuple(m.shape[2:]) for m in store.maps]
+    one = scaled.batch([0])
+    one = [one] if isinstance(one, Tensor) else one
+    detector._model_shapes = [m.shape[1] for m in one], [tuple(m.shape[2:]) for m in one]
     detector.model_ = detector._make_model(*detector._model_shapes, len(detector.categories_))
     batches = TrainingBatches(scaled, category_tensor, torch.from_numpy(train), detector.batch_size)
     if warm:
@@ -112,7 +115,8 @@ def learn_all(detector, store, descriptor, category, groups, device, seed, check
     log = trainer.fit(torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint)
     detector._note(log, add=warm)
     detector._settle(batches)
-    calibrate(detector, store, descriptor, _only(index, train, validation, held_out), train, held_out, device)
+    used = _only(index, train, validation, held_out)
+    calibrate(detector, store, descriptor, used, train, held_out, device, groups)
     if checkpoint is not None and not log.interrupted:
         checkpoint.write({"model": detector.model_.state_dict(), "log": asdict(log)}, finished=True)
     return index
@@ -199,7 +203,8 @@ def learn_more(detector, store, descriptor, category, groups, device, seed) -> n
     train, held_out = _split_more(detector, index, groups, placed, n_known, seed)
     _train_more(detector, store, index, train, n_known, device)
     if len(held_out):
-        calibrate(detector, store, descriptor, _only(index, train, held_out), train, held_out, device, n_known)
+        used = _only(index, train, held_out)
+        calibrate(detector, store, descriptor, used, train, held_out, device, groups, n_known)
     return index
 
 
@@ -257,7 +262,7 @@ def _split_more(detector, index, groups, placed, n_known, seed) -> tuple[np.ndar
 
 def _train_more(detector, store, index, train, n_known, device) -> None:
     """One pass over the images of known categories, ``max_iter`` over those of new ones."""
-    scaled = ScaledFeatures(store, detector.feature_mean_, detector.feature_scale_)
+    scaled = ScaledFeatures(store, detector._assembled)
     category = torch.from_numpy(np.maximum(index, 0))
     is_new = index[train] >= n_known
     if is_new.any():

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,11 +101,10 @@ class FeatureStore:
                 digest.update(image.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def batch(self, indices) -> Tensor | list[Tensor]:
-        """Float32 maps of some images; a single tensor where there is one map an image."""
+    def batch(self, indices) -> list[Tensor]:
+        """Float32 maps of some images."""
         indices = torch.as_tensor(indices)
-        out = [m[indices].float() for m in self.maps]
-        return out[0] if len(out) == 1 else out
+        return [m[indices].float() for m in self.maps]
 
 
 class FeatureArray:
@@ -133,19 +132,16 @@ class FeatureArray:
 
 
 class ScaledFeatures:
-    """A feature source whose channels have mean 0 and standard deviation 1 over training images."""
+    """A feature source for training: what ``assemble`` makes of the maps of some images."""
 
-    def __init__(self, store: FeatureStore, mean: list[Tensor], scale: list[Tensor]):
-        self.store, self.mean, self.scale = store, mean, scale
+    def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Tensor | list[Tensor]]):
+        self.store, self.assemble = store, assemble
 
     def __len__(self) -> int:
         return len(self.store)
 
     def batch(self, indices) -> Tensor | list[Tensor]:
-        maps = self.store.batch(indices)
-        if isinstance(maps, Tensor):
-            return maps.sub_(self.mean[0]).div_(self.scale[0])
-        return [m.sub_(a).div_(b) for m, a, b in zip(maps, self.mean, self.scale)]
+        return self.assemble(self.store.batch(indices))
 
 
 class TrainingBatches:
@@ -168,8 +164,7 @@ def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[li
         return [torch.zeros(1)] * len(store.maps), [torch.ones(1)] * len(store.maps)
     totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
     for part in torch.from_numpy(rows).split(64):
-        maps = store.batch(part)
-        for total, m in zip(totals, [maps] if isinstance(maps, Tensor) else maps):
+        for total, m in zip(totals, store.batch(part)):
             m = m.double()  # the difference of squares below leaves few digits
             total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
     mean, scale = [], []

@@ -2,133 +2,102 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from numbers import Real
 
 import numpy as np
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
+from torch import Tensor
 
 from vqad._checks import some_of_each
 from vqad._warn import warn
-from vqad.calibration import (
-    IMAGES_AT_A_TIME,
-    ConformalCalibration,
-    MapCalibration,
-    ScoreCalibration,
-    conformal_quantile,
-)
-from vqad.nn.whiten import leaving_out, total_second_moments, whitenings
+from vqad.calibration import ConformalCalibration, conformal_quantile
+from vqad.scoring import FAR_WEIGHT
 
-# Normal images of a category that say where its maps are high; and of those held out, that say how high.
+# Images whose maps are put together at a time.
+IMAGES_AT_A_TIME = 512
+# Normal images of a category that its scorer learns from, of those trained on and of those held out.
 MAX_REFERENCE_IMAGES = 200
-# Features whose deviations are held at a time, in numbers (256 MiB).
-DEVIATION_NUMBERS = 2**26
+# Parts that images are divided into, each of which is measured by what was learned of the others.
+N_FOLDS = 10
 
 
-def calibrate(detector, store, descriptor, index, train, held_out, device, n_known=0) -> None:
+def calibrate(detector, store, descriptor, index, train, held_out, device, groups=None, n_known=0) -> None:
     """Set all that scores and decisions rest on beside the model.
 
-    The first ``n_known`` categories are calibrated already. Their maps keep their scale, so that the scores of their
-    held-out images of today and of before compare; a category without new held-out images keeps everything.
+    The first ``n_known`` categories are calibrated already. Their scores keep their scale; held-out images of theirs
+    join those of before.
 
     Parameters
     ----------
     index : ndarray of shape (n,)
         Category of each image of ``store``; -1 for those to be left out.
     train, held_out : ndarray of int
+    groups : ndarray of shape (n,), optional
+        Of what is one piece.
     """
     n_categories = len(detector.categories_)
-    _learn_metric(detector, store, np.flatnonzero(index >= n_known), index, device)
     reference, others = _reference_rows(index, train, held_out, n_known, detector._split_seed)
-    is_held = np.isin(reference, held_out)
-    terms = _reference_terms(detector, store, reference, is_held, index, device)
-    held_terms = {name: term[is_held] for name, term in terms.items()}
-    category = index[reference[is_held]]
     if not n_known:
-        detector.map_calibration_ = MapCalibration(detector._map_weights())
-        detector._held_out = {name: np.empty(0) for name in ("score", "unseen", "peak", "standard")}
+        detector.scorer_ = None
+        detector._held_out = {name: np.empty(0) for name in ("standard", "peak")}
         detector._held_out["category"] = np.empty(0, dtype=np.int64)
         detector._seen = {"score": np.empty(0), "category": np.empty(0, dtype=np.int64)}
-    learn = detector.map_calibration_.extend if n_known else detector.map_calibration_.fit
-    learn(terms, index[reference], held_terms, category, n_categories)
-    if not n_known:
-        detector.score_calibration_ = ScoreCalibration()
-    pool = detector.score_calibration_.pool
-    score = pool(detector.map_calibration_.combine(held_terms, category))
-    maps = detector.map_calibration_.leave_one_out(held_terms, category, n_known)
-    judged = [(category, score, pool(maps), _peak(maps))]
-    with leaving_out(detector.model_):
-        for part in _parts(others):
-            terms = detector._store_terms(store, part, index[part], device)
-            maps = detector.map_calibration_.combine(terms, index[part])
-            score = pool(maps)  # of that many images, whether this one is among them or not
-            judged.append((index[part], score, score, _peak(maps)))
-    for whitening in whitenings(detector.model_):
-        whitening.forget()
-    category, score, unseen, peak = (np.concatenate(column) for column in zip(*judged))
-    found = {"category": category, "score": score, "unseen": unseen, "peak": peak, "standard": np.zeros(len(score))}
-    held = detector._held_out = {name: np.append(kept, found[name]) for name, kept in detector._held_out.items()}
-    fresh, changed = np.unique(category), np.isin(held["category"], category)
-    if not n_known:
-        detector.score_calibration_.fit(score, category, n_categories)
     else:
-        detector.score_calibration_.extend(held["score"], held["category"], fresh, n_categories)
-    standard = detector.score_calibration_.leave_one_out(held["score"], held["unseen"], held["category"], fresh)
-    held["standard"][changed] = standard[changed]
+        detector.scorer_.add_categories(n_categories - n_known)
+    judged = [(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))]
+    for c in range(n_known, n_categories):
+        rows = reference[index[reference] == c]
+        if not len(rows):
+            continue
+        fields = _fields_of(detector, store, rows, index, device)
+        if detector.scorer_ is None:
+            shapes = {name: _shape(field) for name, field in fields.items()}
+            detector.scorer_ = detector._make_scorer(shapes, n_categories)
+        is_held = np.isin(rows, held_out)
+        fold = torch.from_numpy(_folds(rows, groups, detector._split_seed))
+        score, peak = detector.scorer_.learn(c, fields, fold, torch.from_numpy(is_held))
+        judged.append((np.full(is_held.sum(), c), score.numpy()[is_held], peak.double().numpy()[is_held]))
+    for part in _parts(others):
+        found = detector._store_terms(store, part, index[part], device, detector._judged)
+        judged.append((index[part], found["score"].astype(np.float64), _peak(found["map"])))
+    found = dict(zip(("category", "standard", "peak"), map(np.concatenate, zip(*judged))))
+    detector._held_out = {name: np.append(kept, found[name]) for name, kept in detector._held_out.items()}
     if detector.contamination != "auto":
         if not len(detector._seen["score"]):  # of before it was asked for there are those held out
-            before = slice(len(held["score"]) - len(score))
-            detector._seen = {"score": -held["standard"][before], "category": held["category"][before]}
+            before = slice(len(detector._held_out["standard"]) - len(found["standard"]))
+            held = {name: kept[before] for name, kept in detector._held_out.items()}
+            detector._seen = {"score": -held["standard"], "category": held["category"]}
         _score_all(detector, store, descriptor, np.flatnonzero(index >= 0), device)
     _set_thresholds(detector)
 
 
-def _learn_metric(detector, store, rows, index, device) -> None:
-    """Tell the model's whitenings how normal images deviate, of those learned from and of others."""
-    learning = dict(enumerate(whitenings(detector.model_)))
-
-    def compute(model, features, category):
-        return dict(zip(learning, detector._deviations(model, features, category), strict=True))
-
-    n_at_once = max(1, DEVIATION_NUMBERS // sum(math.prod(m.shape[1:]) for m in store.maps))
-    for c in np.unique(index[rows]) if learning else ():
-        own = rows[index[rows] == c]
-        total = {k: torch.zeros(each.dim, each.dim, dtype=torch.float64) for k, each in learning.items()}
-        count = dict.fromkeys(learning, 0)
-        for some in np.split(own, range(n_at_once, len(own), n_at_once)):
-            found = detector._store_terms(store, some, index[some], device, compute)
-            for k in learning:
-                x = torch.from_numpy(found[k])
-                total[k] += total_second_moments(x)
-                count[k] += x[:, 0].numel()
-        for k, whitening in learning.items():
-            whitening.learn(int(c), total[k], count[k])
+def _fields_of(detector, store, rows, index, device) -> dict[str, Tensor]:
+    found = detector._store_terms(store, rows, index[rows], device, detector._fields)
+    return {name: torch.from_numpy(field) for name, field in found.items()}
 
 
-def _reference_terms(detector, store, rows, is_held, index, device) -> dict[str, np.ndarray]:
-    """Map terms of normal images; of held-out ones as if the model's whitenings had not learned from them either.
+def _shape(field: Tensor) -> tuple[int, int, int]:
+    """Length of the vectors of a field, 0 of numbers; rows and columns."""
+    d, h, w = field.shape[1:] if field.ndim == 4 else (0, *field.shape[1:])
+    return d, h, w
 
-    Of however many: a thousand vectors and more say little of a hundred directions, and one image has many of them.
-    """
-    terms: dict[str, np.ndarray] = {}
-    for chosen, context in ((~is_held, nullcontext()), (is_held, leaving_out(detector.model_))):
-        if chosen.any():
-            with context:
-                found = detector._store_terms(store, rows[chosen], index[rows[chosen]], device)
-            for name, term in found.items():
-                terms.setdefault(name, np.empty((len(rows), *term.shape[1:]), term.dtype))[chosen] = term
-    return terms
+
+def _folds(rows: np.ndarray, groups: np.ndarray | None, seed: int) -> np.ndarray:
+    """A fold for each image, the same for all of a group."""
+    unit = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
+    n_units = unit.max() + 1
+    return (np.random.RandomState(seed % 2**32).permutation(n_units) % min(N_FOLDS, n_units))[unit]
 
 
 def _reference_rows(index, train, held_out, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
-    """Images that say how high maps are, of a known category just some held out; and the other held-out ones."""
+    """Images that new categories are learned from; and the other held-out ones, those of known categories too."""
     new = np.setdiff1d(train[index[train] >= n_known], held_out)  # where too few could be held out, all are both
-    chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held_out)]
-    return np.concatenate(chosen), np.setdiff1d(held_out, chosen[1])
+    held = held_out[index[held_out] >= n_known]
+    chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held)]
+    return np.sort(np.concatenate(chosen)), np.setdiff1d(held_out, chosen[1])
 
 
 def _parts(rows: np.ndarray) -> list[np.ndarray]:
@@ -144,9 +113,8 @@ def _score_all(detector, store, descriptor, rows, device) -> None:
     category, excess = detector._route(descriptor[rows])
     score = [np.empty(0)]
     for place in _parts(np.arange(len(rows))):
-        terms = detector._store_terms(store, rows[place], category[place], device)
-        maps = detector.map_calibration_.combine(terms, category[place])
-        score.append(-detector._image_score(maps, category[place], excess[place]))
+        judged = detector._store_terms(store, rows[place], category[place], device, detector._judged)
+        score.append(-(judged["score"] + FAR_WEIGHT * excess[place]))
     found = {"score": np.concatenate(score), "category": category}
     detector._seen = {name: np.append(kept, found[name]) for name, kept in detector._seen.items()}
 

@@ -6,12 +6,14 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from vqad.backbones import DEFAULT_BACKBONE, check_stages, spread_stages
-from vqad.base import BaseImageDetector
+from vqad.base import LARGEST, BaseImageDetector
 from vqad.device import on_device, pick_device
 from vqad.nn.vq_flow import VQFlow, resize
+from vqad.scoring import Term
 from vqad.store import describe
 
 
@@ -38,13 +40,17 @@ class VQFlowDetector(BaseImageDetector):
         Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
         the concept. None takes the last four: (1, 2, 3, 4) of the default backbone; of a vision transformer, whose
         stages are its blocks, the last block of each quarter.
-    image_size : int or (int, int), default=224
-        Height and width in pixels that the backbone sees.
+    image_size : int or (int, int), default=288
+        Height and width in pixels that the backbone sees. Its coarsest stage sees a view of 7/9 of that.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
         system does not.
+    gaussian : bool, default=True
+        Whether scores and maps come from Gaussians by location, see `vqad.scoring.Scorer`: of the features
+        themselves, the coarsest stage among them, and of the latents of the coarsest flow. They find far more than the
+        published terms alone, which False gives.
     n_concepts : int, default=32
         Codes of the concept codebook: an upper bound on the kinds of object that are told apart.
     n_patterns : int, default=256
@@ -59,7 +65,7 @@ class VQFlowDetector(BaseImageDetector):
         Width of the coupling blocks' subnets; None takes the published one, that of their input.
     clamp : float, default=1.9
         Largest log-scale of a coupling.
-    max_iter : int, default=48
+    max_iter : int, default=10
         Passes over the training images.
     batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
@@ -100,7 +106,7 @@ class VQFlowDetector(BaseImageDetector):
     contamination : "auto" or float in (0, 0.5], default="auto"
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
-    false_alarm_rate : float, default=0.01
+    false_alarm_rate : float, default=0.05
         Share of normal images that may be called anomalous.
     calibration_fraction : float, default=0.2
         Share of the images, or of the groups given to `fit`, that is not trained on but sets scales and thresholds.
@@ -143,6 +149,8 @@ class VQFlowDetector(BaseImageDetector):
         The trained module, on the CPU.
     features_ : BackboneFeatures
         The backbone.
+    scorer_ : vqad.scoring.Scorer
+        What makes scores and maps of features and model, on the CPU.
     prototypes_ : vqad.prototypes.Prototypes
         Of every code the nearest patch of the normal images; of a concept, the nearest image.
 
@@ -162,6 +170,7 @@ class VQFlowDetector(BaseImageDetector):
     """
 
     _clip_norm = 2.0
+    _takes_merged = False
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
         "stages": [tuple, list, None],
@@ -182,9 +191,10 @@ class VQFlowDetector(BaseImageDetector):
         backbone=DEFAULT_BACKBONE,
         weights=None,
         stages=None,
-        image_size=224,
+        image_size=288,
         image_shape=None,
         standardize=True,
+        gaussian=True,
         n_concepts=32,
         n_patterns=256,
         d_concept=64,
@@ -192,7 +202,7 @@ class VQFlowDetector(BaseImageDetector):
         n_blocks=(2, 3, 4),
         hidden=64,
         clamp=1.9,
-        max_iter=48,
+        max_iter=10,
         batch_size=8,
         learning_rate=2e-3,
         schedule="cosine",
@@ -206,7 +216,7 @@ class VQFlowDetector(BaseImageDetector):
         warm_start=False,
         checkpoint_dir=None,
         contamination="auto",
-        false_alarm_rate=0.01,
+        false_alarm_rate=0.05,
         calibration_fraction=0.2,
         threshold="global",
         device="auto",
@@ -222,6 +232,7 @@ class VQFlowDetector(BaseImageDetector):
         self.image_size = image_size
         self.image_shape = image_shape
         self.standardize = standardize
+        self.gaussian = gaussian
         self.n_concepts = n_concepts
         self.n_patterns = n_patterns
         self.d_concept = d_concept
@@ -265,6 +276,7 @@ class VQFlowDetector(BaseImageDetector):
             "stages": (0, 1, 2, 3),
             "image_size": 384,
             "standardize": False,
+            "gaussian": False,
             "n_concepts": 32,
             "n_patterns": 512,
             "d_concept": 512,
@@ -299,9 +311,9 @@ class VQFlowDetector(BaseImageDetector):
             found = []
             with torch.inference_mode():
                 for _, maps in now._iter_features(data, device, part):
-                    scaled = now._scaled(maps, device)
                     category = torch.from_numpy(now._route(describe(maps))[0]).to(device)
-                    found.append(model.concept(scaled[0] if len(scaled) == 1 else scaled, category).cpu().numpy())
+                    features = now._assembled([m.to(device).float().clamp(-LARGEST, LARGEST) for m in maps])
+                    found.append(model.concept(features, category).cpu().numpy())
             return found
 
         with on_device(now.model_, device) as model:
@@ -316,12 +328,23 @@ class VQFlowDetector(BaseImageDetector):
         if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
             raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
 
-    def _feature_options(self, strides=None):
+    def _stages_of(self, strides):
         stages = self.stages
-        if stages is None and strides is not None:
+        if stages is None:
             stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
         _check_four(stages)
-        return {"stages": stages, "merge": False}
+        return stages
+
+    def _arranged(self, maps):
+        """Four stages; what tells the concept may come from a smaller view, and is brought to the third one's grid."""
+        if len(maps) == 1:
+            return maps[0]
+        *flowing, top = maps[:4]
+        features = self.features_
+        if features.deep_size_ is not None and len(maps) == 4:
+            grid = tuple(-(-cells // 2) for cells in flowing[-1].shape[2:])
+            top = F.interpolate(top, grid, mode="bilinear", align_corners=False) if top.shape[2:] != grid else top
+        return [*flowing, top]
 
     def _make_model(self, channels, shapes, n_categories):
         if min(channels) < 2:
@@ -353,27 +376,21 @@ class VQFlowDetector(BaseImageDetector):
     def _parts_of(self, categories):
         return list(dict.fromkeys(part for c in categories for part in self.model_.parts_of(c)))
 
-    def _scorer(self, model, dtype):
+    def _scoring_model(self, model, dtype):
         return model.prepared()
 
-    def _map_terms(self, model, features, category):
-        """Of each stage the energy of the latent and minus the log-density, both up to a constant, in nats per channel.
-
-        The energy is that of the Gaussian which the category's normal images have in the latent space; the published
-        one is that of the standard Gaussian. The density adds what the flow did to volumes, which compares places; the
-        energy is the steadier of the two.
-        """
+    def _model_fields(self, model, features, category):
+        """The latents of the coarsest flow, which with few images are the steadiest; or the published terms."""
+        if self.gaussian:
+            return {"latent": model(features, category).latents.z[-1]}
         raw = model.anomaly_map(features, category)
-        grid = raw["mahalanobis_1"].shape[1:]
-        terms = {}
-        for k in (1, 2, 3):
-            energy = raw[f"mahalanobis_{k}"].float()
-            terms[f"energy_{k}"] = resize(energy, grid)
-            terms[f"density_{k}"] = resize(energy + raw[f"volume_{k}"].float(), grid)
-        return terms
+        grid = raw["log_likelihood_1"].shape[1:]
+        return {f"log_likelihood_{k}": resize(raw[f"log_likelihood_{k}"].float(), grid) for k in (1, 2, 3)}
 
-    def _deviations(self, model, features, category):
-        return model(features, category).latents.z
+    def _terms(self):
+        if self.gaussian:
+            return [*self._feature_terms(), Term("latent", 1.0, (0.0,), is_trained=True)], None
+        return [Term(f"log_likelihood_{k}", 1.0, (), is_trained=True) for k in (1, 2, 3)], 0.03
 
     def _codebooks(self):
         hierarchy = self.model_.hierarchy
@@ -392,9 +409,6 @@ class VQFlowDetector(BaseImageDetector):
         index = codes.concept_index % books.concept_codebook.n_codes
         distance = (codes.concept_distance * books.concept_codebook.dim).sqrt()
         return {**found, "concept": (index.view(-1, 1, 1), distance.view(-1, 1, 1))}
-
-    def _map_weights(self):
-        return {f"{kind}_{k}": 1.0 for kind in ("energy", "density") for k in (1, 2, 3)}
 
 
 def _check_four(stages):

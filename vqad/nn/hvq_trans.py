@@ -20,7 +20,6 @@ from .packed import can_pack
 from .quantize import SAMPLE_NUMBERS, VectorQuantizer
 from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
-from .whiten import Whitening
 
 PROJECTION_NUMBERS = 2**27
 """Numbers in the tokens that the start of the input projection comes from; it takes so many times the width."""
@@ -152,7 +151,6 @@ class HVQTrans(nn.Module):
         )
         self.decoder = Decoder(n_layers, width, n_heads, dim_feedforward, dropout)
         self.output_projection = nn.ModuleList(nn.Linear(width, token_width) for _ in range(n_categories))
-        self.whitening = Whitening(in_channels, n_categories)
 
     @property
     def n_categories(self) -> int:
@@ -196,10 +194,8 @@ class HVQTrans(nn.Module):
         return loss
 
     @torch.no_grad()
-    def anomaly_map(
-        self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None, *, window: int | None = None
-    ) -> dict[str, Tensor]:
-        r"""Terms of the anomaly map, each (N, h, w), higher = more anomalous.
+    def anomaly_map(self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None) -> dict[str, Tensor]:
+        r"""Terms of the published anomaly map, each (N, h, w), higher = more anomalous.
 
         ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` the cost of carrying
         the cell's input of level J to the codes of its category. The release scores
@@ -211,34 +207,28 @@ class HVQTrans(nn.Module):
         category : Tensor of shape (N,), int64
         levels : sequence of int, optional
             Levels whose transport term is wanted; all when left out.
-        window : int, optional
-            Odd side of a square of cells. Adds the term ``averaged_reconstruction``: the same with
-            :math:`\hat f - f` averaged over that square before its norm is taken. What the decoder misses at random
-            cancels, what it misses throughout a place stays. The norm is that of :attr:`whitening`, Euclid's until that
-            has learned from normal images: what the decoder often misses of them counts little.
         """
         cells = self._tokens(features)
         wanted = range(self.n_layers + 1) if levels is None else levels
         codes = self._codes(category, wanted)
         rebuilt, _, passed = self._forward(cells, category, learns=False)
-        error = self._error(rebuilt, cells)
-        terms = {"reconstruction": torch.linalg.vector_norm(error, dim=1)}
-        if window is not None:
-            squared = self.whitening(_averaged(error, window), category)
-            terms["averaged_reconstruction"] = (self.in_channels * squared).sqrt()
+        terms = {"reconstruction": torch.linalg.vector_norm(self._error(rebuilt, cells), dim=1)}
         for j in wanted:
             cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
             terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
         return terms
 
     @torch.no_grad()
-    def averaged_error(self, features: Tensor, category: Tensor, window: int) -> Tensor:
-        r""":math:`\hat f - f`, averaged over a square of cells: (N, C, h, w). Arguments as for :meth:`anomaly_map`.
+    def token_error(self, features: Tensor, category: Tensor) -> Tensor:
+        r""":math:`\hat f - f`, averaged over 3 x 3 cells and then over each token's: (N, C, rows, columns of tokens).
 
-        What :attr:`whitening` is to learn from normal images.
+        What the decoder misses at random cancels, what it misses throughout a place stays. Arguments as for
+        :meth:`anomaly_map`.
         """
         cells = self._tokens(features)
-        return _averaged(self._error(self._forward(cells, category, learns=False)[0], cells), window)
+        error = self._error(self._forward(cells, category, learns=False)[0], cells)
+        averaged = F.avg_pool2d(error, 3, 1, 1, count_include_pad=False)
+        return averaged if self.patch_size == 1 else F.avg_pool2d(averaged, self.patch_size)
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -263,8 +253,6 @@ class HVQTrans(nn.Module):
             if isinstance(module, (nn.Linear, Attention, LearnedPosition)):
                 for parameter in module.parameters(recurse=False):
                     shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        shared[id(self.whitening._moments)] = self.whitening._moments
-        shared[id(self.whitening._bases)] = self.whitening._bases
         scorer = copy.deepcopy(self, shared)
         for quantizer in scorer.quantizers:
             quantizer.freeze()
@@ -371,7 +359,6 @@ class HVQTrans(nn.Module):
         old = self.output_projection[0].weight
         token_width = self.in_channels * self.patch_size**2
         self.output_projection.append(nn.Linear(2 * self.d_model, token_width).to(cast(Tensor, old)))
-        self.whitening.add_groups(1)
         for quantizer in self.quantizers:
             quantizer.add_groups(1)
         return self.n_categories - 1

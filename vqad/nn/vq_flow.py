@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
 from vqad.nn.hierarchy import CodeHierarchy, Codes
 from vqad.nn.noise import GaussianNoise
-from vqad.nn.whiten import Whitening
 
 # Coupling blocks that an added category has of its own in each stage.
 _ADDED_BLOCKS = 2
@@ -179,7 +178,6 @@ class VQFlow(nn.Module):
         self.mixture = nn.ModuleList(MixtureComponent(c, d_concept, exact=exact) for c in channels[:3])
         self.added_flow, self.added_mixture = nn.ModuleList(), nn.ModuleList()
         self.fusion = FusionFlow(channels[:3], width, clamp=clamp)
-        self.whitening = nn.ModuleList(Whitening(c, n_categories) for c in channels[:3])
         self._tables: dict[tuple[int, ...], Tensor] | None = None
 
     # ---- what the floors above call
@@ -207,19 +205,12 @@ class VQFlow(nn.Module):
             ``"volume_k"``: :math:`-\frac{1}{C_k} \log|\det|` of the cell. The sum of the two and
             :math:`\frac12 \log 2\pi` is minus the exact log-density in nats per channel: summed over
             channels, cells and stages, minus :attr:`Latents.log_prob`.
-            ``"mahalanobis_k"``: as ``log_likelihood_k``, but with the second moments that :attr:`whitening` learned
-            from the latents of the category, in the place of the identity that training aims at. Without
-            ``category``, that of category 0; here every category must be one that the model has.
         """
         output: VQFlowOutput = self(features, category)
         latents = output.latents
         terms = {f"log_likelihood_{k}": 0.5 * z.square().mean(1) for k, z in enumerate(latents.z, 1)}
         for k, (log_det, c) in enumerate(zip(latents.log_det_cells, self.channels), 1):
             terms[f"volume_{k}"] = -log_det / c
-        if category is None:
-            category = torch.zeros(len(latents.z[0]), dtype=torch.long, device=latents.z[0].device)
-        for k, (z, whitening) in enumerate(zip(latents.z, self.whitening), 1):
-            terms[f"mahalanobis_{k}"] = 0.5 * whitening(z, category)
         return terms
 
     def initialise_codes(
@@ -277,8 +268,6 @@ class VQFlow(nn.Module):
         mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
         self.added_flow.append(nn.ModuleList(flows).to(like))
         self.added_mixture.append(nn.ModuleList(mixtures).to(like))
-        for whitening in self.whitening:
-            cast(Whitening, whitening).add_groups(1)
         return self.n_categories + self.n_added - 1
 
     @property
