@@ -626,6 +626,20 @@ def test_many_kinds_in_turn_cost_what_few_do(detector, n_kinds, monkeypatch):
     assert sum(seen) <= 1024 + 64 * n_kinds * 2  # of two parts at the most
 
 
+def test_parameters_that_are_set_after_fit_change_no_score_and_take_effect_at_the_next(fitted, quick, parts, images):
+    others = {"gaussian": False, "standardize": False, "image_size": 96, "stages": (1, 2, 3, 4)}
+    if isinstance(fitted, HVQTransDetector):
+        others["patch_size"] = 1
+    made = copy.deepcopy(fitted).set_params(**others)
+    np.testing.assert_array_equal(made.score_samples(parts.images[44:52]), fitted.score_samples(parts.images[44:52]))
+    np.testing.assert_array_equal(made.anomaly_map(parts.images[50:52]), fitted.anomaly_map(parts.images[50:52]))
+    others = {name: others[name] for name in others if name in ("gaussian", "patch_size")}
+    again = copy.deepcopy(quick).set_params(**others).fit(images)
+    fresh = clone(quick).set_params(**others).fit(images)
+    np.testing.assert_array_equal(again.score_samples(parts.images), fresh.score_samples(parts.images))
+    assert not np.array_equal(again.score_samples(parts.images), quick.score_samples(parts.images))
+
+
 # ---- threshold -----------------------------------------------------------------------------------
 
 

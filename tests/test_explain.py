@@ -132,7 +132,9 @@ def assert_same_prototypes(a, b, groups=slice(None)):
 
 def stacked(explained, attribute):
     """Of images of one category: an array of all of them for each term."""
-    return {name: np.stack([getattr(e, attribute)[name] for e in explained]) for name in getattr(explained[0], attribute)}
+    return {
+        name: np.stack([getattr(e, attribute)[name] for e in explained]) for name in getattr(explained[0], attribute)
+    }
 
 
 def test_terms_are_exactly_those_of_the_map_and_the_score(fitted, explained):
@@ -151,7 +153,9 @@ def test_terms_are_exactly_those_of_the_map_and_the_score(fitted, explained):
         combined = scorer.combined(numbers)
         np.testing.assert_array_equal(combined.numpy(), [e.standardized for e in own])
         peaks = (scorer._peaks(numbers, combined) - scorer.peak_center[c]) / scorer.peak_scale[c]
-        score = (torch.logsumexp(peaks, 1) - np.log(peaks.shape[1]) - scorer.ends[c, 0]) / scorer.ends[c, 1]
+        weight = scorer.peak_weight[c]
+        fused = ((weight * peaks.exp()).sum(1) / weight.sum()).log()
+        score = (fused - scorer.ends[c, 0]) / scorer.ends[c, 1]
         expected = [e.anomaly_score - FAR_WEIGHT * e.too_far for e in own]
         np.testing.assert_allclose(score, expected, rtol=1e-9, atol=1e-9)
     found = np.stack([resize_map(e.standardized, (8, 8)) for e in explained])

@@ -410,7 +410,9 @@ def test_only_fitted_detectors_of_vqad_are_saved(on_maps, path):
             vqad.save(other, path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("d_model", 32), ("n_heads", 4), ("dropout", 0.5), ("n_layers", 2), ("gaussian", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("d_model", 32), ("n_heads", 4), ("dropout", 0.5), ("n_layers", 2), ("gaussian", False)]
+)
 def test_parameters_that_were_changed_after_fit_are_told(on_maps, path, name, value):
     made = pickle.loads(pickle.dumps(on_maps)).set_params(**{name: value})
     with pytest.raises(ValueError, match=r"parameters were changed after fit.* Set them back"):

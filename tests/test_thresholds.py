@@ -15,9 +15,8 @@ from sklearn.exceptions import NotFittedError
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad.metrics import image_f1_max
-from vqad.nn.whiten import whitenings
+from vqad.scoring import FAR_WEIGHT
 from vqad.thresholds import calibrate, cost_threshold, f1_threshold, recall_threshold
-from vqad.vq_flow import resize
 
 DETECTORS = [
     HVQTransDetector(
@@ -332,49 +331,37 @@ def draw_features(form, n):
     return (center[kind][:, None, None] + spread[kind, None, None, None] * noise).astype(np.float32), kind
 
 
-class _RememberedTerms:
-    """Stands for ``_store_terms`` of a detector: all of it that does not change from split to split is kept."""
+class _RememberedFields:
+    """Stands for ``_store_terms`` of a detector: what its scorer measures does not change from split to split."""
 
     def __init__(self, detector, store, kind):
-        def everything(model, features, category):
-            found = {str(k): x for k, x in enumerate(detector._deviations(model, features, category))}
-            raw = model.anomaly_map(features, category)
-            return {**found, **{name: term for name, term in raw.items() if name.startswith(("transport", "volume"))}}
+        self.detector, self.device = detector, torch.device("cpu")
+        self.fields = detector._store_terms(store, np.arange(len(kind)), kind, self.device, detector._fields)
 
-        self.detector = detector
-        kept = detector._store_terms(store, np.arange(len(kind)), kind, torch.device("cpu"), everything)
-        self.deviations = [torch.from_numpy(kept.pop(k)) for k in sorted(kept) if k.isdigit()]
-        self.fixed = kept
-
-    def __call__(self, store, rows, category, device, compute=None):
-        deviations = [x[rows] for x in self.deviations]
-        if compute is not None:
-            self.detector._deviations = lambda *_: deviations
-            found = compute(None, None, None)
-            del self.detector._deviations
-            return {name: value.numpy() for name, value in found.items()}
-        fixed = {name: term[rows] for name, term in self.fixed.items()}
-        measured = zip(whitenings(self.detector.model_), deviations, strict=True)
-        lengths = [whitening(x, torch.from_numpy(category)) for whitening, x in measured]
-        if isinstance(self.detector, HVQTransDetector):
-            return {**fixed, "averaged_reconstruction": deviations[0].shape[1] * lengths[0].numpy()}
-        grid = lengths[0].shape[1:]
-        terms = {}
-        for k, length in enumerate(lengths, 1):
-            terms[f"energy_{k}"] = resize(0.5 * length, grid).numpy()
-            volume = torch.from_numpy(fixed[f"volume_{k}"])
-            terms[f"density_{k}"] = terms[f"energy_{k}"] + resize(volume, grid).numpy()
-        return terms
+    def __call__(self, store, rows, category, device, compute):
+        if compute == self.detector._fields:
+            return {name: field[rows] for name, field in self.fields.items()}
+        assert compute == self.detector._judged
+        found = {"score": np.empty(len(rows)), "map": [None] * len(rows)}
+        for c in np.unique(category):
+            own = np.flatnonzero(category == c)
+            fields = {name: torch.from_numpy(field[rows[own]]) for name, field in self.fields.items()}
+            with torch.inference_mode():
+                judged = self.detector.scorer_(fields, torch.tensor(c))
+            found["score"][own] = judged.score.numpy()
+            for i, heat in zip(own, judged.map.numpy()):
+                found["map"][i] = heat
+        return {name: np.stack(values) for name, values in found.items()}
 
 
-@pytest.fixture(scope="module", params=["rows", "maps"])
+@pytest.fixture(scope="module", params=["rows", "maps", "published"])
 def trained(request, detector):
-    """A detector trained on the first 120 of 1,500 images, and the terms of its maps for all of them."""
-    X, kind = draw_features(request.param, 1500)
-    made = clone(detector).fit(X[:120], category=kind[:120])
+    """A detector trained on the first 120 of 1,500 images, and what is to be measured of all of them."""
+    X, kind = draw_features("rows" if request.param == "rows" else "maps", 1500)
+    made = clone(detector).set_params(gaussian=request.param != "published").fit(X[:120], category=kind[:120])
     everything, device = np.arange(len(X)), torch.device("cpu")
     store, descriptor = made._extract(made._check_X(X), everything, device)
-    terms_of = made._store_terms = _RememberedTerms(made, store, kind)
+    remembered = made._store_terms = _RememberedFields(made, store, kind)
     routed, excess = made._route(descriptor)
     np.testing.assert_array_equal(routed, kind)
     assert (excess > 0).mean() < 0.01
@@ -389,8 +376,7 @@ def trained(request, detector):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* are too few for false_alarm_rate")
             calibrate(made, store, descriptor, known, everything[:120], held, device)
-        maps = made.map_calibration_.combine(terms_of(store, new, kind[new], device), kind[new])
-        score = made._image_score(maps, kind[new], excess[new])
+        score = remembered(store, new, kind[new], device, made._judged)["score"] + FAR_WEIGHT * excess[new]
         label = np.where(-score - made._offset_of(kind[new]) < 0, -1, 1)
         return made.conformal_.p_values(score, kind[new]), label, kind[new], new
 
@@ -403,7 +389,7 @@ def trained(request, detector):
                       for pair in (("global", 2), ("global", 40), ("category", 8), ("category", 21)))],
 )  # fmt: skip
 def test_false_alarms_over_many_splits_are_no_more_than_asked(trained, threshold, n_held):
-    """The scales of maps and scores come from the very images that set the threshold, with each left out of its own."""
+    """The scorer learns from the very images that set the threshold, with each left out of what it is judged by."""
     made, _, split = trained
     rng = np.random.default_rng(0)
     n = n_held * (4 if threshold == "global" else 1)

@@ -158,6 +158,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             if not warm:  # what a fit on other images may not set
                 for name in ("features_", "n_features_in_", "feature_names_in_", "map_shape_"):
                     vars(learner).pop(name, None)
+                for name in ("_model_shapes", "scorer_"):  # what parameters decide anew
+                    vars(learner).pop(name, None)
                 learner._map_shape = None
             data, rows, category, groups = learner._check_images(X, y, category, groups, reset=not warm)
             if len(rows) == 1:
@@ -559,12 +561,18 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
     def _fields(self, model: nn.Module, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
         """What the scorer measures: the model's fields, and with ``gaussian`` those of the features themselves."""
         fields = self._model_fields(model, self._assembled(maps), category)
-        if not self.gaussian:
+        if not self._has_gaussians:
             return fields
         if self.backbone is None:  # numbers of any unit
             maps = self._scaled(maps)
         strides = self.features_.strides_ if isinstance(getattr(self, "features_", None), BackboneFeatures) else None
         return {**feature_fields(maps, strides), **fields}
+
+    @property
+    def _has_gaussians(self) -> bool:
+        """The parameter ``gaussian`` as it was at `fit`."""
+        scorer = getattr(self, "scorer_", None)
+        return self.gaussian if scorer is None else bool(scorer.measures)
 
     def _judged(self, model: nn.Module, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
         """Score and map."""
@@ -642,10 +650,8 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
 
     def _extract(self, data, rows, device) -> tuple[FeatureStore, np.ndarray]:
         """Features and descriptors of the images ``rows``: each image passes the backbone once."""
-        # What came as features, or from a caller's own backbone, stays as precise as it came: so will it be scored.
-        is_own = not isinstance(data, FeatureArray) and isinstance(self.features_, BackboneFeatures)
-        dtype = native_precision(device, self.precision) if is_own else torch.float32
-        store = FeatureStore(len(rows), dtype)
+        # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
+        store = FeatureStore(len(rows))
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not self.verbose)
 
         def keep(places: np.ndarray) -> list[np.ndarray]:

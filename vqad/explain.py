@@ -39,7 +39,7 @@ class Explanation:
     terms : dict of str to ndarray of shape (h_k, w_k), float32
         What map and score are made of, each on its own grid: distances that Gaussians by location measure of the
         features ("fine", "middle", "deep", "whole", or "features" of maps that the caller gave) and of the model
-        ("error" of `HVQTransDetector`'s decoder, "latent" of `VQFlowDetector`'s flow). Higher is more anomalous; they
+        ("error" and "transport_j" of `HVQTransDetector`, "latent" of `VQFlowDetector`). Higher is more anomalous; they
         do not compare with one another.
     standardized_terms : dict of str to ndarray of shape (h_k, w_k), float32
         The same in standard deviations of normal images at that place, which compare.

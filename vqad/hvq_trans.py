@@ -71,7 +71,7 @@ class HVQTransDetector(BaseImageDetector):
         "nearest" is the plan when only the cells' marginal is fixed.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
-    max_iter : int, default=10
+    max_iter : int, default=5
         Passes over the training images.
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
@@ -205,7 +205,7 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=10,
+        max_iter=5,
         batch_size=16,
         learning_rate=1e-3,
         schedule="cosine",
@@ -326,6 +326,8 @@ class HVQTransDetector(BaseImageDetector):
         strides = self.features_.strides_
         if self.features_.deep_size_ is not None:
             maps, strides = maps[:-1], strides[:-1]
+        if hasattr(self, "_model_shapes"):  # whatever patch_size was set to since
+            return merge_maps(maps, self._model_shapes[1][0])
         # A grid finer than all stages would show no more.
         scale = min(self.patch_size, max(1, strides[-1] // min(strides)))
         return merge_maps(maps, tuple(scale * cells for cells in maps[-1].shape[2:]))
@@ -375,17 +377,20 @@ class HVQTransDetector(BaseImageDetector):
         return model if dtype == torch.float32 else model.scoring_copy(dtype)
 
     def _model_fields(self, model, features, category):
-        if self.gaussian:
-            return {"error": model.token_error(features, category)}
+        if self._has_gaussians:
+            return model.deviations(features, category)
         return model.anomaly_map(features, category)
 
     def _terms(self):
-        """The decoder's error beside the features; or half the reconstruction, half the transport on all levels."""
-        if self.gaussian:
-            return [*self._feature_terms(), Term("error", 1.0, (0.0,), is_trained=True)], None
+        """Decoder's error and transport beside the features; or half the reconstruction's length, half the transport.
+
+        The transport counts on the map alone, where it outlines what is missing (docs/choices.md).
+        """
         levels = range(self.n_layers + 1)
-        transport = [Term(f"transport_{j}", 0.5 / len(levels), (), is_trained=True) for j in levels]
-        return [Term("reconstruction", 0.5, (), is_trained=True), *transport], 0.01
+        transport = [Term(f"transport_{j}", 1.0 / len(levels), (), is_trained=True) for j in levels]
+        if self.gaussian:
+            return [*self._feature_terms(), Term("error", 1.0, (0.0,), is_trained=True), *transport], None
+        return [Term("reconstruction", 1.0, (), is_trained=True), *transport], 0.01
 
     def _codebooks(self):
         return {f"level_{j}": quantizer for j, quantizer in enumerate(self.model_.quantizers)}

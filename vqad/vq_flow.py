@@ -65,7 +65,7 @@ class VQFlowDetector(BaseImageDetector):
         Width of the coupling blocks' subnets; None takes the published one, that of their input.
     clamp : float, default=1.9
         Largest log-scale of a coupling.
-    max_iter : int, default=10
+    max_iter : int, default=5
         Passes over the training images.
     batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
@@ -202,7 +202,7 @@ class VQFlowDetector(BaseImageDetector):
         n_blocks=(2, 3, 4),
         hidden=64,
         clamp=1.9,
-        max_iter=10,
+        max_iter=5,
         batch_size=8,
         learning_rate=2e-3,
         schedule="cosine",
@@ -381,7 +381,7 @@ class VQFlowDetector(BaseImageDetector):
 
     def _model_fields(self, model, features, category):
         """The latents of the coarsest flow, which with few images are the steadiest; or the published terms."""
-        if self.gaussian:
+        if self._has_gaussians:
             return {"latent": model(features, category).latents.z[-1]}
         raw = model.anomaly_map(features, category)
         grid = raw["log_likelihood_1"].shape[1:]

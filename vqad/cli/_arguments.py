@@ -64,7 +64,7 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
     command = _command(
         commands,
         "demo",
-        "learn real solar cells with both detectors, measure beside a memory bank of patches, and write heatmaps",
+        "learn real solar cells with both detectors, measure beside an untrained Gaussian, and write heatmaps",
         "The images come with the package elpv-dataset (CC BY-NC-SA 4.0); nothing is downloaded.\n"
         "example:\n  vqad demo --out demo-output",
     )

@@ -208,27 +208,34 @@ class HVQTrans(nn.Module):
         levels : sequence of int, optional
             Levels whose transport term is wanted; all when left out.
         """
-        cells = self._tokens(features)
-        wanted = range(self.n_layers + 1) if levels is None else levels
-        codes = self._codes(category, wanted)
-        rebuilt, _, passed = self._forward(cells, category, learns=False)
-        terms = {"reconstruction": torch.linalg.vector_norm(self._error(rebuilt, cells), dim=1)}
-        for j in wanted:
-            cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
-            terms[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
-        return terms
+        error, costs = self._missed(features, category, range(self.n_layers + 1) if levels is None else levels)
+        return {"reconstruction": torch.linalg.vector_norm(error, dim=1), **costs}
 
     @torch.no_grad()
-    def token_error(self, features: Tensor, category: Tensor) -> Tensor:
-        r""":math:`\hat f - f`, averaged over 3 x 3 cells and then over each token's: (N, C, rows, columns of tokens).
+    def deviations(self, features: Tensor, category: Tensor) -> dict[str, Tensor]:
+        r"""The error as vectors, and the costs of the transport; arguments as for :meth:`anomaly_map`.
 
-        What the decoder misses at random cancels, what it misses throughout a place stays. Arguments as for
-        :meth:`anomaly_map`.
+        Returns
+        -------
+        dict of str to Tensor
+            ``error``: :math:`\hat f - f`, averaged over 3 x 3 cells and then over each token's, (N, C, rows, columns of
+            tokens). What the decoder misses at random cancels, what it misses throughout a place stays.
+            ``transport_J``: as in :meth:`anomaly_map`.
         """
-        cells = self._tokens(features)
-        error = self._error(self._forward(cells, category, learns=False)[0], cells)
+        error, costs = self._missed(features, category, range(self.n_layers + 1))
         averaged = F.avg_pool2d(error, 3, 1, 1, count_include_pad=False)
-        return averaged if self.patch_size == 1 else F.avg_pool2d(averaged, self.patch_size)
+        return {"error": averaged if self.patch_size == 1 else F.avg_pool2d(averaged, self.patch_size), **costs}
+
+    def _missed(self, features: Tensor, category: Tensor, levels: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the decoder misses, (N, C, h, w), and the transport's costs on the grid of the features."""
+        cells = self._tokens(features)
+        codes = self._codes(category, levels)
+        rebuilt, _, passed = self._forward(cells, category, learns=False)
+        costs = {}
+        for j in levels:
+            cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
+            costs[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
+        return self._error(rebuilt, cells), costs
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -433,10 +440,6 @@ class HVQTrans(nn.Module):
             return (z - level.quantized.detach()).square().sum(-1)
         with torch.autocast(z.device.type, enabled=False):
             return transport_cost(self.transport, z, codes[0].to(z.dtype), codes[1])
-
-
-def _averaged(error: Tensor, window: int) -> Tensor:
-    return F.avg_pool2d(error, window, stride=1, padding=window // 2, count_include_pad=False)
 
 
 def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
