@@ -166,7 +166,7 @@ def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatc
     assert "disc\x001" in seen[0]
     assert main([*arguments, "[0-9]"]) == 0  # of each category, though the pattern finds the same in both
     assert f" normal images in groups: {n} (" in capsys.readouterr().out
-    assert len(vqad.load(tmp_path / "m.safetensors")._held_out["score"]) < 0.2 * len(seen[0]) - 1
+    assert len(vqad.load(tmp_path / "m.safetensors")._held_out["standard"]) < 0.2 * len(seen[0]) - 1
     for pattern in ("piece[0-9]+", "x*", "(x)?disc|weave"):
         assert main([*arguments, pattern]) == 2
         said = complaint(capsys)

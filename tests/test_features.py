@@ -11,6 +11,7 @@ import tempfile
 import threading
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -400,11 +401,12 @@ def test_store_is_the_same_in_memory_and_on_disk(dtype, n_maps, tmp_path, monkey
     assert any(tmp_path.iterdir()) == (os.name != "posix")
     assert memory.digest() == disk.digest()
     for a, b in zip(batches_of(memory), batches_of(disk)):
-        for x, y in zip([a] if n_maps == 1 else a, [b] if n_maps == 1 else b):
+        assert len(a) == len(b) == n_maps
+        for x, y in zip(a, b):
             assert x.dtype == torch.float32
             assert torch.equal(x, y)
     whole = memory.batch(torch.arange(5))
-    torch.testing.assert_close(whole if n_maps == 1 else whole[0], maps[0].to(dtype).float(), rtol=0, atol=0)
+    torch.testing.assert_close(whole[0], maps[0].to(dtype).float(), rtol=0, atol=0)
     del store, stores, disk, b, y
     gc.collect()
     assert not any(tmp_path.iterdir())
@@ -413,8 +415,8 @@ def test_store_is_the_same_in_memory_and_on_disk(dtype, n_maps, tmp_path, monkey
 def test_batches_are_copies():
     store = FeatureStore(2, limit=2**20)
     store.write([0, 1], [torch.ones(2, 1, 1, 1)])
-    store.batch([0, 1]).zero_()
-    assert store.batch([0]).item() == 1
+    store.batch([0, 1])[0].zero_()
+    assert store.batch([0])[0].item() == 1
 
 
 def test_limit_counts_the_bytes_of_all_maps():
@@ -508,19 +510,26 @@ def test_detector_is_the_same_with_features_on_disk_and_leaves_no_file(images, t
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_each_image_passes_the_backbone_once_a_fit(images, monkeypatch):
+@pytest.mark.parametrize(("size", "views"), [(64, {64}), (96, {96, 64})])
+def test_each_image_passes_the_backbone_once_a_fit(images, monkeypatch, size, views):
+    """Once a view: where the smaller one is as large, there is one only."""
     load, seen = vqad.features.load_backbone, []
 
     def watched(*args):
         network = load(*args)
-        network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        network.conv_stem.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
         return network
 
+    def count():
+        assert {shape[3] for shape in seen} == views
+        return {sum(shape[0] for shape in seen if shape[3] == view) for view in views}
+
     monkeypatch.setattr(vqad.features, "load_backbone", watched)
-    made = clone(SMALL).set_params(max_iter=3).fit(images)
-    assert sum(seen) == len(images) + 1  # and one blank image that tells the shapes
+    made = clone(SMALL).set_params(max_iter=3, image_size=size)
+    made.fit(images)
+    assert count() == {len(images) + 1}  # and one blank image that tells the shapes
     made.score_samples(images[:5])
-    assert sum(seen) == len(images) + 1 + 5
+    assert count() == {len(images) + 1 + 5}
 
 
 def test_features_follow_the_detector_to_another_device(images):
@@ -651,10 +660,40 @@ def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow):
     assert HVQTransDetector()._feature_options(strides)["stages"] == of_hvq_trans
     assert VQFlowDetector()._feature_options(strides)["stages"] == of_vq_flow
     assert HVQTransDetector(stages=[1])._feature_options(strides)["stages"] == [1]
-    has_both = {8, 16} <= set(strides)
-    assert HVQTransDetector()._feature_options(strides)["grid_scale"] == (2 if has_both else 1)
-    assert HVQTransDetector(stages=(2, 3))._feature_options(strides)["grid_scale"] == (2 if has_both else 1)
-    assert HVQTransDetector(stages=(3,))._feature_options(strides)["grid_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    ("strides", "parameters", "grid"),
+    [
+        ((8, 16), {}, 8),
+        ((8, 16), {"patch_size": 1}, 4),
+        ((8, 16), {"patch_size": 4}, 8),  # a finer one would show no more
+        ((4, 8, 16), {"patch_size": 4}, 16),
+        ((16,), {}, 4),
+        ((16, 16), {}, 4),
+        ((4, 8, 16, 32), {"stages": (0, 1, 2, 3)}, 4),
+    ],
+)
+def test_hvq_trans_rebuilds_stages_on_a_grid_for_its_patches(strides, parameters, grid):
+    """Of 64 pixels a side; a smaller view, where there is one, is not among them."""
+    maps = [torch.randn(2, 3, 64 // s, 64 // s) for s in strides]
+    for extra, deep_size in (([], None), ([torch.randn(2, 5, 2, 2)], (64, 64))):
+        made = HVQTransDetector(**parameters)
+        made.features_ = SimpleNamespace(strides_=(*strides, *[32] * len(extra)), deep_size_=deep_size)
+        if len(maps) + len(extra) > 1:
+            assert made._arranged([*maps, *extra]).shape == (2, 3 * len(maps), grid, grid)
+
+
+@pytest.mark.parametrize(
+    ("size", "deep"),
+    [(288, (224, 224)), (224, (160, 160)), (64, (64, 64)), (32, (32, 32)), (300, (224, 224)), ((288, 576), (224, 448))],
+)
+def test_the_smaller_view_is_of_seven_ninths_and_whole_cells(size, deep):
+    for kind in (HVQTransDetector, VQFlowDetector):
+        assert kind(image_size=size)._feature_options((2, 4, 8, 16, 32))["deep_size"] == deep
+        assert "deep_size" not in kind(image_size=size)._feature_options((16,) * 12)
+        assert "deep_size" not in kind.paper(image_size=size)._feature_options((4, 8, 16, 32))
+    assert "deep_size" not in HVQTransDetector(stages=(2, 3, 4))._feature_options((2, 4, 8, 16, 32))
 
 
 def test_strides_of_all_stages():
@@ -681,6 +720,24 @@ def test_detectors_on_other_networks(tmp_path, images, name, kind):
     np.testing.assert_array_equal(load(tmp_path / "made.safetensors").score_samples(images), scores)
 
 
+@pytest.mark.parametrize(("name", "seen"), [("hiera_tiny_224", 96), ("swin_tiny_patch4_window7_224", 96),
+                                           ("resnet18", 64), ("tf_efficientnet_lite0", 64)])  # fmt: skip
+def test_a_smaller_view_is_as_small_as_the_network_takes(name, seen):
+    """Its map is that of the last stage, of an EfficientNet of the block before too."""
+    pixels, last = torch.rand(2, 96, 96, 3).numpy(), len(backbone_strides(name)) - 1
+    features = BackboneFeatures(name, weights="random", image_size=96, stages=(1,), merge=False, deep_size=64).fit()
+    assert features.deep_size_ == (seen, seen)
+    fine, deep = features.transform(pixels)
+    assert [m.shape[-1] for m in (fine, deep)] == list(features.channels_)
+    assert fine.shape[1:3] == (96 // features.strides_[0],) * 2
+    assert deep.shape[1:3] == (seen // 32, seen // 32)
+    plain = BackboneFeatures(name, weights="random", image_size=seen, stages=(last,), merge=False).fit()
+    plain.network_.load_state_dict(features.network_.state_dict(), strict=False)
+    (expected,) = plain.transform(pixels)
+    np.testing.assert_allclose(deep[..., -expected.shape[-1] :], expected, rtol=1e-4, atol=1e-5)
+    assert (deep.shape[-1] > expected.shape[-1]) == ("efficientnet" in name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -693,6 +750,10 @@ def test_maps_have_the_grid_and_the_channels_that_are_told(name):
     maps = features.transform(np.zeros((1, 40, 50, 3), np.float32))
     assert [m.shape[-1] for m in maps] == list(features.channels_) == features.network_.feature_info.channels()
     assert [m.shape[1:3] for m in maps] == [(-(-224 // s), -(-224 // s)) for s in features.strides_]
+    for kind in (HVQTransDetector, VQFlowDetector):  # a network of any kind makes what they ask for
+        options = kind(image_size=224)._feature_options(backbone_strides(name))
+        of_detector = BackboneFeatures(name, weights="random", image_size=224, merge=False, **options).fit()
+        assert len(of_detector.channels_) == len(of_detector.strides_) == len(of_detector.shapes_)
 
 
 def test_parts_of_vqad_are_there_when_they_are_asked_for():

@@ -182,7 +182,7 @@ def test_pictures_of_one_piece_are_no_category(n_kinds):
     piece = np.repeat(np.arange(24), 6)
     made = clone(SMALL).fit(X, groups=piece)
     np.testing.assert_array_equal(made.categories_, np.arange(n_kinds))
-    assert len(made._held_out["score"]) == n_kinds * round(0.2 * 24 / n_kinds)
+    assert len(made._held_out["standard"]) == n_kinds * round(0.2 * 24 / n_kinds)
     with pytest.warns(UserWarning, match="categories were found in 144 images"):
         assert len(clone(SMALL).fit(X).categories_) > 10  # which is why
 
@@ -275,4 +275,4 @@ def test_groups_arrive_by_metadata_routing():
         held = hold_out(
             np.zeros(len(train), dtype=int), 0.2, estimator._split_seed, check_groups(piece[train], len(train))
         )
-        assert len(estimator._held_out["score"]) == len(held[1]) == 2
+        assert len(estimator._held_out["standard"]) == len(held[1]) == 2

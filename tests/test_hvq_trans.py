@@ -104,10 +104,12 @@ def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, 
 
 
 def test_transport_changes_the_scores_but_not_the_training(maps):
-    """The published scores: with ``gaussian`` they do not rest on the transport."""
-    nearest, sinkhorn = (fit(maps, transport=kind, gaussian=False) for kind in ("nearest", "sinkhorn"))
-    assert nearest.loss_curve_ == sinkhorn.loss_curve_
-    assert not np.array_equal(nearest.score_samples(maps), sinkhorn.score_samples(maps))
+    """With ``gaussian`` the map alone rests on it, and on the published terms the score too."""
+    for gaussian in (True, False):
+        nearest, sinkhorn = (fit(maps, transport=kind, gaussian=gaussian) for kind in ("nearest", "sinkhorn"))
+        assert nearest.loss_curve_ == sinkhorn.loss_curve_
+        assert np.array_equal(nearest.score_samples(maps), sinkhorn.score_samples(maps)) == gaussian
+        assert not np.array_equal(nearest.anomaly_map(maps), sinkhorn.anomaly_map(maps))
     assert fit(maps, transport="nearest", transport_weight=1.0).loss_curve_ != nearest.loss_curve_
 
 

@@ -444,6 +444,26 @@ def test_terms_are_what_they_say():
             torch.testing.assert_close(terms[f"transport_{j}"][i].flatten(), distance, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_deviations_are_the_error_averaged_over_3_x_3_cells_and_over_tokens(patch_size):
+    model = HVQTrans(5, (4, 6), 2, d_model=16, n_layers=1, n_heads=2, n_codes=8, patch_size=patch_size).eval()
+    features, category = torch.randn(3, 5, 4, 6), torch.tensor([0, 1, 0])
+    error = (model(features, category).reconstruction - features).detach()
+    found = model.deviations(features, category)
+    assert found["error"].shape == (3, 5, 4 // patch_size, 6 // patch_size)
+    averaged = torch.empty_like(error)
+    for i in range(4):
+        for j in range(6):
+            averaged[:, :, i, j] = error[:, :, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2].mean((2, 3))
+    tokens = averaged.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size)).mean((3, 5))
+    torch.testing.assert_close(found.pop("error"), tokens)
+    published = model.anomaly_map(features, category)
+    torch.testing.assert_close(published.pop("reconstruction"), error.norm(dim=1))
+    assert found.keys() == published.keys() == {"transport_0", "transport_1"}
+    for name, cost in found.items():
+        assert torch.equal(cost, published[name])
+
+
 def test_loss_is_squared_error_plus_weighted_commitment():
     model = small(commitment_weight=0.7).eval()
     features, category = batch(2, 0)

@@ -23,8 +23,8 @@ from vqad.images import ImageSequence, check_images
 
 PARTS = make_textured_parts(24, 6, categories=("disc", "weave"), image_size=48, random_state=0)
 SMALL = HVQTransDetector(
-    image_size=64, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=1, false_alarm_rate=0.3,
-    random_state=0,
+    image_size=64, gaussian=False, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=1,
+    false_alarm_rate=0.3, random_state=0,
 )  # fmt: skip
 
 
@@ -135,8 +135,9 @@ def test_a_memory_changes_no_bit(tmp_path, form):
         "joblib.Memory": joblib.Memory(tmp_path, verbose=0),
         "compressed": joblib.Memory(tmp_path, verbose=0, compress=3),
     }[form]
-    plain, writes = normal(SMALL), normal(SMALL, memory=memory)
-    reads = normal(SMALL, memory=memory)
+    detector = clone(SMALL).set_params(gaussian=form == "path", image_size=96 if form == "path" else 64)
+    plain, writes = normal(detector), normal(detector, memory=memory)
+    reads = normal(detector, memory=memory)
     expected = plain.score_samples(PARTS.images)
     for made in (writes, reads, reads):
         np.testing.assert_array_equal(made.score_samples(PARTS.images), expected)
@@ -144,10 +145,13 @@ def test_a_memory_changes_no_bit(tmp_path, form):
     assert reads.loss_curve_ == plain.loss_curve_
 
 
-@pytest.mark.parametrize(("merge", "precision"), [(False, "float32"), (True, "bfloat16"), (False, "bfloat16")])
-def test_maps_come_back_as_they_went(tmp_path, merge, precision):
+@pytest.mark.parametrize(
+    ("merge", "precision", "deep_size"),
+    [(False, "float32", None), (True, "bfloat16", None), (False, "bfloat16", None), (False, "float32", 32)],
+)
+def test_maps_come_back_as_they_went(tmp_path, merge, precision, deep_size):
     images = check_images(PARTS.images[:3])
-    features = BackboneFeatures(image_size=64, merge=merge, precision=precision).fit()
+    features = BackboneFeatures(image_size=64, merge=merge, precision=precision, deep_size=deep_size).fit()
     fresh = [maps for _, maps in features.iter_maps(images)]
     for _ in range(2):
         kept = [maps for _, maps in features.iter_maps(images, memory=tmp_path)]
@@ -195,15 +199,15 @@ def test_out_of_memory_halves_what_passes_the_backbone_together(monkeypatch):
 
 def test_out_of_memory_halves_what_is_judged_together(monkeypatch):
     maps = np.random.default_rng(0).standard_normal((40, 2, 2, 5), dtype=np.float32)
-    made = clone(SMALL).set_params(backbone=None).fit(maps)
-    expected, anomaly_map = made.score_samples(maps), type(made.model_).anomaly_map
+    made = clone(SMALL).set_params(backbone=None, gaussian=True).fit(maps)
+    expected, deviations = made.score_samples(maps), type(made.model_).deviations
 
-    def small_device(self, features, category, **options):
+    def small_device(self, features, category):
         if len(features) > 5:
             raise torch.OutOfMemoryError("out of memory")
-        return anomaly_map(self, features, category, **options)
+        return deviations(self, features, category)
 
-    monkeypatch.setattr(type(made.model_), "anomaly_map", small_device)
+    monkeypatch.setattr(type(made.model_), "deviations", small_device)
     with pytest.warns(UserWarning, match="going on with . images at a time"):
         np.testing.assert_allclose(made.score_samples(maps), expected, rtol=1e-3, atol=1e-4)
 
@@ -223,7 +227,7 @@ def test_out_of_memory_with_a_single_image_is_raised(monkeypatch):
 OTHER = {
     "image_size": {"image_size": 96},
     "stages": {"stages": (1, 3)},
-    "patch_size": {"patch_size": 1},
+    "gaussian": {"gaussian": True},  # takes a smaller view too
     "precision": {"precision": "bfloat16"},
     "backbone": {"backbone": "resnet18", "weights": "random"},
 }
@@ -239,7 +243,9 @@ def test_other_features_are_other_entries(tmp_path, asked, change):
     np.testing.assert_array_equal(made.score_samples(PARTS.images), plain.score_samples(PARTS.images))
 
 
-@pytest.mark.parametrize("change", [{"n_codes": 4}, {"max_iter": 2}, {"random_state": 3}, {"d_model": 8}])
+@pytest.mark.parametrize(
+    "change", [{"n_codes": 4}, {"max_iter": 2}, {"random_state": 3}, {"d_model": 8}, {"patch_size": 1}]
+)
 def test_other_training_has_the_same_entries(tmp_path, asked, change):
     normal(SMALL, memory=tmp_path)
     asked.clear()

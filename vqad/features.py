@@ -37,6 +37,9 @@ from vqad.chunks import chunk_size, in_chunks, pad_chunk
 from vqad.device import on_device, pick_device, threads_beside
 from vqad.images import ImageSequence, check_images
 
+# What networks raise on images of a size that they do not take.
+_REFUSALS = (RuntimeError, AssertionError, ValueError)
+
 
 class BackboneFeatures(TransformerMixin, BaseEstimator):
     """Feature maps of a frozen, pretrained backbone.
@@ -63,7 +66,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     deep_size : int or (int, int) or None, default=None
         Height and width in pixels of a smaller view of each image, from which the backbone's last stage is taken: there
         each cell sees more of the image. Its map is appended to those of ``stages``; of an EfficientNet it has the
-        channels of all blocks with that stride. None takes no such view. Needs ``merge=False``.
+        channels of all blocks with that stride. A network that takes images of one size alone, such as Swin, sees that
+        size instead. None takes no such view. Needs ``merge=False``.
     device : "auto", str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
@@ -149,9 +153,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         network = load_backbone(self.backbone, self.weights, stages, self.size_)
         self.network_stages_ = stages
         try:
-            with torch.inference_mode():
-                maps = self._stage_maps(network, torch.zeros(1, 3, *self.size_))
-        except (RuntimeError, AssertionError, ValueError) as error:
+            maps = self._maps_of_a_blank(network)
+        except _REFUSALS as error:
             raise ValueError(
                 f"backbone={self.backbone!r} does not take images of {self.size_[0]} x {self.size_[1]} pixels: {error} "
                 "Choose another image_size."
@@ -252,13 +255,26 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             maps = self._stage_maps(network, pixels)
         return [merge_maps(maps, self.grid_)] if self.merge else maps
 
+    def _maps_of_a_blank(self, network: nn.Module) -> list[Tensor]:
+        """Maps of a blank image; of a network that takes images of its own size alone, both views have that size."""
+        blank = torch.zeros(1, 3, *self.size_)
+        with torch.inference_mode():
+            try:
+                return self._stage_maps(network, blank)
+            except _REFUSALS:
+                if self.deep_size_ in (None, self.size_):
+                    raise
+                self.deep_size_ = self.size_
+                return self._stage_maps(network, blank)
+
     def _stage_maps(self, network: nn.Module, pixels: Tensor) -> list[Tensor]:
         if self.deep_size_ is None:
             return list(network(pixels))
         small = pixels
         if tuple(pixels.shape[2:]) != self.deep_size_:
             small = F.interpolate(pixels, self.deep_size_, mode="bilinear", align_corners=False, antialias=True)
-        return two_views(network, pixels, small.contiguous(memory_format=torch.channels_last))
+            small = small.contiguous(memory_format=torch.channels_last)
+        return two_views(network, pixels, small)
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "network_")

@@ -71,7 +71,7 @@ class HVQTransDetector(BaseImageDetector):
         "nearest" is the plan when only the cells' marginal is fixed.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
-    max_iter : int, default=5
+    max_iter : int, default=10
         Passes over the training images.
     batch_size : int, default=16
         Images per training step; also bounds the memory that images take.
@@ -205,7 +205,7 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=5,
+        max_iter=10,
         batch_size=16,
         learning_rate=1e-3,
         schedule="cosine",

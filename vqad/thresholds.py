@@ -14,6 +14,7 @@ from torch import Tensor
 from vqad._checks import some_of_each
 from vqad._warn import warn
 from vqad.calibration import ConformalCalibration, conformal_quantile
+from vqad.device import compute_with, one_core_each
 from vqad.scoring import FAR_WEIGHT
 
 # Images whose maps are put together at a time.
@@ -58,7 +59,9 @@ def calibrate(detector, store, descriptor, index, train, held_out, device, group
             detector.scorer_ = detector._make_scorer(shapes, n_categories)
         is_held = np.isin(rows, held_out)
         fold = torch.from_numpy(_folds(rows, groups, detector._split_seed))
-        score, peak = detector.scorer_.learn(c, fields, fold, torch.from_numpy(is_held))
+        with one_core_each():  # many small decompositions, for which threads wait for each other
+            compute_with(1)
+            score, peak = detector.scorer_.learn(c, fields, fold, torch.from_numpy(is_held))
         judged.append((np.full(is_held.sum(), c), score.numpy()[is_held], peak.double().numpy()[is_held]))
     for part in _parts(others):
         found = detector._store_terms(store, part, index[part], device, detector._judged)

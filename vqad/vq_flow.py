@@ -65,7 +65,7 @@ class VQFlowDetector(BaseImageDetector):
         Width of the coupling blocks' subnets; None takes the published one, that of their input.
     clamp : float, default=1.9
         Largest log-scale of a coupling.
-    max_iter : int, default=5
+    max_iter : int, default=10
         Passes over the training images.
     batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
@@ -202,7 +202,7 @@ class VQFlowDetector(BaseImageDetector):
         n_blocks=(2, 3, 4),
         hidden=64,
         clamp=1.9,
-        max_iter=5,
+        max_iter=10,
         batch_size=8,
         learning_rate=2e-3,
         schedule="cosine",

@@ -76,7 +76,7 @@ class LocationGaussian(nn.Module):
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         """Distances (N, h, w) of the cells of maps (N, d, h, w), all of the category ``group``, a scalar."""
         with torch.autocast(x.device.type, enabled=False):
-            deviation = (x.float() - self.mean[group]).flatten(2).permute(2, 0, 1)
+            deviation = (x.float() - self.mean[group]).flatten(2).permute(2, 0, 1).contiguous()
             white = deviation @ self.whitening[group]
             explained = white @ self.factor[group].float()
             squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
@@ -91,7 +91,7 @@ class LocationGaussian(nn.Module):
         n, d = x.shape[:2]
         x = x.float()
         mean = x.mean(0) if n > 1 else x[0].mean((1, 2), keepdim=True).expand_as(x[0])
-        vectors = (x - mean).flatten(2).permute(2, 0, 1)  # (L, n, d)
+        vectors = (x - mean).flatten(2).permute(2, 0, 1).contiguous()  # (L, n, d)
         whitening = _whitening(vectors.reshape(-1, d), self.whitening.shape[-1])
         white = vectors @ whitening
         own = n / (n + OWN_IMAGES) if n > 1 and len(vectors) > 1 else 0.0
