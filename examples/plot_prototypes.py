@@ -71,7 +71,8 @@ for k, i in enumerate(order):
     axes[0, k].set_title(f"{explanation.category}\nscore {explanation.anomaly_score:.1f}", fontsize=8)
     axes[1, k].imshow(overlay(image, maps[k], detector.map_threshold_))
     axes[2, k].imshow(prototypes.patch(image, "level_0", cell))
-    axes[3, k].imshow(prototype.thumbnail)
+    if prototype is not None and prototype.thumbnail is not None:  # some codes no sound patch has
+        axes[3, k].imshow(prototype.thumbnail)
 for row, name in zip(axes, ("image", "map", "worst patch", "its prototype")):
     row[0].set_ylabel(name, fontsize=9)
 for axis in axes.flat:

@@ -11,7 +11,7 @@ def maps(*shapes):
 
 
 def test_of_a_pyramid_they_are_fine_middle_deep_and_whole():
-    four, eight, sixteen, deep = made = maps((3, 16, 16), (4, 8, 8), (5, 4, 4), (6, 2, 2))
+    _, eight, sixteen, deep = made = maps((3, 16, 16), (4, 8, 8), (5, 4, 4), (6, 2, 2))
     fields = feature_fields(made, (4, 8, 16, 32))
     assert {k: tuple(v.shape[1:]) for k, v in fields.items()} == {
         "fine": (4, 8, 8), "middle": (9, 4, 4), "deep": (6, 2, 2), "whole": (6, 1, 1),

@@ -386,8 +386,9 @@ def trained(request, detector):
 
 @pytest.mark.parametrize(
     ("threshold", "n_held", "n_splits"),
-    [("global", 8, 30), *(pytest.param(*pair, 100, marks=pytest.mark.slow)
-                          for pair in (("global", 2), ("global", 8), ("global", 40), ("category", 8), ("category", 21)))],
+    [("global", 8, 30),
+     *(pytest.param(*pair, 100, marks=pytest.mark.slow)
+       for pair in (("global", 2), ("global", 8), ("global", 40), ("category", 8), ("category", 21)))],
 )  # fmt: skip
 def test_false_alarms_over_many_splits_are_no_more_than_asked(trained, threshold, n_held, n_splits):
     """The scorer learns from the very images that set the threshold, with each left out of what it is judged by."""
