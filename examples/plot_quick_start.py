@@ -39,7 +39,7 @@ print({str(kind): int((known.category == kind).sum()) for kind in np.unique(know
 # ``category`` tells which kind of cell each image shows; scoring will not need it. A fifth of the images is held out
 # and sets the threshold: 30 of them support a false-alarm rate of 5 %, not one of 1 %.
 
-detector = HVQTransDetector(image_size=160, d_model=64, n_codes=128, max_iter=8, false_alarm_rate=0.05, random_state=0)
+detector = HVQTransDetector(image_size=160, d_model=64, n_codes=128, max_iter=3, false_alarm_rate=0.05, random_state=0)
 detector.fit(known, category=known.category)
 
 # %%

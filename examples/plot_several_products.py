@@ -26,7 +26,7 @@ new = make_textured_parts(n_normal=30, n_anomalous=24, categories=kinds, random_
 # %%
 # No labels: neither of kinds nor of defects. The 30 held-out images support a false-alarm rate of 5 %, not of 1 %.
 
-detector = HVQTransDetector(image_size=128, d_model=64, n_codes=128, max_iter=14, false_alarm_rate=0.05, random_state=0)
+detector = HVQTransDetector(image_size=128, d_model=64, n_codes=128, max_iter=4, false_alarm_rate=0.05, random_state=0)
 detector.fit(known.images)
 print("kinds found:", len(detector.categories_))
 

@@ -38,7 +38,7 @@ y = images.target  # +1 sound, -1 defective
 
 cache = tempfile.TemporaryDirectory()
 detector = HVQTransDetector(
-    image_size=96, d_model=32, n_codes=32, max_iter=3, false_alarm_rate=0.1, memory=cache.name, random_state=0
+    image_size=96, d_model=32, n_codes=32, max_iter=1, false_alarm_rate=0.1, memory=cache.name, random_state=0
 )
 folds = InlierKFold(3, random_state=0)
 grid = {"n_codes": [16, 128], "transport": ["nearest", "conditional"]}
