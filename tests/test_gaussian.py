@@ -42,7 +42,7 @@ def directly(x, q):
     return out
 
 
-@pytest.mark.parametrize(("n", "d"), [(40, 6), (5, 12), (2, 3)])
+@pytest.mark.parametrize(("n", "d"), [(40, 6), (5, 12), (3, 3)])
 def test_distances_are_those_of_the_formula(n, d):
     x, q = draw(n, d, (3, 2)), draw(7, d, (3, 2), seed=1)
     measure = LocationGaussian(d, (3, 2))

@@ -487,3 +487,29 @@ def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_ou
     again = clone(detector).fit(odd)
     for (name, ours), (_, theirs) in zip(again.scorer_.state_dict().items(), made.scorer_.state_dict().items()):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("form", "n", "n_fits"),
+    [("maps", 2, 10), ("rows", 3, 10),
+     *(pytest.param(form, n, 40, marks=pytest.mark.slow)
+       for form, n in (("maps", 2), ("maps", 3), ("rows", 4), ("maps", 8), ("rows", 8)))],
+)  # fmt: skip
+def test_few_images_of_many_categories_raise_no_more_false_alarms_than_asked(detector, form, n, n_fits):
+    """Of two rows a category, of which each is all that is known of the other, that cannot be said."""
+    center, rng = 8 * np.random.default_rng(5).standard_normal((6, 12)), np.random.default_rng(6)
+
+    def draw(n):
+        kind = np.arange(6 * n) % 6
+        noise = rng.standard_normal((6 * n, 4, 4, 12)) + 0.7 * rng.standard_normal((6 * n, 1, 1, 12))
+        maps = (center[kind][:, None, None] + noise).astype(np.float32)
+        return (maps if form == "maps" else maps[:, 0, 0]), kind
+
+    shares = []
+    for seed in range(n_fits):
+        X, kind = draw(n)
+        made = clone(detector).set_params(random_state=seed, batch_size=60)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* are too few for false_alarm_rate")
+            shares.append((made.fit(X, category=kind).predict(draw(10)[0]) == -1).mean())
+    assert np.mean(shares) <= 0.2 + 3 * np.std(shares) / np.sqrt(n_fits)

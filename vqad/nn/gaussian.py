@@ -83,18 +83,24 @@ class LocationGaussian(nn.Module):
             return squared.clamp_min(0.0).sqrt().mT.reshape(len(x), *self.grid)
 
     @torch.no_grad()
-    def learn(self, group: int, x: Tensor) -> None:
+    def learn(self, group: int, x: Tensor, by_place: bool | None = None) -> None:
         """Learn a category anew from maps (n, d, h, w) of normal images; the others keep every bit.
 
-        One image says nothing of how images differ: its cells stand for it.
+        Parameters
+        ----------
+        by_place : bool, optional
+            Whether each place has a mean of its own. One image or two say nothing of how images differ at a place:
+            where left out, their cells stand for them, and with a single cell the length of a deviation counts.
         """
         n, d = x.shape[:2]
+        by_place = n > 2 if by_place is None else by_place
         x = x.float()
-        mean = x.mean(0) if n > 1 else x[0].mean((1, 2), keepdim=True).expand_as(x[0])
+        mean = x.mean(0) if by_place else x.mean((0, 2, 3))[:, None, None].expand_as(x[0])
         vectors = (x - mean).flatten(2).permute(2, 0, 1).contiguous()  # (L, n, d)
-        whitening = _whitening(vectors.reshape(-1, d), self.whitening.shape[-1])
+        known = vectors if by_place or len(vectors) > 1 else vectors[:, :0]
+        whitening = _whitening(known.reshape(-1, d), self.whitening.shape[-1])
         white = vectors @ whitening
-        own = n / (n + OWN_IMAGES) if n > 1 and len(vectors) > 1 else 0.0
+        own = n / (n + OWN_IMAGES) if by_place and len(vectors) > 1 else 0.0
         factor, tail = zip(*(_inverse(part, own, self.factor.shape[-1]) for part in torch.split(white, 256)))
         self.mean[group], self.whitening[group] = mean, whitening
         self.factor[group], self.tail[group] = torch.cat(factor).to(self.factor), torch.cat(tail)
@@ -113,7 +119,7 @@ class LocationGaussian(nn.Module):
         for k in kinds:
             held = fold == k
             other = LocationGaussian(self.dim, self.grid).to(x.device)
-            other.learn(0, x[~held] if len(kinds) > 1 else x)
+            other.learn(0, x[~held] if len(kinds) > 1 else x, by_place=len(x) > 2)
             out[held] = other(x[held], torch.tensor(0)).cpu()
         return out
 
@@ -131,21 +137,40 @@ def _whitening(vectors: Tensor, width: int) -> Tensor:
     # Deviations of any size: their squares are numbers.
     size = sample.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(sample) else sample.new_ones(())
     sample = sample / size
-    second = sample.mT @ sample / max(1, len(sample))
-    mean = float(second.trace()) / d
+    mean = float(sample.square().sum()) / max(1, sample.numel())
     if not mean > 0:  # vectors that are all the same: any deviation counts by its length
         return torch.eye(d, width, device=vectors.device)
+    # The larger product has the same eigenvalues as the smaller one, and zeros.
+    second = (sample.mT @ sample if len(sample) >= d else sample @ sample.mT) / len(sample)
     values, directions = torch.linalg.eigh(second)
-    shrinkage = max(RIDGE, _ledoit_wolf(sample, second))
+    if len(sample) < d:
+        values, directions = _of_larger(sample, values, directions, width)
+    shrinkage = max(RIDGE, _ledoit_wolf(sample, second, mean))
     variance = (1.0 - shrinkage) * values[-width:].clamp_min(0.0) + shrinkage * mean
     kept: Tensor = directions[:, -width:] / variance.sqrt() / size
     return kept.float()
 
 
-def _ledoit_wolf(sample: Tensor, second: Tensor) -> float:
-    """How far the second moment of vectors (n, d) is to be pulled to a multiple of the identity, in 0..1."""
+def _of_larger(sample: Tensor, values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvalues (width,) and directions (d, width) of the second moment of fewer than d vectors.
+
+    Of the directions in which none of them lies, any are taken.
+    """
+    is_seen = values > 1e-10 * values[-1]
+    values, vectors = values[is_seen][-width:], vectors[:, is_seen][:, -width:]
+    lead = sample.mT @ vectors / (len(sample) * values).sqrt()
+    rest = width - len(values)
+    any_other = torch.randn(len(lead), rest, generator=torch.Generator().manual_seed(0)).to(lead)
+    basis = torch.linalg.qr(torch.cat([lead, any_other], 1))[0]
+    return F.pad(values, (rest, 0)), torch.cat([basis[:, len(values) :], lead], 1)
+
+
+def _ledoit_wolf(sample: Tensor, second: Tensor, mean: float) -> float:
+    """How far the second moment of vectors (n, d) is to be pulled to ``mean`` times the identity, in 0..1.
+
+    ``second`` is that moment, or the smaller product with the same eigenvalues.
+    """
     n, d = sample.shape
-    mean = float(second.trace()) / d
     apart = float(second.square().sum()) - d * mean**2
     noise = (float(sample.square().sum(1).square().sum()) / n - float(second.square().sum())) / n
     return min(max(noise / apart, 0.0), 1.0) if apart > 0 else 1.0
