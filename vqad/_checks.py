@@ -19,8 +19,8 @@ LARGEST_FEATURE = 1e15
 FEATURES_AT_ONCE = 2**22
 
 
-def check_features(estimator, X, reset: bool) -> FeatureArray:
-    """Rows (n, C) or maps (n, h, w, C), an array or a list of single ones, of the form that fit saw."""
+def check_features(estimator: Any, X: Any, map_shape: tuple[int, ...] | None) -> FeatureArray:
+    """Rows (n, C) or maps (n, h, w, C), an array or a list of single ones, of the shape (h, w, C) that fit saw."""
     if isinstance(X, (list, tuple)) and any(getattr(item, "ndim", None) == 3 for item in X[:1]):
         shapes = sorted({tuple(np.shape(item)) for item in X})
         if len(shapes) > 1:
@@ -34,18 +34,14 @@ def check_features(estimator, X, reset: bool) -> FeatureArray:
                 f"X has shape {tuple(X.shape)} and dtype {X.dtype}: these are images, and backbone=None takes features."
             )
         maps = check_array(X, dtype=np.float32, allow_nd=True, copy=False)
-        if reset:
-            estimator.map_shape_ = maps.shape[1:]
-        elif maps.shape[1:] != estimator.map_shape_:
+        if map_shape not in (None, maps.shape[1:]):
             raise ValueError(
-                f"X has feature maps of shape {maps.shape[1:]}; fit saw maps of shape {estimator.map_shape_} (h, w, C)."
+                f"X has feature maps of shape {maps.shape[1:]}; fit saw maps of shape {map_shape} (h, w, C)."
             )
         return FeatureArray(maps)
-    table = validate_data(estimator, X, reset=reset, dtype=np.float32)
-    if reset:
-        estimator.map_shape_ = (1, 1, table.shape[1])
-    elif estimator.map_shape_ != (1, 1, table.shape[1]):
-        raise ValueError(f"X has rows of features; fit saw maps of shape {estimator.map_shape_} (h, w, C).")
+    table = validate_data(estimator, X, reset=map_shape is None, dtype=np.float32)
+    if map_shape not in (None, (1, 1, table.shape[1])):
+        raise ValueError(f"X has rows of features; fit saw maps of shape {map_shape} (h, w, C).")
     return FeatureArray(table[:, None, None, :])
 
 
@@ -188,7 +184,7 @@ def hold_out(
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
 
 
-def taken(each: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+def of_rows(each: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
     """What is given of ``rows``; None where nothing was given of any."""
     return None if each is None else each[rows]
 

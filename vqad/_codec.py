@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,30 +18,18 @@ from torch import Tensor, nn
 
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
-from vqad.calibration import ConformalCalibration
-from vqad.device import undisturbed
+from vqad.calibration import ConformalCalibration, HeldOut, Seen, Thresholds
 from vqad.features import BackboneFeatures
-from vqad.hvq_trans import HVQTransDetector
+from vqad.fitted import Fitted, History
 from vqad.prototypes import Prototypes
-from vqad.routing import CategoryRouter
+from vqad.registry import detector_classes
 from vqad.scoring import Scorer
 from vqad.training import TrainingLog
-from vqad.vq_flow import VQFlowDetector
 
-# Every class that a file may name. They are made without arguments and then given their attributes: a name is
+# What a detector has learned is written by the fields of `Fitted`. Every class that a file may name, beside the
+# detectors: dataclasses are made of their fields, others without arguments and then given their attributes. A name is
 # never imported. What a former version wrote must stay here for ever.
-CLASSES: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        HVQTransDetector,
-        VQFlowDetector,
-        BackboneFeatures,
-        CategoryRouter,
-        ConformalCalibration,
-        TrainingLog,
-        Prototypes,
-    )
-}
+PARTS = (Fitted, HeldOut, Seen, Thresholds, History, TrainingLog, BackboneFeatures, ConformalCalibration, Prototypes)
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 # Weights that cannot be found again without drawing or downloading them: they are always written.
 UNFINDABLE = ("random", "hub")
@@ -127,7 +116,9 @@ class Writer:
         """Like `encode`, for what is written in its own way because of whose attribute it is."""
         if isinstance(value, nn.Module):
             return {"module": self.module(owner, name, value, where)}
-        is_backbone = isinstance(owner, BaseImageDetector) and name in ("backbone", "features_")
+        is_backbone = (isinstance(owner, BaseImageDetector) and name == "backbone") or (
+            isinstance(owner, Fitted) and name == "features"
+        )
         if is_backbone and not isinstance(value, (str, type(None))) and not _is_own(value):
             return {"foreign": self.foreign_backbone(value)}
         if isinstance(value, MetadataRequest):
@@ -145,13 +136,8 @@ class Writer:
         return self.foreign
 
     def module(self, owner: Any, name: str, module: nn.Module, where: str) -> dict[str, Any]:
-        if isinstance(owner, BaseImageDetector) and name == "model_":
-            _check_rebuilds(owner, module)
-            return {"state": self.state_dict(module, where)}
-        if isinstance(owner, BaseImageDetector) and name == "scorer_":
-            shapes = {term: list(shape) for term, shape in module.shapes.items()}
-            _check_scorer_rebuilds(owner, module)
-            return {"state": self.state_dict(module, where), "shapes": shapes}
+        if isinstance(module, Scorer):
+            return {"state": self.state_dict(module, where), "config": self.encode(module.config(), where)}
         if isinstance(owner, BackboneFeatures) and name == "network_":
             included = self.include_backbone or owner.weights in UNFINDABLE
             return {
@@ -173,6 +159,7 @@ class Reader:
         self.weights = weights
         self.objects: list[Any] = []
         self.foreign = ""
+        self.detector: type[BaseImageDetector] | None = None
 
     def decode(self, data: Any) -> Any:
         if isinstance(data, list):
@@ -197,12 +184,17 @@ class Reader:
     def object(self, data: dict[str, Any]) -> Any:
         if "again" in data:
             return self.objects[data["again"]]
-        if data["class"] not in CLASSES:
+        cls = classes().get(data["class"])
+        if cls is None:
             raise Refused(
                 f"it has an object of the class {data['class']!r}, and only classes of vqad may be in a model"
             )
-        made = CLASSES[data["class"]]()
+        if is_dataclass(cls):
+            return self.parts(cls, data["state"])
+        made = cls()
         self.objects.append(made)
+        if isinstance(made, BaseImageDetector):
+            self.detector = type(made)
         for name in data["state"]:
             _check_attribute(made, name)
         modules = {name: content for name, content in data["state"].items() if _is_kind(content, "module")}
@@ -211,6 +203,17 @@ class Reader:
                 setattr(made, name, self.attribute(made, content))
         for name, content in modules.items():
             setattr(made, name, self.module(made, name, content["module"]))
+        return made
+
+    def parts(self, cls: type, state: dict[str, Any]) -> Any:
+        """A dataclass, made of its fields."""
+        place = len(self.objects)
+        self.objects.append(None)
+        fields = {}
+        for name, content in state.items():
+            is_module = _is_kind(content, "module")
+            fields[name] = self.module(cls, name, content["module"]) if is_module else self.attribute(cls, content)
+        self.objects[place] = made = cls(**fields)
         return made
 
     def attribute(self, owner: Any, content: Any) -> Any:
@@ -240,14 +243,9 @@ class Reader:
 
     def module(self, owner: Any, name: str, data: dict[str, Any]) -> nn.Module:
         state = None if data["state"] is None else {key: self.tensor(value) for key, value in data["state"].items()}
-        if isinstance(owner, BaseImageDetector) and name == "model_" and state is not None:
-            model = _rebuild(owner)
-            model.load_state_dict(state, assign=True)
-            return model
-        if isinstance(owner, BaseImageDetector) and name == "scorer_" and state is not None:
-            scorer = _rebuild_scorer(
-                owner, {str(term): tuple(map(int, shape)) for term, shape in data["shapes"].items()}
-            )
+        if owner is Fitted and state is not None and self.detector is not None:
+            with torch.device("meta"):  # room for numbers is in the file alone
+                scorer = Scorer.make(self.detector.model_class, self.decode(data["config"])).eval()
             scorer.load_state_dict(state, assign=True)
             return scorer
         if isinstance(owner, BackboneFeatures) and name == "network_":
@@ -272,54 +270,6 @@ class Reader:
             )
         network.normalization = normalization
         return network.requires_grad_(False)
-
-
-def _rebuild(detector: BaseImageDetector) -> nn.Module:
-    """The model that `fit` would make, with random parameters."""
-    channels, shapes = detector._model_shapes
-    model: nn.Module = detector._make_model(channels, shapes, len(detector.categories_))
-    return model.eval()
-
-
-def _rebuild_scorer(detector: BaseImageDetector, shapes: dict[str, tuple[int, int, int]]) -> nn.Module:
-    """The scorer that `fit` would make, without room for numbers."""
-    with torch.device("meta"):
-        return detector._make_scorer(shapes, len(detector.categories_)).eval()
-
-
-def _check_scorer_rebuilds(detector: BaseImageDetector, scorer: Scorer) -> None:
-    """Raise where a detector's parameters would make another scorer than the one that it has."""
-    terms, map_peak = detector._terms()
-    if (tuple(t for t in terms if t.name in scorer.shapes), map_peak) != (scorer.terms, scorer.map_peak):
-        raise ValueError(
-            "The detector's parameters were changed after fit: its scorer has other terms than gaussian="
-            f"{detector.gaussian} gives. Set them back with set_params, or fit again."
-        )
-
-
-def _check_rebuilds(detector: BaseImageDetector, model: nn.Module) -> None:
-    """Raise where a detector's parameters would make another model than the one that it has."""
-    with undisturbed():
-        twin = _rebuild(detector)
-    for (here, has), (there, makes) in zip(_settings(model), _settings(twin)):
-        if here != there or has != makes:
-            raise ValueError(
-                f"The detector's parameters were changed after fit: {here} of its model is {has}, and with the "
-                f"parameters as they are now {there} would be {makes}. Set them back with set_params, or fit again."
-            )
-
-
-def _settings(model: nn.Module) -> list[tuple[str, Any]]:
-    """What a module was made with, as far as it can be seen: sizes of tensors, public attributes."""
-    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
-    plain = (bool, int, float, str, tuple, list, type(None))
-    attributes = [
-        (f"{path}.{name}".lstrip("."), value)
-        for path, module in model.named_modules()
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name != "training" and isinstance(value, plain)
-    ]
-    return [*attributes, *shapes, ("number of parts", len(shapes) + len(attributes))]
 
 
 def _check_attribute(owner: Any, name: str) -> None:
@@ -352,8 +302,13 @@ def _axes(strides: tuple[int, ...], is_contiguous: bool) -> list[int]:
     return [*axes] if is_contiguous else sorted(axes, key=lambda k: -abs(strides[k]))
 
 
+def classes() -> dict[str, type]:
+    """Every class that a file may name."""
+    return {cls.__name__: cls for cls in (*detector_classes(), *PARTS)}
+
+
 def _is_own(value: Any) -> bool:
-    return CLASSES.get(type(value).__name__) is type(value)
+    return classes().get(type(value).__name__) is type(value)
 
 
 def _is_kind(content: Any, name: str) -> bool:

@@ -29,7 +29,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def holding_warnings(work: Callable[..., Any]) -> Callable[..., Any]:
     """``work`` for a thread, whose own frames lead to no caller: it gives its result and what `warn` is to say of it.
 
-    Pairs go to `let_out`, in the thread that waits.
+    Pairs go to `release_warnings`, in the thread that waits.
     """
 
     def held(*args: Any) -> tuple[Any, list[tuple[str, type[Warning]]]]:
@@ -42,7 +42,7 @@ def holding_warnings(work: Callable[..., Any]) -> Callable[..., Any]:
     return held
 
 
-def let_out(result: tuple[Any, list[tuple[str, type[Warning]]]]) -> Any:
+def release_warnings(result: tuple[Any, list[tuple[str, type[Warning]]]]) -> Any:
     """Say what was held, and give the result."""
     for message, category in result[1]:
         warn(message, category)

@@ -1,12 +1,29 @@
-"""Conformal calibration: thresholds and p-values from the scores of held-out normal images. NumPy only."""
+"""Scales, thresholds and p-values from the scores of normal images, those that were held out of training above all."""
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from vqad._checks import some_of_each
 from vqad._warn import warn
+from vqad.engine import Engine, compute_with, one_core_each
+from vqad.scoring import FAR_WEIGHT, Scorer, fields, score_and_map, stored_images
+from vqad.store import FeatureStore
+
+# Images whose maps are put together at a time.
+IMAGES_AT_A_TIME = 512
+# Normal images of a category that its scorer learns from, of those trained on and of those held out.
+MAX_REFERENCE_IMAGES = 200
+# Parts that images are divided into, each of which is measured by what was learned of the others.
+N_FOLDS = 10
 
 
 class ConformalCalibration:
@@ -79,3 +96,200 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
         )
         return float(scores[-1])
     return float(scores[max(rank, 1) - 1])
+
+
+# ---- what is learned ---------------------------------------------------------------------------------
+
+
+def _none() -> np.ndarray:
+    return np.empty(0)
+
+
+def _no_category() -> np.ndarray:
+    return np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Of normal images that the model was not trained on, what thresholds rest on.
+
+    Attributes
+    ----------
+    category : ndarray of shape (n,), int64
+    score, peak : ndarray of shape (n,), float64
+        Anomaly score, and highest value of the map, of each as if it had set no scale.
+    """
+
+    category: np.ndarray = field(default_factory=_no_category)
+    score: np.ndarray = field(default_factory=_none)
+    peak: np.ndarray = field(default_factory=_none)
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def append(self, more: HeldOut) -> HeldOut:
+        """These and more."""
+        return HeldOut(*(np.append(a, b) for a, b in zip(vars(self).values(), vars(more).values())))
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Anomaly scores of all images learned from, where ``contamination`` asks for them.
+
+    Attributes
+    ----------
+    category : ndarray of shape (n,), int64
+    score : ndarray of shape (n,), float64
+    """
+
+    category: np.ndarray = field(default_factory=_no_category)
+    score: np.ndarray = field(default_factory=_none)
+
+    def append(self, more: Seen) -> Seen:
+        """These and more."""
+        return Seen(np.append(self.category, more.category), np.append(self.score, more.score))
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholds:
+    """What decides between normal images and anomalies.
+
+    Attributes
+    ----------
+    offset : float or ndarray of shape (n_categories,)
+        Of scores of which higher is more normal.
+    map_threshold : float
+    conformal : ConformalCalibration
+        Makes p-values.
+    origin : str or None
+        What set the offset if `fit` did not.
+    """
+
+    offset: Any
+    map_threshold: float
+    conformal: ConformalCalibration
+    origin: str | None = None
+
+    def offset_of(self, category: np.ndarray) -> Any:
+        """Offset of images that are judged as these categories."""
+        return self.offset if np.isscalar(self.offset) else self.offset[category]
+
+
+class Learned(NamedTuple):
+    """Images that were learned from, as what sets scales and thresholds sees them.
+
+    Attributes
+    ----------
+    store : FeatureStore
+    descriptor : ndarray of shape (n, D)
+    index : ndarray of shape (n,)
+        Category of each image of ``store``; -1 for those to be left out.
+    train, held_out : ndarray of int
+        Rows of ``store``.
+    groups : ndarray of shape (n,) or None
+        Of what is one piece.
+    """
+
+    store: FeatureStore
+    descriptor: np.ndarray
+    index: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+    groups: np.ndarray | None
+
+
+def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> tuple[Scorer, HeldOut]:
+    """Let a scorer learn what is normal in the categories that its terms do not know yet.
+
+    The categories that it knows keep their scales.
+
+    Returns
+    -------
+    scorer : Scorer
+        Another one.
+    held_out : HeldOut
+        Those of ``learned``, of known categories too.
+    """
+    terms, (store, _, index, train, held_out, groups) = copy.deepcopy(scorer.terms), learned
+    n_categories, n_known = scorer.router.n_categories, 0 if terms is None else terms.n_categories
+    if terms is not None:
+        terms.add_categories(n_categories - n_known)
+    reference, others = _reference_rows(index, train, held_out, n_known, seed)
+    judged = HeldOut()
+    for c in range(n_known, n_categories):
+        rows = reference[index[reference] == c]
+        if not len(rows):
+            continue
+        found = stored_images(scorer, store, rows, index[rows], engine, fields)
+        made = {name: torch.from_numpy(each) for name, each in found.items()}
+        if terms is None:
+            terms = scorer.new_terms({name: _shape(each) for name, each in made.items()}, n_categories)
+        is_held = np.isin(rows, held_out)
+        fold = torch.from_numpy(_folds(rows, groups, seed))
+        with one_core_each():  # many small decompositions, for which threads wait for each other
+            compute_with(1)
+            score, peak = terms.learn(c, made, fold, torch.from_numpy(is_held))
+        own = HeldOut(np.full(len(rows), c), score.double().numpy(), peak.double().numpy())
+        judged = judged.append(HeldOut(*(each[is_held] for each in vars(own).values())))
+    scorer = scorer.with_terms(terms)
+    for part in _parts(others):
+        found = stored_images(scorer, store, part, index[part], engine, score_and_map)
+        peak_of = found["map"].reshape(len(part), -1).max(1).astype(np.float64)
+        judged = judged.append(HeldOut(index[part], found["score"].astype(np.float64), peak_of))
+    return scorer, judged
+
+
+def score_seen(scorer: Scorer, learned: Learned, engine: Engine) -> Seen:
+    """Score all images learned from as if they were new."""
+    rows, seen = np.flatnonzero(learned.index >= 0), Seen()
+    for part in _parts(rows):
+        with torch.inference_mode():
+            category, distance = scorer.router(torch.from_numpy(learned.descriptor[part]))
+            excess = scorer.router.excess(category, distance).numpy()
+        found = stored_images(scorer, learned.store, part, category.numpy(), engine, score_and_map)
+        seen = seen.append(Seen(category.numpy(), found["score"] + FAR_WEIGHT * excess))
+    return seen
+
+
+def set_thresholds(
+    held_out: HeldOut, seen: Seen, categories: np.ndarray, contamination: Any, rate: float, per_category: bool
+) -> Thresholds:
+    """Thresholds for a rate of false alarms of held-out images, or for a share of all images learned from."""
+    n_categories = len(categories)
+    conformal = ConformalCalibration(per_category).fit(held_out.score, held_out.category, n_categories)
+    if contamination == "auto":
+        offset = -conformal.thresholds(rate, categories)
+    else:
+        groups = [seen.category == c for c in range(n_categories)] if per_category else []
+        own = [seen.score[group] if group.any() else seen.score for group in groups or [seen.category >= 0]]
+        offset = np.array([np.quantile(-s, contamination) for s in own])
+    with warnings.catch_warnings():
+        if contamination == "auto":
+            warnings.simplefilter("ignore", UserWarning)  # said of the offset already
+        map_threshold = conformal_quantile(np.sort(held_out.peak), rate)
+    return Thresholds(offset if per_category else float(offset[0]), map_threshold, conformal)
+
+
+def _shape(field: Tensor) -> tuple[int, int, int]:
+    """Length of the vectors of a field, 0 of numbers; rows and columns."""
+    d, h, w = field.shape[1:] if field.ndim == 4 else (0, *field.shape[1:])
+    return d, h, w
+
+
+def _folds(rows: np.ndarray, groups: np.ndarray | None, seed: int) -> np.ndarray:
+    """A fold for each image, the same for all of a group."""
+    unit = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
+    n_units = unit.max() + 1
+    return (np.random.RandomState(seed % 2**32).permutation(n_units) % min(N_FOLDS, n_units))[unit]
+
+
+def _reference_rows(index, train, held_out, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
+    """Images that new categories are learned from; and the other held-out ones, those of known categories too."""
+    new = np.setdiff1d(train[index[train] >= n_known], held_out)  # where too few could be held out, all are both
+    held = held_out[index[held_out] >= n_known]
+    chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held)]
+    return np.sort(np.concatenate(chosen)), np.setdiff1d(held_out, chosen[1])
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, range(IMAGES_AT_A_TIME, len(rows), IMAGES_AT_A_TIME)) if len(rows) else []

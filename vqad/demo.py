@@ -18,13 +18,12 @@ import vqad
 from vqad._yardstick import GaussianYardstick
 from vqad.base import BaseImageDetector
 from vqad.datasets import ElpvDataset, load_elpv
-from vqad.hvq_trans import HVQTransDetector
 from vqad.metrics import Evaluation, bootstrap_interval, evaluate, image_auroc
+from vqad.registry import detector_class
 from vqad.report import Verdicts, judge, write_report
-from vqad.vq_flow import VQFlowDetector
 
 # By the name that their parameters and files go by.
-DETECTORS: dict[str, type[BaseImageDetector]] = {"hvq-trans": HVQTransDetector, "vq-flow": VQFlowDetector}
+DETECTORS = ("hvq-trans", "vq-flow")
 PAGE, DETECTOR_PAGE, DETECTOR_MODEL = "solar-cells.html", "solar-cells-{}.html", "model-{}.safetensors"
 TITLE = "Solar cells: what is wrong, and where"
 SOURCE = "ELPV data set, CC BY-NC-SA 4.0"
@@ -276,8 +275,8 @@ def run_demo(
     )
     common = {"random_state": random_state, "device": device, "verbose": verbose}
     detectors = {}
-    for name, kind_of_detector in DETECTORS.items():
-        detector = kind_of_detector(**{**common, **size.parameters[name]})
+    for name in DETECTORS:
+        detector = detector_class(name)(**{**common, **size.parameters[name]})
         with _passes_told(type(detector).__name__, len(train), None if verbose else say):
             detectors[name] = _measure_detector(detector, train, test, say)
     baseline = _measure_yardstick(GaussianYardstick(device), train, test, say)

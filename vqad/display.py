@@ -255,11 +255,9 @@ class ScoreDistributionDisplay:
         """
         _matplotlib(cls)
         detector, X = _detector_and_images(cls, estimator, X)
-        detector = detector._fitted()
-        judged = detector._judge(X)
-        threshold = np.broadcast_to(-np.asarray(detector._offset_of(judged.category)), judged.score.shape)
-        category = detector.categories_[judged.category] if per_category else None
-        return cls.from_predictions(judged.score, threshold=threshold, y=y, category=category, ax=ax)
+        judged = detector.judge(X, keep_maps=False)
+        category = judged.category if per_category else None
+        return cls.from_predictions(judged.score, threshold=judged.threshold, y=y, category=category, ax=ax)
 
     @classmethod
     def from_predictions(
@@ -505,7 +503,7 @@ def _labels(y: ArrayLike, n: int) -> np.ndarray:
 
 def _names_of_groups(detector: BaseImageDetector) -> list[str]:
     """What each group of codes is for: its category, or all that share it."""
-    group = detector._code_groups(np.arange(len(detector.categories_)))
+    group = detector.model_.group_of(np.arange(len(detector.categories_)))
     names = [detector.categories_[group == g].tolist() for g in range(group.max() + 1)]
     return [str(own[0]) if len(own) == 1 else "all categories" if len(own) == len(group) else
             f"{len(own)} categories" for own in names]  # fmt: skip
@@ -515,7 +513,7 @@ def _group_of(detector: BaseImageDetector, category: Any) -> int:
     known = detector.categories_.tolist()
     if category not in known:
         raise ValueError(f"category must be one of {', '.join(map(repr, known))}; got {category!r}.")
-    return int(detector._code_groups(np.array([known.index(category)]))[0])
+    return int(detector.model_.group_of(np.array([known.index(category)]))[0])
 
 
 def _detector_and_images(display: type, estimator: Any, X: Any = None) -> tuple[BaseImageDetector, Any]:

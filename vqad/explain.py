@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from vqad.device import pick_device
+from vqad.scoring import everything, judged_chunks
+from vqad.source import MapSource
+
+if TYPE_CHECKING:
+    from vqad.fitted import Fitted
 
 __all__ = ["Explanation"]
 
@@ -95,60 +98,29 @@ def known(of: dict[str, Any], codebook: str) -> Any:
 # ---- explain -------------------------------------------------------------------------------------
 
 
-def explain_images(detector, data) -> list[Explanation]:
+def explain_images(fitted: Fitted, source: MapSource) -> list[Explanation]:
     """What the maps of checked images are made of."""
-    device = pick_device(detector.device)
-    found: dict[int, Explanation] = {}
-
-    def note(model, part, maps, category, excess, score) -> None:
-        made = detector._model_terms(model, maps, category, device, parts_of(detector))
+    found: list[Explanation] = []
+    for _, category, excess, score, made in judged_chunks(fitted.scorer, source, np.arange(len(source)), everything):
         by_kind: dict[str, dict[str, np.ndarray]] = {}
         for name, values in made.items():
             kind, _, what = name.partition(" ")
             by_kind.setdefault(kind, {})[what] = values
-        group = detector._code_groups(category)
-        for k, i in enumerate(part.tolist()):
+        group = fitted.scorer.model.group_of(category)
+        for k in range(len(category)):
             own = {kind: {name: values[k] for name, values in named.items()} for kind, named in by_kind.items()}
-            found[i] = Explanation(
-                category=detector.categories_[category[k]],
-                anomaly_score=float(score[k]),
-                too_far=float(excess[k]),
-                group=int(group[k]),
-                codes=own["code"],
-                distances=own["distance"],
-                terms=own["term"],
-                standardized_terms=own["standard"],
-                contributions=own["contribution"],
-                standardized=own["map"][""],
+            found.append(
+                Explanation(
+                    category=fitted.categories[category[k]],
+                    anomaly_score=float(score[k]),
+                    too_far=float(excess[k]),
+                    group=int(group[k]),
+                    codes=own["code"],
+                    distances=own["distance"],
+                    terms=own["term"],
+                    standardized_terms=own["standard"],
+                    contributions=own["contribution"],
+                    standardized=own["map"][""],
+                )
             )
-
-    detector._judge_data(data, np.arange(len(data)), keep_maps=False, note=note)
-    return [found[i] for i in range(len(data))]
-
-
-def parts_of(detector):
-    """What `_model_terms` is to compute for codes, distances and all that the scorer makes on the way to a map."""
-    codes = codes_of(detector)
-
-    def parts(model, maps, category: Tensor) -> dict[str, Tensor]:
-        judged = detector.scorer_(detector._fields(model, maps, category), category[0])
-        named = {
-            "term": judged.terms,
-            "standard": judged.standard,
-            "contribution": detector.scorer_.contributions(judged.standard),
-        }
-        flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
-        return {**codes(model, maps, category), **flat, "map": judged.map}
-
-    return parts
-
-
-def codes_of(detector):
-    """What `_model_terms` is to compute for codes and distances."""
-
-    def look_up(model, maps, category: Tensor) -> dict[str, Tensor]:
-        found = detector._look_up(model, detector._assembled(maps), category)
-        kinds = ("code", "distance")
-        return {f"{kind} {name}": grid for name, pair in found.items() for kind, grid in zip(kinds, pair)}
-
-    return look_up
+    return found

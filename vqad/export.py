@@ -20,16 +20,14 @@ from torch import Tensor, nn
 
 import vqad
 from vqad.backbones import two_views
-from vqad.base import BaseImageDetector, resize_map
-from vqad.device import undisturbed
-from vqad.features import BackboneFeatures, merge_maps
-from vqad.hvq_trans import HVQTransDetector
+from vqad.base import BaseImageDetector
+from vqad.engine import undisturbed
+from vqad.features import BackboneFeatures
+from vqad.fitted import Fitted
 from vqad.images import ImageSequence, check_images
-from vqad.nn.hvq_trans import HVQTrans
-from vqad.nn.quantize import Quantized, VectorQuantizer
+from vqad.nn.fields import merge_maps
 from vqad.persistence import replacing
-from vqad.scoring import FAR_WEIGHT
-from vqad.vq_flow import VQFlowDetector
+from vqad.verdicts import sequence_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OUTPUTS = ("score", "label", "map", "category")
@@ -89,17 +87,16 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
     """
     _check(detector)
     onnxruntime = _packages()
-    scorer = copy.copy(detector).set_params(precision="float32", device="cpu", memory=None)
-    scorer.features_ = copy.copy(detector.features_).set_params(precision="float32", device="cpu")
-    images = check_images(_drawn_images(scorer.features_.size_)) if X is None else scorer._check_X(X)
+    plain = copy.copy(detector).set_params(precision="float32", device="cpu", memory=None)
+    images = check_images(_drawn_images(plain.features_.size_)) if X is None else sequence_of(plain, X)
     with replacing(Path(path)) as unfinished, undisturbed():
-        written = _to_onnx(_Scorer(scorer).eval(), scorer).SerializeToString()
-        _compare(onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"]), scorer, images)
+        written = _to_onnx(_Graph(plain.features_, plain.fitted_).eval(), plain).SerializeToString()
+        _compare(onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"]), plain, images)
         unfinished.write_bytes(written)
 
 
 def _check(detector: Any) -> None:
-    if not isinstance(detector, (HVQTransDetector, VQFlowDetector)):
+    if not isinstance(detector, BaseImageDetector):
         raise TypeError(
             f"export_onnx takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}."
         )
@@ -110,16 +107,7 @@ def _check(detector: Any) -> None:
             "export_onnx writes the backbone into the graph, and needs one of timm's: this detector has "
             f"backbone={detector.backbone!r}."
         )
-    if isinstance(detector, HVQTransDetector) and detector.model_.transport in ("sinkhorn", "exact"):
-        raise ValueError(
-            f"transport={detector.model_.transport!r} solves for a plan at every image, which is no graph: fit with "
-            "transport='nearest' or 'conditional'."
-        )
-    if isinstance(detector, VQFlowDetector) and detector.model_.n_added:
-        raise ValueError(
-            "Categories that partial_fit added have flows of their own, between which a graph cannot choose: fit all "
-            "categories together to export them."
-        )
+    detector.model_.check_export()
 
 
 def _packages() -> Any:
@@ -133,42 +121,28 @@ def _packages() -> Any:
 # ---- the graph -----------------------------------------------------------------------------------
 
 
-class _Scorer(nn.Module):
-    """All of scoring one image, without a branch on what is in it."""
+class _Graph(nn.Module):
+    """All of scoring one image: resizing, the backbone, the scorer, resizing the map."""
 
-    def __init__(self, detector: BaseImageDetector):
+    def __init__(self, features: BackboneFeatures, fitted: Fitted):
         super().__init__()
-        self.fields = detector._fields
-        features = detector.features_
         self.size, self.deep_size = features.size_, features.deep_size_
         self.grid = features.grid_ if features.merge else None
         self.network = copy.deepcopy(features.network_).float().eval()
-        self.model = _traceable(detector.model_)
-        self.scorer = copy.deepcopy(detector.scorer_)
+        self.scorer = fitted.scorer
         mean, std = features.network_.normalization
-        self._keep("pixel_mean", torch.tensor(mean).view(-1, 1, 1))
-        self._keep("pixel_std", torch.tensor(std).view(-1, 1, 1))
-        router = detector.router_
-        self._keep("router_center", router.center_)
-        self._keep("router_scale", router.scale_)
-        self._keep("router_matrix", router.components_ @ router.whitening_)
-        self._keep("router_means", router.means_)
-        self._keep("far_limit", detector._distance_limit)
-        self._keep("offset", np.broadcast_to(detector.offset_, len(detector.categories_)).copy())
-
-    def _keep(self, name: str, value: Any) -> None:
-        self.register_buffer(name, torch.as_tensor(value).detach().clone())
+        offset = np.broadcast_to(fitted.thresholds.offset, len(fitted.categories)).copy()
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("offset", torch.from_numpy(offset))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pixels = _resampled(image.permute(2, 0, 1), self.size, _shrinking).clamp(0.0, 1.0)
-        maps = self._maps((pixels - self.pixel_mean) / self.pixel_std)
-        category, excess = self._route(maps)
-        judged = self.scorer(self.fields(self.model, maps, category), category[0])
-        normal = -(judged.score[0] + FAR_WEIGHT * excess)
+        verdict = self.scorer(self._maps((pixels - self.pixel_mean) / self.pixel_std))
+        category, normal = verdict.category[0], -verdict.score[0]
         # A comparison that NaN fails: what is no image is not normal.
-        label = torch.where(normal - self.offset[category[0]] >= 0, 1, -1)
-        grid_map = _resampled(judged.map, image[:, :, 0], _between)[0]
-        return normal.float(), label, grid_map, category[0]
+        label = torch.where(normal - self.offset[category] >= 0, 1, -1)
+        return normal.float(), label, _resampled(verdict.map, image[:, :, 0], _between)[0], category
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         if self.deep_size is not None:
@@ -177,16 +151,6 @@ class _Scorer(nn.Module):
             return two_views(self.network, pixels[None], pixels[None] if same else small[None])
         maps = list(self.network(pixels[None]))
         return maps if self.grid is None else [merge_maps(maps, self.grid)]
-
-    def _route(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Number of the category, (1,), and by how many limits the image is too far from it."""
-        parts = [s for m in maps for s in (m.mean((2, 3)), m.std((2, 3), correction=0))]
-        descriptor = torch.cat(parts, 1)[0].double()
-        white = ((descriptor - self.router_center) / self.router_scale) @ self.router_matrix
-        distance = (white - self.router_means).square().sum(-1).sqrt()
-        category = distance.argmin(0, keepdim=True)
-        excess = (distance[category] / self.far_limit[category] - 1.0).clamp_min(0.0)
-        return category, excess[0]
 
 
 def _resampled(maps: Tensor, size: Any, weights: Any) -> Tensor:
@@ -225,54 +189,7 @@ def _between(ones: Tensor, wanted: Tensor) -> Tensor:
     return (1 - (place[:, None] - source).abs()).clamp_min(0.0)
 
 
-# ---- modules that compute the same without a branch on values ----------------------------------------
-
-
-class _TraceableQuantizer(VectorQuantizer):
-    """A look-up in the codebook that the group, a tensor, tells."""
-
-    def codes(self, group: Tensor) -> Tensor:
-        return self.embed[group]
-
-    def forward(self, x: Tensor, group: Tensor | None = None) -> Quantized:
-        group = x.new_zeros(x.shape[0], dtype=torch.long) if group is None else group
-        return Quantized(*self.look_up(x, group), x.new_zeros(x.shape[0]))
-
-    def look_up(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        codes = self.embed[group]
-        centre = codes.mean(1, keepdim=True)
-        centred = codes - centre
-        near = (x - centre) @ centred.mT - 0.5 * centred.square().sum(-1).unsqueeze(1)
-        indices = near.argmax(-1)
-        # The one image's codes, by row: gathering along an axis would take an index for every number.
-        return codes[0][indices], indices
-
-
-class _TraceableHVQTrans(HVQTrans):
-    def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
-        weight = torch.stack([head.weight for head in self.output_projection])[category]
-        bias = torch.stack([head.bias for head in self.output_projection])[category]
-        return decoded @ weight.mT + bias[:, None]
-
-
-_TRACEABLE = {
-    VectorQuantizer: _TraceableQuantizer,
-    HVQTrans: _TraceableHVQTrans,
-}
-
-
-def _traceable(model: nn.Module) -> nn.Module:
-    """A copy in which such modules stand in for those that branch."""
-    model = copy.deepcopy(model).eval()
-    for module in model.modules():
-        if type(module) in _TRACEABLE:
-            module.__class__ = _TRACEABLE[type(module)]
-    if hasattr(model, "condition_path"):
-        model.condition_path = "convolution"  # a table of codes is made of what comes
-    return model.requires_grad_(False)
-
-
-def _to_onnx(graph: _Scorer, detector: BaseImageDetector) -> Any:
+def _to_onnx(graph: _Graph, detector: BaseImageDetector) -> Any:
     height, width = graph.size
     example = torch.full((height + 24, width + 40, 3), 0.5)
     sides = {0: torch.export.Dim("height", min=2), 1: torch.export.Dim("width", min=2)}
@@ -343,13 +260,13 @@ def _compare(session: Any, detector: BaseImageDetector, images: ImageSequence) -
     for i in range(len(images)):
         pixels = np.ascontiguousarray(images.pixels(i), dtype=np.float32)
         score, label, heat, category = session.run(list(OUTPUTS), {"image": pixels})
-        judged = detector._judge_data(images, np.array([i]))
-        expected, expected_map = -judged.score[0], resize_map(judged.maps[0], images.size(i))
-        decision = expected - np.broadcast_to(detector._offset_of(judged.category), 1)[0]
+        judged = detector.judge(images, rows=[i])
+        expected, expected_map = -judged.score[0], judged.anomaly_map(0, images.size(i))
+        decision = judged.threshold[0] - judged.score[0]
         limit = SCORE_TOLERANCE * max(1.0, abs(expected))
         map_limit = MAP_TOLERANCE * max(1.0, float(np.abs(expected_map).max()))
         differs = {
-            "category": category != judged.category[0],
+            "category": detector.categories_[category] != judged.category[0],
             "score": not abs(score - expected) <= limit,
             "label": abs(decision) > limit and label != (-1 if decision < 0 else 1),
             "map": heat.shape != expected_map.shape or not np.abs(heat - expected_map).mean() <= map_limit,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from vqad._warn import holding_warnings, let_out
 from vqad.backbones import (
     DEFAULT_BACKBONE,
     PREPARATION,
@@ -33,9 +29,10 @@ from vqad.backbones import (
     two_views,
 )
 from vqad.cache import FeatureCache
-from vqad.chunks import chunk_size, in_chunks, pad_chunk
-from vqad.device import on_device, pick_device, threads_beside
+from vqad.engine import Engine, chunk_size, in_chunks, pad_chunk, pick_device
 from vqad.images import ImageSequence, check_images
+from vqad.nn.fields import merge_maps
+from vqad.streaming import stream_maps
 
 # What networks raise on images of a size that they do not take.
 _REFUSALS = (RuntimeError, AssertionError, ValueError)
@@ -220,10 +217,8 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         size = chunk_size(device)
         cache = None if memory is None else FeatureCache(memory, self._source(device, dtype, size))
-        if device.type == "cpu":
-            network = ready_network(self.network_, dtype)
-        else:
-            network = self.network_.to(memory_format=torch.channels_last)
+        on_cpu = device.type == "cpu"
+        network = ready_network(self.network_, dtype) if on_cpu else Engine(device).resident(self.network_)
 
         def read(i: int) -> Tensor:
             return images.load([i], self.size_)
@@ -236,8 +231,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             parts = [maps for _, maps in in_chunks(some, torch.arange(len(pixels)), size)]
             return [torch.cat(stage) for stage in zip(*parts)]
 
-        with on_device(network, device):
-            yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
+        yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
 
     def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
         """All that an image's maps depend on, to the last bit, beside the image."""
@@ -287,7 +281,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merged: bool, **options):
+def fit_features(backbone, images: ImageSequence, indices, **options):
     """What gives a detector its features: of a timm model's name, or of a caller's own transformer, fitted if need be.
 
     Parameters
@@ -295,17 +289,11 @@ def fit_features(backbone, images: ImageSequence, indices, *, taker: str, merged
     backbone : str or transformer
     indices : ndarray of int
         Images that a transformer is fitted on.
-    taker : str
-        Name of the detector, for errors.
-    merged : bool
-        What the detector expects of a caller's own `BackboneFeatures`.
     **options
         Of `BackboneFeatures`, for a name.
     """
     if isinstance(backbone, str):
         return BackboneFeatures(backbone, merge=False, **options).fit()
-    if isinstance(backbone, BackboneFeatures) and backbone.merge != merged:
-        raise ValueError(f"{taker} takes a BackboneFeatures with merge={merged}.")
     try:
         check_is_fitted(backbone)
     except NotFittedError:
@@ -371,81 +359,6 @@ def transformer_maps(
                 "must bring images to one size."
             )
         yield part, maps
-
-
-def stream_maps(
-    images: ImageSequence, indices, read, compute, device: torch.device, *, size=1, cache=None, n_jobs=None
-) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-    """Maps of images, chunk by chunk: from the cache those that it has, the others computed together.
-
-    Parameters
-    ----------
-    read : callable
-        From an image's number to what ``compute`` takes of it; called in threads with ``n_jobs``.
-    compute : callable
-        From a list of what ``read`` gave to maps (len(list), C, h, w). An image's maps must not depend on the others.
-    size : int
-        Images in a chunk.
-    """
-
-    def find_or_read(i: int):
-        if cache is None:
-            return None, None, read(i)
-        key = images.digest(i)
-        found = cache.find(key)
-        return key, found, None if found is not None else read(i)
-
-    n_threads = readers(n_jobs)
-    ahead = size + n_threads
-    items = read_ahead(find_or_read, (int(i) for i in indices), n_threads, ahead)
-    for start in range(0, len(indices), size):
-        chunk = indices[start : start + size]
-        keys, found, content = zip(*itertools.islice(items, len(chunk)))
-        missing = [k for k, maps in enumerate(found) if maps is None]
-        computed = compute([content[k] for k in missing]) if missing else []
-        if cache is None:
-            maps = computed
-        else:
-            rows = dict(enumerate(found))
-            for row, k in enumerate(missing):
-                rows[k] = [m[row] for m in computed]
-                cache.keep(keys[k], rows[k])
-            maps = [torch.stack([m.cpu() for m in stage]) for stage in zip(*rows.values())]
-        # In one layout, whether they come from the cache or not: last bits of a sum depend on it.
-        yield chunk, [m.to(device).contiguous() for m in maps]
-
-
-def readers(n_jobs: int | None) -> int:
-    """Threads that read for this one, which shares them with the others of its pool; 0 where it reads itself."""
-    n_threads = joblib.effective_n_jobs(n_jobs)
-    return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
-
-
-def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
-    """``map(read, items)``, with up to ``ahead`` items read by threads, if any, before they are asked for."""
-    if not n_threads:
-        yield from map(read, items)
-        return
-    with ThreadPoolExecutor(n_threads, "vqad-read") as pool:
-        waiting: deque[Future] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(holding_warnings(read), item))
-                if len(waiting) > ahead:
-                    yield let_out(waiting.popleft().result())
-            while waiting:
-                yield let_out(waiting.popleft().result())
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def merge_maps(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Resize every stage's map to ``grid`` (bilinear, align_corners=True) and concatenate the channels."""
-    return torch.cat(
-        [m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear", align_corners=True) for m in maps],
-        dim=1,
-    )
 
 
 def check_image_size(image_size) -> tuple[int, int]:

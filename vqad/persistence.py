@@ -19,10 +19,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 import vqad
-from vqad._codec import CLASSES, Reader, Refused, Writer, WrongArgument, dtype_name
+from vqad._codec import Reader, Refused, Writer, WrongArgument, dtype_name
 from vqad._warn import warn
 from vqad.base import BaseImageDetector
-from vqad.device import undisturbed
+from vqad.engine import undisturbed
+from vqad.registry import detector_classes
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "timm", "scikit-learn", "numpy")
@@ -49,10 +50,6 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     TypeError
         When it is no detector of vqad; when ``include_backbone=True`` and its backbone is a transformer of the
         caller's own; or when it has an attribute of a kind that the format does not know.
-    ValueError
-        When its parameters were changed after `fit` in a way that the model in it cannot be made from, such as
-        ``n_codes``. Other parameters, ``image_size`` and ``false_alarm_rate`` too, are kept as they are now: they
-        take effect at the next `fit`, and scores are those of the last one.
 
     Warns
     -----
@@ -62,10 +59,11 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     Notes
     -----
     Tensors and arrays are the file's tensors; everything else is JSON in its header, along with a format version, the
-    versions of the packages and a SHA-256 over all of it. A ``RandomState`` is kept in the state that it is in. The
-    parameter ``memory`` is not kept.
+    versions of the packages and a SHA-256 over all of it. Parameters that were changed after `fit` are kept as they
+    are now: they take effect at the next `fit`, and scores are those of the last one. A ``RandomState`` is kept in the
+    state that it is in. The parameter ``memory`` is not kept.
     """
-    if type(detector) not in CLASSES.values() or not isinstance(detector, BaseImageDetector):
+    if type(detector) not in detector_classes():
         raise TypeError(
             f"vqad.save takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}. Of a search "
             "pass search.best_estimator_, of a pipeline pipeline[-1]. joblib.dump takes any object, but opening its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqad._warn import warn
-from vqad.explain import Explanation, codes_of, known
-from vqad.features import BackboneFeatures, read_ahead, readers
-from vqad.images import check_images
-from vqad.store import FeatureArray
+from vqad.explain import Explanation, known
+from vqad.features import BackboneFeatures
+from vqad.images import ImageSequence, check_images
+from vqad.scoring import Scorer, codes, stored_images
+from vqad.source import MapSource
+from vqad.store import FeatureArray, FeatureStore
+from vqad.streaming import read_ahead, readers
 
 __all__ = ["Prototype", "Prototypes"]
 
@@ -239,42 +243,37 @@ class Prototypes:
 # ---- finding prototypes --------------------------------------------------------------------------
 
 
-def learn_prototypes(detector, store, index, data, rows, device) -> Prototypes:
-    """Prototypes of all codes of a detector that was just fitted.
+def add_prototypes(
+    before: Prototypes, scorer: Scorer, store: FeatureStore, index: np.ndarray, source: MapSource, rows: np.ndarray
+) -> Prototypes:
+    """Prototypes of all groups of codes, those that are new from these images.
 
     Parameters
     ----------
+    before : Prototypes
+    scorer : Scorer
     store : FeatureStore
-        Features of the images ``rows`` of ``data``.
+        Features of the images ``rows`` of ``source``.
     index : ndarray of shape (len(store),)
         Their categories; -1 for those to be left out.
     """
-    return _extended(detector, Prototypes(), store, index, data, rows, device)
-
-
-def add_prototypes(detector, store, index, data, rows, device) -> None:
-    """Add the prototypes of groups of codes that `partial_fit` has made; arguments as for `learn_prototypes`."""
-    detector._prototypes = _extended(detector, detector._prototypes, store, index, data, rows, device)
-
-
-def _extended(detector, before: Prototypes, store, index, data, rows, device) -> Prototypes:
-    first = before.n_groups
-    searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in detector._codebooks().items()}
-    group = np.where(index >= 0, detector._code_groups(np.maximum(index, 0)), -1)
+    first, model = before.n_groups, scorer.model
+    searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in model.codebooks().items()}
+    group = np.where(index >= 0, model.group_of(np.maximum(index, 0)), -1)
     places = np.flatnonzero(group >= first)
     places = places[np.argsort(index[places], kind="stable")]
     grid = dict(before.grid)
     for part in np.split(places, range(_PART, len(places), _PART)):
         if not len(part):
             continue
-        found = detector._store_terms(store, part, index[part], device, codes_of(detector))
+        found = stored_images(scorer, store, part, index[part], source.engine, codes)
         for name, search in searches.items():
             code, distance = found[f"code {name}"], found[f"distance {name}"]
             grid[name] = code.shape[1:]
-            search.add(np.asarray(rows)[part], group[part] - first, code, distance)
+            search.add(rows[part], group[part] - first, code, distance)
     made = Prototypes()
-    made.n_images, made.grid = before.n_images + len(data), grid
-    slot, thumbnails = _keep_thumbnails(detector, data, grid, searches, len(before.thumbnails))
+    made.n_images, made.grid = before.n_images + len(source), grid
+    slot, thumbnails = _keep_thumbnails(source, grid, searches, len(before.thumbnails))
     for name, search in searches.items():
         search.image[search.image >= 0] += before.n_images
         for attribute in ("image", "cell", "distance", "usage"):
@@ -318,21 +317,23 @@ class _Search:
 # ---- thumbnails ----------------------------------------------------------------------------------
 
 
-def _keep_thumbnails(detector, data, grid, new: dict[str, _Search], n_before: int):
+def _keep_thumbnails(
+    source: MapSource, grid: dict[str, tuple[int, int]], new: dict[str, _Search], n_before: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Which thumbnail shows each code, for each codebook (G, K), and the thumbnails.
 
     The images are read again, each once: what is wanted of them is known only now.
     """
     slot = {name: np.full_like(search.image, -1) for name, search in new.items()}
     empty = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
-    if isinstance(data, FeatureArray):
+    if isinstance(source.data, FeatureArray):
         return slot, empty
     chosen = _choose({name: search.usage for name, search in new.items()}, n_before)
     of_image: dict[int, list[tuple[str, int, int]]] = {}
     for name, group, code in chosen:
         of_image.setdefault(int(new[name].image[group, code]), []).append((name, group, code))
     kept = []
-    for i, pixels in _read(detector, data, sorted(of_image)):
+    for i, pixels in _read(source, source.data, sorted(of_image)):
         for name, group, code in of_image[i]:
             slot[name][group, code] = n_before + len(kept)
             cell = zip(new[name].cell[group, code].tolist(), grid[name], pixels.shape[1:])
@@ -354,11 +355,11 @@ def _choose(usage: dict[str, np.ndarray], n_before: int) -> list[tuple[str, int,
     return [(name, group, code) for _, name, group, code in ranked[:room]]
 
 
-def _read(detector, data, numbers: list[int]):
+def _read(source: MapSource, data: ImageSequence, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
     """Number and pixels (3, H, W) of images as the backbone sees them."""
-    seen = detector.features_.size_ if isinstance(detector.features_, BackboneFeatures) else None
+    seen = source.features.size_ if isinstance(source.features, BackboneFeatures) else None
 
-    def read(i: int):
+    def read(i: int) -> tuple[int, Tensor | Exception]:
         try:
             if seen is not None:
                 return i, data.load([i], seen)[0]
@@ -366,7 +367,7 @@ def _read(detector, data, numbers: list[int]):
         except Exception as error:  # a caller's own collection may raise anything, and the fit is done
             return i, error
 
-    n_threads = readers(detector.n_jobs) if data.reads_in_threads else 0
+    n_threads = readers(source.n_jobs) if data.reads_in_threads else 0
     failed = []
     for i, pixels in read_ahead(read, numbers, n_threads, n_threads):
         if isinstance(pixels, Tensor):

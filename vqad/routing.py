@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import pdist, squareform
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.metrics import pairwise_distances_argmin
+from torch import Tensor
 
 from vqad._warn import warn
+from vqad.nn.model import Configured
 
 # A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
 # products reach 0.31 at the most when they are cut in parts, different products 0.51 and more (docs/choices.md).
@@ -24,25 +28,90 @@ MAX_ODD_IMAGES = 0.02
 MAX_SCALING_IMAGES = 2000
 MAX_DISCOVERY_IMAGES = 4000
 MAX_PARTS = 400
+# An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
+FAR = 1.5
+# The most limits that count: of features that overflow when squared, too.
+FARTHEST = 1e9
 
 
-class CategoryRouter:
+class CategoryRouter(Configured):
     """Assigns images to categories by a descriptor of the whole image.
 
     A category is a Gaussian in descriptor space; all share one covariance, shrunk after Ledoit and Wolf, so
     that the nearest mean in Mahalanobis distance is the linear discriminant's decision. Few images are enough.
 
+    Parameters
+    ----------
+    n_features : int
+        Length of a descriptor (D).
+    n_components : int
+    n_categories : int
+    discovered : bool, default=False
+        Whether the categories were found without labels.
+    silhouette : float, default=nan
+        Mean silhouette of the discovered partition.
+
     Attributes
     ----------
-    categories_ : ndarray of shape (n_categories,)
-        Labels as given, sorted; or 0..n-1 where they were discovered. Those that `extend` took in come after.
-    discovered_ : bool
-    silhouette_ : float
-        Mean silhouette of the discovered partition; nan with labels.
-    means_ : ndarray of shape (n_categories, n_components)
+    means : Tensor of shape (n_categories, n_components), float64
+        Of the categories, whitened.
+    limit : Tensor of shape (n_categories,), float64
+        Distance from the nearest mean beyond which an image belongs to no category.
     """
 
-    def fit(self, descriptor: np.ndarray, category=None, *, groups=None, random_state: int = 0) -> np.ndarray:
+    center: Tensor
+    scale: Tensor
+    components: Tensor
+    whitening: Tensor
+    means: Tensor
+    limit: Tensor
+
+    def __init__(
+        self,
+        n_features: int,
+        n_components: int,
+        n_categories: int,
+        discovered: bool = False,
+        silhouette: float = float("nan"),
+    ) -> None:
+        super().__init__()
+        self.discovered, self.silhouette = discovered, silhouette
+        shapes = {"center": (n_features,), "scale": (n_features,), "components": (n_features, n_components)}
+        shapes |= {"whitening": (n_components, n_components), "means": (n_categories, n_components)}
+        for name, shape in {**shapes, "limit": (n_categories,)}.items():
+            self.register_buffer(name, torch.full(shape, math.inf, dtype=torch.float64))
+
+    @property
+    def n_features(self) -> int:
+        """Length of a descriptor."""
+        return self.components.shape[0]
+
+    @property
+    def n_components(self) -> int:
+        """Numbers that categories are told apart by."""
+        return self.components.shape[1]
+
+    @property
+    def n_categories(self) -> int:
+        """Number of categories."""
+        return len(self.means)
+
+    def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest category of each image, (N,) int64, and the Mahalanobis distance to its mean, (N,) float64."""
+        white = ((descriptor.double() - self.center) / self.scale) @ self.components @ self.whitening
+        distance = (white[:, None] - self.means).square().sum(-1).sqrt()
+        category = distance.argmin(1)
+        return category, distance.gather(1, category[:, None])[:, 0]
+
+    def excess(self, category: Tensor, distance: Tensor) -> Tensor:
+        """By how many limits images are too far from their category, (N,) float64; 0 for those that belong there."""
+        beyond = (distance / self.limit[category] - 1.0).clamp_min(0.0)
+        return torch.nan_to_num(beyond, nan=FARTHEST, posinf=FARTHEST).clamp_max(FARTHEST)
+
+    @classmethod
+    def learn(
+        cls, descriptor: np.ndarray, category: np.ndarray | None = None, *, groups=None, random_state: int = 0
+    ) -> tuple[CategoryRouter, np.ndarray, np.ndarray]:
         """Learn the categories.
 
         Parameters
@@ -55,101 +124,71 @@ class CategoryRouter:
 
         Returns
         -------
+        router : CategoryRouter
+        categories : ndarray
+            Labels as given, sorted; or 0..n-1 where they were discovered.
         index : ndarray of shape (n,), int64
-            Position of every image's category in ``categories_``.
+            Position of every image's category in ``categories``.
 
         Warns
         -----
         UserWarning
             When five or more categories were found, of fewer than 20 images in the median.
         """
-        self.silhouette_ = float("nan")
-        self.discovered_ = category is None
-        self._fit_scaling(descriptor, random_state)
-        projected = self._project(descriptor)
+        center, scale, components = _scaling(descriptor, random_state)
+        projected = ((descriptor - center) / scale) @ components
+        silhouette = float("nan")
         if category is None:
-            index, self.silhouette_ = discover(projected, random_state, groups)
-            self.categories_ = np.arange(index.max() + 1)
+            index, silhouette = discover(projected, random_state, groups)
+            categories = np.arange(index.max() + 1)
         else:
-            self.categories_, index = np.unique(np.asarray(category), return_inverse=True)
-        self._fit_gaussians(projected, index)
+            categories, index = np.unique(np.asarray(category), return_inverse=True)
+        router = cls(*components.shape, len(categories), category is None, silhouette)
+        router.center[:], router.scale[:] = torch.from_numpy(center), torch.from_numpy(scale)
+        router.components[:] = torch.from_numpy(components)
+        router._fit_gaussians(projected, index)
         if category is None:
-            index = self._settle(projected, self.predict(descriptor)[0])
-            typical = np.median(np.bincount(index))
-            if len(self.categories_) >= MANY_CATEGORIES and typical < FEW_IMAGES:
-                warn(
-                    f"{len(self.categories_)} categories were found in {len(index)} images, of {typical:g} images in "
-                    "the median: few to learn one from. Give more images; or, if these are several pictures of each of "
-                    "many pieces of one kind, say which by groups, and give one label for all: category=['part'] * n."
-                )
-        return index.astype(np.int64)
+            present, settled = np.unique(router(torch.from_numpy(descriptor))[0].numpy(), return_inverse=True)
+            if len(present) < len(categories):  # no image is routed to the others
+                categories = np.arange(len(present))
+                router._fit_gaussians(projected, settled)
+            index = settled
+            _warn_of_many(len(categories), index)
+        return router, categories, index.astype(np.int64)
 
-    def _settle(self, projected: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Drop discovered categories that no image is routed to."""
-        present, settled = np.unique(index, return_inverse=True)
-        if len(present) < len(self.categories_):
-            self.categories_ = np.arange(len(present))
-            self._fit_gaussians(projected, settled)
-        return settled
-
-    def extend(self, descriptor: np.ndarray, category: np.ndarray) -> None:
-        """Take in categories that are not known yet, in the space of those that are, which keep every bit.
+    def add(self, descriptor: np.ndarray, index: np.ndarray) -> None:
+        """Take in more categories, in the space of those that are known, which keep every bit.
 
         Parameters
         ----------
         descriptor : ndarray of shape (n, D)
-        category : ndarray of shape (n,) of labels like those of `fit`
+        index : ndarray of shape (n,) of int
+            0, 1, ...: the number of each image's category among the new ones.
         """
-        labels, index = np.unique(category, return_inverse=True)
-        white = self._whiten(descriptor)
-        means = [white[index == c].mean(0) for c in range(len(labels))]
-        self.categories_ = np.append(self.categories_, labels)
-        self.means_ = np.vstack([self.means_, *means])
+        white = self._projected(descriptor) @ self.whitening
+        means = [white[torch.from_numpy(index == c)].mean(0) for c in range(index.max() + 1)]
+        self.means = torch.cat([self.means, torch.stack(means)])
+        self.limit = torch.cat([self.limit, self.limit.new_full((len(means),), math.inf)])
 
-    def discover_more(self, descriptor: np.ndarray, random_state: int = 0, groups=None) -> np.ndarray:
-        """Labels (n,) of new kinds among images that belong to no known category."""
-        index, _ = discover(self._project(descriptor), random_state, groups)
-        _, index = np.unique(index, return_inverse=True)
-        if self.categories_.dtype.kind == "U":
-            names = (f"new {k}" for k in itertools.count(1))
-            free = (name for name in names if name not in self.categories_)
-            return np.array(list(itertools.islice(free, index.max() + 1)))[index]
-        return self.categories_.max() + 1 + index
+    def kinds_among(self, descriptor: np.ndarray, random_state: int = 0, groups=None) -> np.ndarray:
+        """Number (n,) of the new kind of each of some images that belong to no known category."""
+        index, _ = discover(self._projected(descriptor).numpy(), random_state, groups)
+        return np.unique(index, return_inverse=True)[1]
 
-    def predict(self, descriptor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest category of each image, and the Mahalanobis distance to its mean.
+    def set_limits(self, descriptor: np.ndarray, index: np.ndarray, n_known: int = 0) -> None:
+        """Set the limits of categories by their images; those of the first ``n_known`` ones only ever grow."""
+        if not n_known:
+            self.limit = torch.full_like(self.limit, math.inf)
+        distance = self(torch.from_numpy(descriptor))[1].numpy()
+        for c, n in zip(*np.unique(index, return_counts=True)):
+            if n > 1:
+                # New images lie farther from the mean than those n that it is the mean of.
+                widened = math.sqrt((n + 1) / (n - 1))
+                limit = FAR * widened * np.quantile(distance[index == c], 0.99) + 1e-9
+                self.limit[c] = max(limit, float(self.limit[c])) if c < n_known else limit
 
-        Returns
-        -------
-        index : ndarray of shape (n,), int64
-        distance : ndarray of shape (n,), float64
-        """
-        index, distance = np.empty(len(descriptor), dtype=np.int64), np.empty(len(descriptor))
-        for i, row in enumerate(self._whiten(descriptor)):
-            away = np.sqrt(np.square(row - self.means_).sum(-1))
-            index[i] = away.argmin()
-            distance[i] = away[index[i]]
-        return index, distance
-
-    def _fit_scaling(self, descriptor: np.ndarray, random_state: int) -> None:
-        rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
-        sample = descriptor[rows].astype(np.float64)
-        self.center_ = sample.mean(0)
-        scale = sample.std(0)
-        # Each number by its own digits: numbers may be of any units.
-        floor = 1e-6 * np.sqrt(np.square(sample).mean(0)) + 1e-12
-        self.scale_ = np.where(scale > floor, scale, np.maximum(floor, 1.0))
-        with np.errstate(invalid="ignore"):  # images that are all the same
-            pca = PCA(min(32, *sample.shape), svd_solver="full").fit((sample - self.center_) / self.scale_)
-        self.components_ = pca.components_.T
-
-    def _project(self, descriptor: np.ndarray) -> np.ndarray:
-        # Row by row in float64: a matrix product's last bits may depend on how many rows it has.
-        rows = (row.astype(np.float64) for row in np.asarray(descriptor))
-        return np.stack([((row - self.center_) / self.scale_) @ self.components_ for row in rows])
-
-    def _whiten(self, descriptor: np.ndarray) -> np.ndarray:
-        return np.stack([row @ self.whitening_ for row in self._project(descriptor)])
+    def _projected(self, descriptor: np.ndarray) -> Tensor:
+        return ((torch.from_numpy(descriptor).double() - self.center) / self.scale) @ self.components
 
     def _fit_gaussians(self, projected: np.ndarray, index: np.ndarray) -> None:
         n = int(index.max()) + 1
@@ -158,8 +197,53 @@ class CategoryRouter:
         covariance = LedoitWolf(assume_centered=True).fit(residual).covariance_
         covariance += np.eye(len(covariance)) * max(1e-6 * np.trace(covariance) / len(covariance), 1e-12)
         values, vectors = np.linalg.eigh(covariance)
-        self.whitening_ = vectors / np.sqrt(np.maximum(values, 1e-12))
-        self.means_ = means @ self.whitening_
+        whitening = vectors / np.sqrt(np.maximum(values, 1e-12))
+        self.whitening, self.means = torch.from_numpy(whitening), torch.from_numpy(means @ whitening)
+        self.limit = self.limit.new_full((n,), math.inf)
+
+
+def describe(maps: Sequence[Tensor]) -> Tensor:
+    """Descriptor of each whole image, (N, D) float32: mean and standard deviation of every channel over the map."""
+    parts = []
+    for m in maps:
+        cells = m.float().flatten(2)
+        mean = cells.mean(2)
+        # On a CPU torch's own standard deviation takes ten times as long.
+        spread = (cells - mean[..., None]).square().mean(2).sqrt()
+        parts += [mean, torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)]  # no more than rounding
+    return torch.cat(parts, 1)
+
+
+def new_labels(kind: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Labels of new kinds 0, 1, ..., of the type of the known ones and none of these."""
+    if known.dtype.kind == "U":
+        names = (f"new {k}" for k in itertools.count(1))
+        free = (name for name in names if name not in known)
+        return np.array(list(itertools.islice(free, kind.max() + 1)))[kind]
+    return known.max() + 1 + kind
+
+
+def _warn_of_many(n_categories: int, index: np.ndarray) -> None:
+    typical = np.median(np.bincount(index))
+    if n_categories >= MANY_CATEGORIES and typical < FEW_IMAGES:
+        warn(
+            f"{n_categories} categories were found in {len(index)} images, of {typical:g} images in the median: few to "
+            "learn one from. Give more images; or, if these are several pictures of each of many pieces of one kind, "
+            "say which by groups, and give one label for all: category=['part'] * n."
+        )
+
+
+def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Middle and scale of each number of descriptors, and their principal directions, from a part of them."""
+    rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
+    sample = descriptor[rows].astype(np.float64)
+    center, scale = sample.mean(0), sample.std(0)
+    # Each number by its own digits: numbers may be of any units.
+    floor = 1e-6 * np.sqrt(np.square(sample).mean(0)) + 1e-12
+    scale = np.where(scale > floor, scale, np.maximum(floor, 1.0))
+    with np.errstate(invalid="ignore"):  # images that are all the same
+        pca = PCA(min(32, *sample.shape), svd_solver="full").fit((sample - center) / scale)
+    return center, scale, pca.components_.T.copy()
 
 
 def discover(projected: np.ndarray, random_state: int = 0, groups=None) -> tuple[np.ndarray, float]:

@@ -1,309 +1,337 @@
-"""Scorer: from what a model and a backbone give of images to their maps and scores; the one place that judges."""
+"""Scorer: from the maps of a backbone to category, terms, map and score; the one place that judges."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqad.nn.gaussian import OWN_IMAGES, LocationGaussian
-
-# A category's own statistics count as much as the prior ones when it has this many images.
-PRIOR_IMAGES = 5
-# At a place with this many images its own mean and spread count as much as those of all places.
-PLACE_IMAGES = 20
-# The share of normal images that the spread of scores is measured at, and where it lies in standard deviations.
-HIGH, HIGH_SPREAD = 0.9, 1.2816
-# Least spread of a term, as a share of its mean.
-LEAST_SPREAD = 0.02
-# The most that a map or a score says: of vectors whose squares are no numbers, too.
-LARGEST = 1e6
-# Held-out images of a category from which on they alone say where a trained model's terms lie.
-HELD_OUT_IMAGES = 5
-
+from vqad.engine import Engine, chunk_size, in_chunks, pad_chunk, side_by_side
+from vqad.nn.fields import feature_fields
+from vqad.nn.model import AnomalyModel, Configured, Term
+from vqad.nn.terms import Judged, TermScorer
+from vqad.routing import CategoryRouter, describe
+from vqad.source import MapSource
+from vqad.store import FeatureStore
 
 # What the score of an image that is too far from its category grows by for every further limit of distance.
 FAR_WEIGHT = 10.0
+# The largest value of a feature that a model or a Gaussian sees.
+LARGEST = 1e12
+# How the fields of the features count; those that a backbone does not give are left out.
+FEATURE_TERMS = (
+    Term("features", 1.0, (0.0,)),
+    Term("fine", 1.0, (0.0,)),
+    Term("middle", 1.0, (0.0,)),
+    Term("deep", 0.0, (0.0, 0.3)),
+    Term("whole", 0.0, (0.0,)),
+)
+# Numbers in the maps of chunks that are joined (64 MiB).
+_JOINED_NUMBERS = 2**24
+_HALF = (torch.float16, torch.bfloat16)
+
+Found = dict[str, np.ndarray]
+Compute = Callable[["Scorer", list[Tensor], Tensor], dict[str, Tensor]]
+"""From a scorer, the maps of some images of one category, and its number (N,), to quantities of each image."""
 
 
-class Term(NamedTuple):
-    """One quantity of every cell that says how anomalous it is.
-
-    Attributes
-    ----------
-    name : str
-    weight : float
-        On the map, on which all terms' weights add up to 1 after scaling.
-    peaks : tuple of float
-        Shares of the cells whose highest values count in the score of the image, one entry each; 0 is the highest cell.
-    is_trained : bool
-        Whether it comes from a model that was trained on the images that it learns from: it is then lower on these than
-        on others, and held-out images say where it lies.
-    """
-
-    name: str
-    weight: float
-    peaks: tuple[float, ...]
-    is_trained: bool = False
-
-
-class Judged(NamedTuple):
-    """What the scorer makes of some images.
+class Verdict(NamedTuple):
+    """What `Scorer` says of some images that are all of one category.
 
     Attributes
     ----------
-    score : Tensor of shape (N,)
-        Higher is more anomalous; 0 is the typical normal image of the category, the unit a standard deviation of these.
+    category : Tensor of shape (N,), int64
+    excess : Tensor of shape (N,), float64
+        By how many limits each is too far from its category.
+    score : Tensor of shape (N,), float64
+        Higher is more anomalous.
     map : Tensor of shape (N, h, w)
-        On the finest grid of the terms that it is made of.
-    terms : dict of str to Tensor (N, h_k, w_k)
-        Each on its own grid, as measured.
-    standard : dict of str to Tensor (N, h_k, w_k)
-        The same in standard deviations of normal images at that place.
     """
 
+    category: Tensor
+    excess: Tensor
     score: Tensor
     map: Tensor
-    terms: dict[str, Tensor]
-    standard: dict[str, Tensor]
 
 
-class Scorer(nn.Module):
-    r"""Measures, standardises and adds up the terms of the anomaly map and of the image score.
-
-    A term is a distance that a `LocationGaussian` measures of a field of vectors, or what the model gives as a number.
-    Of category c at cell x it becomes :math:`z(x) = (t(x) - \mu_c(x)) / \sigma_c(x)`, mean and standard deviation over
-    normal images at that place. The map is the weighted mean of terms on one grid. For the image score each term's
-    highest cells are averaged, standardised over normal images, and added up by
-
-    .. math:: s = \log \sum_{k=1}^{K} w_k e^{z_k}, \qquad \sum_k w_k = 1,
-
-    which lies between their mean and their maximum: different faults show in different terms. The weights are equal,
-    but that of a trained term is n / (n + 60) of the others' with n images: a model fits few images by heart. The sum
-    is standardised once more. All statistics are those of cross-fitted distances: every image is measured by what was
-    learned without it.
+class Scaling(Configured):
+    """Brings each channel of each map to mean 0 and deviation 1 over training images, or leaves it as it is.
 
     Parameters
     ----------
-    terms : sequence of Term
-    shapes : dict of str to (int, int, int)
-        Of each term the length of its vectors, 0 where it is a number, and its grid.
-    n_categories : int
-    map_peak : float or None, default=None
-        Share of the highest cells of the map that make the image score; None where terms have peaks of their own.
+    channels : sequence of int
+        Channels of every map; 1 of one whose channels all have one scale.
     """
 
-    peak_center: Tensor
-    peak_scale: Tensor
-    peak_weight: Tensor
-    ends: Tensor
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = [int(c) for c in channels]
+        for k, c in enumerate(self.channels):
+            self.register_buffer(f"mean_{k}", torch.zeros(c))
+            self.register_buffer(f"scale_{k}", torch.ones(c))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (N, C_k, h_k, w_k), float32, bounded."""
+        return [self._scaled(m, getattr(self, f"mean_{k}"), getattr(self, f"scale_{k}")) for k, m in enumerate(maps)]
+
+    def _scaled(self, m: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        return ((m - mean[:, None, None]) / scale[:, None, None]).clamp(-LARGEST, LARGEST)
+
+
+class Scorer(nn.Module):
+    """Judges images by their maps: routes them, scales the maps, asks the model, measures, adds up.
+
+    It scores on every path: `score_samples`, calibration, `explain`, reports, and the ONNX graph, which is traced from
+    it.
+
+    Parameters
+    ----------
+    router : CategoryRouter
+    scaling : Scaling
+    model : AnomalyModel
+    terms : TermScorer or None
+        None until there is something learned to measure by.
+    gaussian : bool
+        Whether the features themselves are measured.
+    strides : sequence of int or None
+        Pixels per cell of every map; None of a single map.
+    own_units : bool
+        Whether the features are numbers of any unit, which are scaled before they are measured.
+    """
 
     def __init__(
         self,
-        terms: Sequence[Term],
-        shapes: dict[str, tuple[int, int, int]],
-        n_categories: int,
-        map_peak: float | None = None,
+        router: CategoryRouter,
+        scaling: Scaling,
+        model: AnomalyModel,
+        terms: TermScorer | None = None,
+        *,
+        gaussian: bool = True,
+        strides: Sequence[int] | None = None,
+        own_units: bool = False,
     ) -> None:
         super().__init__()
-        self.terms = tuple(terms)
-        self.shapes = {name: (int(d), int(h), int(w)) for name, (d, h, w) in shapes.items()}
-        self.map_peak = map_peak
-        self.measures = nn.ModuleDict(
-            {t.name: LocationGaussian(shapes[t.name][0], shapes[t.name][1:], 0) for t in terms if shapes[t.name][0]}
-        )
-        weight = sum(t.weight for t in terms)
-        self.weight = {t.name: t.weight / weight for t in terms if t.weight}
-        self.grid = max((shapes[name][1:] for name in self.weight), key=math.prod)
-        for t in terms:
-            for kind in ("mean", "spread"):
-                self.register_buffer(f"{kind}_{t.name}", torch.empty(0, *shapes[t.name][1:]))
-        self.n_peaks = 1 if map_peak is not None else sum(len(t.peaks) for t in terms)
-        shapes_of = {
-            "peak_center": (self.n_peaks,),
-            "peak_scale": (self.n_peaks,),
-            "peak_weight": (self.n_peaks,),
-            "ends": (2,),
-        }
-        for name, shape in shapes_of.items():
-            self.register_buffer(name, torch.empty(0, *shape, dtype=torch.float64))
-        self.add_categories(n_categories)
+        self.router, self.scaling, self.model, self.terms = router, scaling, model, terms
+        self.gaussian, self.own_units = gaussian, own_units
+        self.strides = None if strides is None else tuple(strides)
 
-    @property
-    def n_categories(self) -> int:
-        """Number of categories."""
-        return len(self.ends)
+    def forward(self, maps: Sequence[Tensor]) -> Verdict:
+        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k)."""
+        category, excess = self.route(maps)
+        judged = self.judge(maps, category)
+        return Verdict(category, excess, judged.score + FAR_WEIGHT * excess, judged.map)
 
-    def add_categories(self, n: int) -> None:
-        """Append ``n`` categories without anything learned; the others keep every bit."""
-        for name in self.measures:
-            self._measure(name).add_groups(n)
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            fill = 0.0 if "mean" in name or "center" in name else 1.0
-            setattr(self, name, torch.cat([buffer, buffer.new_full((n, *buffer.shape[1:]), fill)]))
-        if n:
-            self.ends[-n:, 0] = 0.0
+    def route(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Category of each image, and by how many limits it is too far from it."""
+        category, distance = self.router(describe(maps))
+        return category, self.router.excess(category, distance)
 
-    # ---------------------------------------------------------------- judging
+    def judge(self, maps: Sequence[Tensor], category: Tensor) -> Judged:
+        """Terms, map and score of images of one category, (N,) of the same number; distance does not count."""
+        judged: Judged = cast(TermScorer, self.terms)(self.fields(maps, category), category[0])
+        return judged
 
-    def forward(self, fields: dict[str, Tensor], category: Tensor) -> Judged:
-        """Judge images that are all of one category.
+    def fields(self, maps: Sequence[Tensor], category: Tensor) -> dict[str, Tensor]:
+        """What is measured: the model's fields and, if wanted, those of the features themselves."""
+        maps = [m.float().clamp(-LARGEST, LARGEST) for m in maps]
+        scaled = self.scaling(maps)
+        fields = self.model.fields(self.model.arrange(scaled), category, self.gaussian)
+        if self.gaussian:
+            fields = {**feature_fields(scaled if self.own_units else maps, self.strides), **fields}
+        return fields
 
-        Parameters
-        ----------
-        fields : dict of str to Tensor
-            Of each term its vectors (N, d, h, w), or its numbers (N, h, w).
-        category : Tensor, scalar, int64
-        """
-        terms = {t.name: self._measured(t.name, fields[t.name], category) for t in self.terms}
-        moments = {name: (getattr(self, f"mean_{name}"), getattr(self, f"spread_{name}")) for name in terms}
-        standard = {name: self._standard(term, *(m[category] for m in moments[name])) for name, term in terms.items()}
-        combined = self.combined(standard)
-        peaks = (self._peaks(standard, combined) - self.peak_center[category]) / self.peak_scale[category]
-        center, scale = self.ends[category]
-        return Judged((_fused(peaks, self.peak_weight[category]) - center) / scale, combined, terms, standard)
+    def model_input(self, maps: Sequence[Tensor]) -> Any:
+        """The maps as the model takes them."""
+        return self.model.arrange(self.scaling([m.float().clamp(-LARGEST, LARGEST) for m in maps]))
 
-    def contributions(self, standard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each term adds to the map, (N, h, w) each on its grid."""
-        return {name: weight * self._on_grid(standard[name]) for name, weight in self.weight.items()}
+    def new_terms(self, shapes: dict[str, tuple[int, int, int]], n_categories: int) -> TermScorer:
+        """What will measure fields of these shapes: length of the vectors, 0 of numbers, rows and columns."""
+        terms, map_peak = self.model.terms(self.gaussian)
+        own = FEATURE_TERMS if self.gaussian else ()
+        return TermScorer([*own, *terms], shapes, n_categories, map_peak)
 
-    def combined(self, standard: dict[str, Tensor]) -> Tensor:
-        """The map, (N, h, w)."""
-        return torch.stack(list(self.contributions(standard).values())).sum(0)
+    def config(self) -> dict[str, Any]:
+        """What `make` makes one of the same parts and shapes of: plain values."""
+        parts = {name: part.config() for name, part in self.named_children() if isinstance(part, Configured)}
+        return {**parts, "gaussian": self.gaussian, "strides": self.strides, "own_units": self.own_units}
 
-    def _measure(self, name: str) -> LocationGaussian:
-        return cast(LocationGaussian, self.measures[name])
+    @classmethod
+    def make(cls, model_class: type[AnomalyModel], config: dict[str, Any]) -> Scorer:
+        """A scorer that has learned nothing."""
+        kinds = {"router": CategoryRouter, "scaling": Scaling, "model": model_class, "terms": TermScorer}
+        return cls(**{**config, **{name: kind(**config[name]) for name, kind in kinds.items()}})
 
-    def _measured(self, name: str, field: Tensor, category: Tensor) -> Tensor:
-        measured: Tensor = self.measures[name](field, category) if name in self.measures else field.float()
-        return measured
+    def with_terms(self, terms: TermScorer | None) -> Scorer:
+        """The same with other terms."""
+        return Scorer(
+            self.router, self.scaling, self.model, terms,
+            gaussian=self.gaussian, strides=self.strides, own_units=self.own_units,
+        )  # fmt: skip
 
-    def _standard(self, term: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-        return ((term - mean) / spread).clamp(-LARGEST, LARGEST)
-
-    def _on_grid(self, z: Tensor) -> Tensor:
-        if tuple(z.shape[1:]) == tuple(self.grid):
-            return z
-        return F.interpolate(z[:, None], tuple(self.grid), mode="bilinear", align_corners=False)[:, 0]
-
-    def _peaks(self, standard: dict[str, Tensor], combined: Tensor) -> Tensor:
-        """Means of the highest cells, (N, n_peaks) in float64."""
-        if self.map_peak is not None:
-            return _highest(combined, self.map_peak)[:, None]
-        return torch.stack([_highest(standard[t.name], share) for t in self.terms for share in t.peaks], 1)
-
-    # ---------------------------------------------------------------- learning
-
-    @torch.no_grad()
-    def learn(self, category: int, fields: dict[str, Tensor], fold: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
-        """Learn a category from normal images; the others keep every bit.
-
-        Parameters
-        ----------
-        category : int
-        fields : dict of str to Tensor
-            As for :meth:`forward`.
-        fold : Tensor of shape (n,), int64
-            Images of one fold are measured by what was learned of the others.
-        is_held : Tensor of shape (n,), bool
-            Images that the model was not trained on.
-
-        Returns
-        -------
-        score : Tensor of shape (n,)
-            Of each image as if it had taken no part.
-        peak : Tensor of shape (n,)
-            Highest value of its map, likewise.
-        """
-        standard = {}
-        for t in self.terms:
-            x = fields[t.name].float()
-            if t.name in self.measures:
-                self._measure(t.name).learn(category, x)
-                x = self._measure(t.name).cross_fitted(x, fold)
-            rows = is_held if t.is_trained and int(is_held.sum()) >= PLACE_IMAGES else torch.ones_like(is_held)
-            mean, spread = _place_statistics(x[rows].double())
-            getattr(self, f"mean_{t.name}")[category] = mean[0]
-            getattr(self, f"spread_{t.name}")[category] = spread[0]
-            without = _place_statistics(x.double(), rows, leave_out=True)
-            standard[t.name] = self._standard(x, *(s.float() for s in without))
-        combined = self.combined(standard)
-        raw = self._peaks(standard, combined)
-        trained = [t.is_trained for t in self.terms for _ in t.peaks] if self.map_peak is None else [False]
-        z = torch.empty_like(raw)
-        for k, is_trained in enumerate(trained):
-            rows = is_held if is_trained and int(is_held.sum()) >= HELD_OUT_IMAGES else torch.ones_like(is_held)
-            self.peak_center[category, k], self.peak_scale[category, k] = _center_and_scale(raw[rows, k])
-            z[:, k] = _left_out(raw[:, k], rows)
-            self.peak_weight[category, k] = len(raw) / (len(raw) + OWN_IMAGES) if is_trained else 1.0
-        fused = _fused(z, self.peak_weight[category])
-        self.ends[category] = torch.stack(_center_and_scale(fused))
-        return _left_out(fused, torch.ones_like(is_held)), combined.flatten(1).amax(1)
+    def ready(self) -> Scorer:
+        """The same with the model's faster view."""
+        view = copy.copy(self)
+        view._modules = {**self._modules, "model": self.model.ready()}
+        return view
 
 
-def _highest(maps: Tensor, share: float) -> Tensor:
-    """Mean of the highest ``share`` of the cells of maps (N, h, w), at least one, (N,) in float64."""
-    flat = maps.flatten(1)
-    n = max(1, round(share * flat.shape[1]))
-    return flat.amax(1).double() if n == 1 else flat.topk(n, 1).values.double().mean(1)
+# ---- what is asked of a scorer ---------------------------------------------------------------------
 
 
-def _fused(z: Tensor, weight: Tensor) -> Tensor:
-    """Log of the weighted mean of the exponentials along the last axis."""
-    return torch.logsumexp(z + weight.log(), -1) - weight.sum().log()
+def fields(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+    """What is measured of each image."""
+    return scorer.fields(maps, category)
 
 
-def _place_statistics(x: Tensor, rows: Tensor | None = None, leave_out: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation by place, averaged over 3 x 3 cells and shrunk to those of all places.
+def score_and_map(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+    """Score and map of each image."""
+    judged = scorer.judge(maps, category)
+    return {"score": judged.score, "map": judged.map}
 
-    Of maps (n, h, w), (1, h, w) each; with ``leave_out``, (n, h, w): of the images of the mask ``rows`` for each image,
-    without it.
+
+def codes(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+    """Codes and distances of every codebook."""
+    found = scorer.model.codes(scorer.model_input(maps), category)
+    return {f"{kind} {name}": grid for name, pair in found.items() for kind, grid in zip(("code", "distance"), pair)}
+
+
+def everything(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
+    """Codes, and all that is made on the way to map and score."""
+    judged = scorer.judge(maps, category)
+    contributions = cast(TermScorer, scorer.terms).contributions(judged.standard)
+    named = {"term": judged.terms, "standard": judged.standard, "contribution": contributions}
+    flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
+    return {**codes(scorer, maps, category), **flat, "map": judged.map, "score": judged.score}
+
+
+# ---- many images -----------------------------------------------------------------------------------
+
+
+class Judgement(NamedTuple):
+    """What is known of some images after one pass over them.
+
+    Attributes
+    ----------
+    score : ndarray of shape (n,)
+        Higher is more anomalous; standardised per category.
+    category : ndarray of shape (n,), int64
+    maps : ndarray of shape (n, h, w), float32
+        Standardised, on the grid of the features.
     """
-    if rows is None:
-        rows = torch.ones(len(x), dtype=torch.bool)
-    n = rows.sum().double()
-    first, second = x[rows].sum(0, keepdim=True), x[rows].square().sum(0, keepdim=True)
-    count = n.view(1, 1, 1)
-    if leave_out and int(n) > 1:
-        own = rows.double().view(-1, 1, 1)
-        first, second, count = first - own * x, second - own * x.square(), n - own
-    mean = first / count
-    variance = (second / count - mean.square()).clamp_min(0.0)
-    flat_mean = mean.mean((1, 2), keepdim=True)
-    flat = variance.mean((1, 2), keepdim=True) + (mean - flat_mean).square().mean((1, 2), keepdim=True)
-    flat = torch.maximum(flat, (10 * LEAST_SPREAD * flat_mean).square() / count.clamp_min(1.0))
-    keep = count / (count + PLACE_IMAGES)
-    mean = keep * _averaged(mean) + (1 - keep) * flat_mean
-    # A tenth of the overall variance always stays: where normal images happen to agree, nothing would divide.
-    variance = keep * (0.9 * _averaged(variance) + 0.1 * flat) + (1 - keep) * flat
-    return mean, torch.maximum(variance.sqrt(), LEAST_SPREAD * flat_mean.abs()).clamp_min(1e-12)
+
+    score: np.ndarray
+    category: np.ndarray
+    maps: np.ndarray
 
 
-def _averaged(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+def judge_images(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
+    """One pass over the images ``rows``, chunk by chunk."""
+
+    def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        judged = judged_chunks(scorer, source, part, score_and_map)
+        return [(s, c, found["map"] if keep_maps else found["map"][:0].copy()) for _, c, _, s, found in judged]
+
+    return Judgement(*(np.concatenate(column) for column in zip(*source.side_by_side(judge, rows))))
 
 
-def _center_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Median of numbers (n,), and spread above it, pulled towards 1 where they are few.
+def judged_chunks(
+    scorer: Scorer, source: MapSource, rows: np.ndarray, compute: Compute
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Found]]:
+    """Of each chunk its rows, categories, excess and scores, and what ``compute`` gives, a score among it."""
+    ready = cast(Scorer, source.engine.ready(scorer))
+    for chunk, category, excess, maps in _joined(routed_chunks(scorer, source, rows)):
+        found = by_category(ready, maps, category, source.engine, compute)
+        yield chunk, category, excess, found["score"] + FAR_WEIGHT * excess, found
 
-    The spread is that of a normal distribution with the same 90th percentile: thresholds are about that side, and a few
-    odd images among the normal ones, which reach far, do not move it.
+
+def routed_chunks(
+    scorer: Scorer, source: MapSource, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]]:
+    """Of each chunk its rows, categories, excess and maps."""
+    resident = source.engine.resident(scorer)
+    for chunk, maps in source.chunks(rows):
+        with torch.inference_mode():
+            category, excess = (t.cpu().numpy() for t in resident.route(maps))
+        yield chunk, category, excess, maps
+
+
+def stored_images(
+    scorer: Scorer, store: FeatureStore, rows: np.ndarray, category: np.ndarray, engine: Engine, compute: Compute
+) -> Found:
+    """What ``compute`` gives of stored images of these categories."""
+    order = np.argsort(category, kind="stable")  # a chunk is of one category, and filled up
+    size = chunk_size(engine.device, math.prod(store.maps[-1].shape[-2:]))
+    ready = cast(Scorer, engine.ready(scorer))
+
+    def compute_part(places: np.ndarray) -> list[Found]:
+        out = []
+        for part in np.split(places, range(size, len(places), size)):
+            part = order[part]
+            maps = [m.to(engine.device, non_blocking=True) for m in store.batch(rows[part])]
+            out.append(by_category(ready, maps, category[part], engine, compute))
+        return out
+
+    parts = list(side_by_side(compute_part, np.arange(len(rows)), engine.device, chunk=size))
+    place = np.argsort(order)
+    return {name: np.concatenate([p[name] for p in parts])[place] for name in parts[0]}
+
+
+def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine: Engine, compute: Compute) -> Found:
+    """What ``compute`` gives of the images of one chunk.
+
+    One category at a time, filled up to a fixed number of images, in one layout: the last bits of a matrix
+    product depend on its size and strides, and which products are formed on the categories.
     """
-    n = len(x)
-    center, high = torch.quantile(x, torch.tensor([0.5, HIGH], dtype=x.dtype))
-    return center, (n * (high - center) / HIGH_SPREAD + PRIOR_IMAGES) / (n + PRIOR_IMAGES)
+    size = chunk_size(engine.device, math.prod(maps[-1].shape[-2:]))
+    out: Found = {}
 
+    def some(part: Tensor, size: int) -> dict[str, Tensor]:
+        rows = part.to(maps[0].device)
+        chunk = [pad_chunk(m[rows], size).to(engine.device).float() for m in maps]
+        chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
+        number = torch.full((size,), int(category[part[0]]), device=engine.device)
+        with torch.inference_mode(), engine.autocast():
+            return compute(scorer, chunk, number)
 
-def _left_out(x: Tensor, rows: Tensor) -> Tensor:
-    """Each number (n,) in units of those of the mask ``rows``, without itself."""
-    out = torch.empty_like(x)
-    for i in range(len(x)):
-        others = rows.clone()
-        others[i] = False
-        center, scale = _center_and_scale(x[others] if others.any() else x[rows])
-        out[i] = (x[i] - center) / scale
+    for c in np.unique(category):
+        for part, found in in_chunks(some, torch.from_numpy(np.flatnonzero(category == c)), size):
+            for name, value in found.items():
+                values = (value.float() if value.dtype in _HALF else value)[: len(part)].cpu().numpy()
+                kept = out.setdefault(name, np.empty((len(category), *values.shape[1:]), values.dtype))
+                kept[part.numpy()] = values
     return out
+
+
+def _joined(
+    chunks: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]],
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]]:
+    """The same images in fewer, larger chunks, where a chunk has several images.
+
+    A model takes one category at a time and fills up what is left of a chunk: of many categories there are then fewer
+    such rests.
+    """
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]] = []
+    numbers = 0
+    for item in chunks:
+        held.append(item)
+        numbers += sum(m.numel() for m in item[3])
+        if len(item[0]) == 1 or numbers >= _JOINED_NUMBERS:
+            yield _join(held)
+            held, numbers = [], 0
+    if held:
+        yield _join(held)
+
+
+def _join(
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]:
+    if len(held) == 1:
+        return held[0]
+    rows, category, excess, maps = zip(*held)
+    stages = [torch.cat(stage) for stage in zip(*maps)]
+    return np.concatenate(rows), np.concatenate(category), np.concatenate(excess), stages

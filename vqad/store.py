@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqad.chunks import chunk_size
+from vqad.engine import chunk_size
 
 # Where control groups, versions 2 and 1, say how much memory a container may have.
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -158,10 +158,8 @@ class TrainingBatches:
         return self.source.batch(part), self.category[part]
 
 
-def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and standard deviation of every channel over all cells of the images ``rows``, (1, C, 1, 1) each."""
-    if not standardize:
-        return [torch.zeros(1)] * len(store.maps), [torch.ones(1)] * len(store.maps)
+def channel_statistics(store: FeatureStore, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and standard deviation of every channel of every map over all cells of the images ``rows``, (C,) each."""
     totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
     for part in torch.from_numpy(rows).split(64):
         for total, m in zip(totals, store.batch(part)):
@@ -175,18 +173,6 @@ def channel_statistics(store: FeatureStore, rows, standardize: bool) -> tuple[li
         floor = 1e-6 * second.sqrt() + 1e-12
         # Not by 1 alone: of a channel of large values, what little they differ would outweigh all others.
         nothing = floor.clamp(min=1)
-        mean.append(first.float().view(1, -1, 1, 1))
-        scale.append(torch.where(deviation > floor, deviation, nothing).float().view(1, -1, 1, 1))
+        mean.append(first.float())
+        scale.append(torch.where(deviation > floor, deviation, nothing).float())
     return mean, scale
-
-
-def describe(maps: list[Tensor]) -> np.ndarray:
-    """Descriptor of each whole image, float32: mean and standard deviation of every channel over the map."""
-    parts = []
-    for m in maps:
-        cells = m.float().flatten(2)
-        mean = cells.mean(2)
-        # On a CPU torch's own standard deviation takes ten times as long.
-        spread = (cells - mean[..., None]).square().mean(2).sqrt()
-        parts += [mean, torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)]  # no more than rounding
-    return torch.cat(parts, 1).cpu().numpy()

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from vqad._heap import keep_freed_memory
 from vqad._warn import warn
 from vqad.checkpoint import Checkpoint
-from vqad.device import on_device, to_device
 from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
@@ -169,7 +168,7 @@ class Trainer:
         plan, started = self.plan, time.monotonic()
         if self.device.type == "cpu":
             keep_freed_memory()
-        with on_device(self.model, self.device), _frozen(self.model, self.parts):
+        with _moved(self.model, self.device), _frozen(self.model, self.parts):
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -269,7 +268,9 @@ class Trainer:
         warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
 
     def _loss(self, indices: Tensor) -> Tensor:
-        features = to_device(self.source.batch(indices), self.device)
+        batch = self.source.batch(indices)
+        on_device = [f.to(self.device, non_blocking=True) for f in ([batch] if isinstance(batch, Tensor) else batch)]
+        features = on_device[0] if isinstance(batch, Tensor) else on_device
         category = self.category[indices].to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = cast(Trainable, self.model).loss(features, category)
@@ -324,6 +325,16 @@ def codebook_perplexity(model: nn.Module) -> float:
     """Effective number of codes in use, the mean over all codebooks of a model."""
     books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
     return float(torch.cat(books).mean()) if books else float("nan")
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A model that rests on the CPU, on the device while it learns."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 @contextmanager

@@ -6,17 +6,15 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from vqad._parameters import with_shared_parameters
 from vqad.backbones import DEFAULT_BACKBONE, check_stages, spread_stages
-from vqad.base import LARGEST, BaseImageDetector
-from vqad.device import on_device, pick_device
-from vqad.nn.vq_flow import VQFlow, resize
-from vqad.scoring import Term
-from vqad.store import describe
+from vqad.base import BaseImageDetector
+from vqad.nn.vq_flow import VQFlow
 
 
+@with_shared_parameters
 class VQFlowDetector(BaseImageDetector):
     """Normalizing flows conditioned on vector-quantised codes, for multi-class anomaly detection.
 
@@ -33,17 +31,13 @@ class VQFlowDetector(BaseImageDetector):
         Name of a timm model; or a transformer that gives feature maps (n, h, w, C); or None when X is features
         already: rows (n, C) or maps (n, h, w, C). One map is taken as the finest stage, of which the coarser
         ones are averages.
-    weights : None, "hub", "random", str or path, default=None
-        Weights of the backbone: None takes an installed weight package, a path a local ``.safetensors`` or ``.pth``
-        file, "hub" lets timm download them. Nothing is downloaded unasked.
+    %(weights)s
     stages : tuple of 4 int or None, default=None
         Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
         the concept. None takes the last four: (1, 2, 3, 4) of the default backbone; of a vision transformer, whose
         stages are its blocks, the last block of each quarter.
-    image_size : int or (int, int), default=288
-        Height and width in pixels that the backbone sees. Its coarsest stage sees a view of 7/9 of that.
-    image_shape : tuple of int or None, default=None
-        (H, W) or (H, W, C) of images that come as flattened rows.
+    %(image_size)s
+    %(image_shape)s
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
         system does not.
@@ -65,8 +59,7 @@ class VQFlowDetector(BaseImageDetector):
         Width of the coupling blocks' subnets; None takes the published one, that of their input.
     clamp : float, default=1.9
         Largest log-scale of a coupling.
-    max_iter : int, default=10
-        Passes over the training images.
+    %(max_iter)s
     batch_size : int, default=8
         Images per training step; also bounds the memory that images take.
     learning_rate : float, default=2e-3
@@ -74,83 +67,47 @@ class VQFlowDetector(BaseImageDetector):
     schedule : {"cosine", "constant", "step"}, default="cosine"
         How the rate runs: a short warm-up and half a cosine down to zero; as published, a warm-up and then constant;
         or constant and a tenth of it over the last fifth of the passes.
-    weight_decay : float, default=1e-4
-        Of AdamW.
-    category_balance : float in [0, 1], default=0.5
-        How far training makes up for different sizes of the categories, given or found: a pass draws as many images as
-        there are, those of a category of n in proportion to ``n ** (1 - category_balance)``. 0 draws each image once,
-        as published; 1 draws all categories equally often.
+    %(weight_decay)s
+    %(category_balance)s
     feature_noise : float, default=0.0
         Standard deviation of the noise that training adds to each feature, after standardisation and the averaging of
         3 x 3 cells, which leaves channels of the first three stages a standard deviation of about 0.6. It keeps the
         density of a kind with few images from falling to nothing between them; worth a try, at 0.3, where there are
         some thirty images of every kind.
-    early_stopping : bool, default=False
-        Whether to hold out ``validation_fraction`` of the training images, stop when their loss no longer falls, and go
-        back to the best pass.
-    validation_fraction : float, default=0.1
-        Share of the training images that early stopping watches.
-    n_iter_no_change : int, default=10
-        Passes without an improvement of ``tol`` before stopping early.
+    %(early_stopping)s
+    %(validation_fraction)s
+    %(n_iter_no_change)s
     tol : float, default=1e-4
         Improvement of the validation loss that counts, in nats per dimension.
-    warm_start : bool, default=False
-        Whether a further `fit` goes on from the model as it is, for ``max_iter`` more passes, with the same categories.
-        Backbone, scale of the features and routing stay those of the first fit. Give it the images of that fit, in
-        their order: then those held out to set thresholds stay held out.
-    checkpoint_dir : str, path or None, default=None
-        Folder to keep the state of the training in, a file for each fit. After a kill at any moment, the same fit with
-        the same images goes on from there, to the very model that it would have come to. The file of a finished fit
-        stays, so that nothing is lost before the detector is saved. With ``random_state=None`` the seed is in the file,
-        and the file goes when the fit is finished: the next one is another. `partial_fit` keeps nothing.
-    contamination : "auto" or float in (0, 0.5], default="auto"
-        "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
-        images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
-    false_alarm_rate : float, default=0.05
-        Share of normal images that may be called anomalous.
-    calibration_fraction : float, default=0.2
-        Share of the images, or of the groups given to `fit`, that is not trained on but sets scales and thresholds.
-    threshold : {"global", "category"}, default="global"
-        One threshold for all images, or one for each category.
-    device : "auto", str or torch.device, default="auto"
-        "auto" takes CUDA where there is one.
-    precision : {"auto", "float32", "bfloat16"}, default="auto"
-        Of the training and of the model. "auto" takes bfloat16 where the hardware has it natively. The backbone
-        computes in bfloat16 only where "bfloat16" is asked for.
-    n_jobs : int or None, default=None
-        Threads that read and decode images while the backbone works, at least one for each thread that computes; -1
-        takes all processors. None reads each image when it is its turn. Results are the same.
-    memory : None, str, path or joblib.Memory, default=None
-        Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
-        any fit or scoring call with the same backbone, is not passed through the backbone again.
-    random_state : int, RandomState instance or None, default=None
-        An int makes two fits on one machine identical, if torch has as many threads in both.
-    verbose : int, default=0
-        Whether to show progress.
+    %(warm_start)s
+    %(checkpoint_dir)s
+    %(contamination)s
+    %(false_alarm_rate)s
+    %(calibration_fraction)s
+    %(threshold)s
+    %(device)s
+    %(precision)s
+    %(n_jobs)s
+    %(memory)s
+    %(random_state)s
+    %(verbose)s
 
     Attributes
     ----------
     categories_ : ndarray of shape (n_categories,)
         Labels given to fit, sorted; or 0, 1, ... where the categories were discovered. Scores are standardised for
         each of them.
-    offset_ : float or ndarray of shape (n_categories,)
-        ``decision_function`` is ``score_samples`` minus this.
-    map_threshold_ : float
-        Values of ``anomaly_map`` over this are anomalous.
+    %(offset_)s
+    %(map_threshold_)s
     loss_curve_, validation_curve_ : list of float
         After every pass: minus the log-likelihood in nats per dimension, plus the codes' commitment.
-    n_iter_ : int
-        Passes that were run.
-    training_log_ : vqad.training.TrainingLog
-        The last training: its curves, codes in use, seconds, and whether Ctrl-C ended it.
-    n_images_ : int
-        Normal images given, held-out ones among them.
+    %(n_iter_)s
+    %(training_log_)s
+    %(n_images_)s
     model_ : vqad.nn.vq_flow.VQFlow
         The trained module, on the CPU.
-    features_ : BackboneFeatures
-        The backbone.
-    scorer_ : vqad.scoring.Scorer
-        What makes scores and maps of features and model, on the CPU.
+    %(features_)s
+    %(scorer_)s
     prototypes_ : vqad.prototypes.Prototypes
         Of every code the nearest patch of the normal images; of a concept, the nearest image.
 
@@ -169,8 +126,7 @@ class VQFlowDetector(BaseImageDetector):
     (2,)
     """
 
-    _clip_norm = 2.0
-    _takes_merged = False
+    model_class = VQFlow
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
         "stages": [tuple, list, None],
@@ -303,21 +259,19 @@ class VQFlowDetector(BaseImageDetector):
             In 0..n_concepts - 1. A kind of object may have several concepts. Each category that `partial_fit` added has
             n_concepts of its own, which are numbered on from there.
         """
-        now = self._fitted()
-        data = now._check_X(X)
-        device = pick_device(now.device)
+        now = self._now()
+        scorer, source = now.fitted_.scorer, now._source(X)
+        ready = source.engine.ready(scorer)
 
         def concepts(part: np.ndarray) -> list[np.ndarray]:
             found = []
             with torch.inference_mode():
-                for _, maps in now._iter_features(data, device, part):
-                    category = torch.from_numpy(now._route(describe(maps))[0]).to(device)
-                    features = now._assembled([m.to(device).float().clamp(-LARGEST, LARGEST) for m in maps])
-                    found.append(model.concept(features, category).cpu().numpy())
+                for _, maps in source.chunks(part):
+                    category, _ = ready.route(maps)
+                    found.append(ready.model.concept(ready.model_input(maps), category).cpu().numpy())
             return found
 
-        with on_device(now.model_, device) as model:
-            return np.concatenate(list(now._side_by_side(concepts, data, np.arange(len(data)), device)))
+        return np.concatenate(list(source.side_by_side(concepts, np.arange(len(source)))))
 
     def _validate_params(self):
         super()._validate_params()
@@ -328,87 +282,34 @@ class VQFlowDetector(BaseImageDetector):
         if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
             raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
 
-    def _stages_of(self, strides):
+    def _stages(self, strides):
         stages = self.stages
         if stages is None:
             stages = spread_stages(strides) or tuple(range(len(strides)))[-4:]
         _check_four(stages)
-        return stages
+        return stages, True
 
-    def _arranged(self, maps):
-        """Four stages; what tells the concept may come from a smaller view, and is brought to the third one's grid."""
-        if len(maps) == 1:
-            return maps[0]
-        *flowing, top = maps[:4]
-        features = self.features_
-        if features.deep_size_ is not None and len(maps) == 4:
-            grid = tuple(-(-cells // 2) for cells in flowing[-1].shape[2:])
-            top = F.interpolate(top, grid, mode="bilinear", align_corners=False) if top.shape[2:] != grid else top
-        return [*flowing, top]
-
-    def _make_model(self, channels, shapes, n_categories):
+    def _model_config(self, shape, n_categories, n_added):
+        channels = shape.channels[:4]
         if min(channels) < 2:
             raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
-        model = VQFlow(
-            channels * 4 if len(channels) == 1 else channels,
-            n_concepts=self.n_concepts,
-            n_patterns=self.n_patterns,
-            d_concept=self.d_concept,
-            d_position=self.d_position,
-            n_blocks=self.n_blocks,
-            hidden=self.hidden,
-            clamp=self.clamp,
-            noise=self.feature_noise,
-            n_categories=self._n_first,
-        )
-        for _ in range(n_categories - self._n_first):
-            model.add_category()
-        return model
-
-    def _settle(self, batches):
-        self.model_.settle(batches)
-
-    def _add_categories(self, n, batches):
-        for _ in range(n):
-            self.model_.add_category()
-        self.model_.initialise_codes(batches)
-
-    def _parts_of(self, categories):
-        return list(dict.fromkeys(part for c in categories for part in self.model_.parts_of(c)))
-
-    def _scoring_model(self, model, dtype):
-        return model.prepared()
-
-    def _model_fields(self, model, features, category):
-        """The latents of the coarsest flow, which with few images are the steadiest; or the published terms."""
-        if self._has_gaussians:
-            return {"latent": model(features, category).latents.z[-1]}
-        raw = model.anomaly_map(features, category)
-        grid = raw["log_likelihood_1"].shape[1:]
-        return {f"log_likelihood_{k}": resize(raw[f"log_likelihood_{k}"].float(), grid) for k in (1, 2, 3)}
-
-    def _terms(self):
-        if self.gaussian:
-            return [*self._feature_terms(), Term("latent", 1.0, (0.0,), is_trained=True)], None
-        return [Term(f"log_likelihood_{k}", 1.0, (), is_trained=True) for k in (1, 2, 3)], 0.03
-
-    def _codebooks(self):
-        hierarchy = self.model_.hierarchy
-        patterns = {f"pattern_{k}": quantizer for k, quantizer in enumerate(hierarchy.pattern_codebook, 1)}
-        return {**patterns, "concept": hierarchy.concept_codebook}
-
-    def _code_groups(self, category):
-        return np.maximum(category - self.model_.n_categories + 1, 0)
-
-    def _look_up(self, model, features, category):
-        codes, books = model.look_up(features, category), model.hierarchy
-        found = {
-            f"pattern_{k}": (at.index % book.n_codes, (at.distance * at.encoded.shape[1]).sqrt())
-            for k, (at, book) in enumerate(zip(codes.conditions, books.pattern_codebook), 1)
+        top_grid = None
+        if shape.has_deep_view and len(channels) == 4:  # what tells the concept, on the pooled grid of the third
+            top_grid = tuple(-(-cells // 2) for cells in shape.grids[2])
+        return {
+            "channels": channels * 4 if len(channels) == 1 else channels,
+            "n_concepts": self.n_concepts,
+            "n_patterns": self.n_patterns,
+            "d_concept": self.d_concept,
+            "d_position": self.d_position,
+            "n_blocks": self.n_blocks,
+            "hidden": self.hidden,
+            "clamp": self.clamp,
+            "noise": self.feature_noise,
+            "n_shared": n_categories - n_added,
+            "n_added": n_added,
+            "top_grid": top_grid,
         }
-        index = codes.concept_index % books.concept_codebook.n_codes
-        distance = (codes.concept_distance * books.concept_codebook.dim).sqrt()
-        return {**found, "concept": (index.view(-1, 1, 1), distance.view(-1, 1, 1))}
 
 
 def _check_four(stages):

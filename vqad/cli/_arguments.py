@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import vqad
+from vqad import registry
 from vqad.cli._messages import USER_ERROR
 
-# By the names of `vqad.demo.DETECTORS`.
-DETECTOR_NAMES = ("hvq-trans", "vq-flow")
 DEMO_FOLDER = "demo-output"
 # Longest side of a heatmap: a map has some dozens of cells, and a photograph thousands of pixels.
 DRAWN_SIDE = 1600
@@ -121,7 +120,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         help="images in whose paths it finds the same, in its parentheses if it has some, belong together, such as "
         "pictures of one piece: thresholds are then for new pieces",
     )
-    command.add_argument("--detector", choices=DETECTOR_NAMES, default="hvq-trans", help="hvq-trans by default")
+    command.add_argument("--detector", choices=registry.names(), default="hvq-trans", help="hvq-trans by default")
     command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
     command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
     command.add_argument("--batch-size", type=int, metavar="N", help="images per training step")

@@ -32,10 +32,11 @@ from vqad.cli._files import (
 from vqad.cli._messages import INTERRUPTED, OK, USER_ERROR, complain, one_line, printable
 from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
-from vqad.demo import DETECTORS, FULL, QUICK, run_demo
+from vqad.demo import FULL, QUICK, run_demo
 from vqad.images import ImageSequence, check_images
 from vqad.metrics import evaluate as measure
 from vqad.persistence import replaceable
+from vqad.registry import detector_class
 from vqad.report import Verdicts, judge, overlay, write_report
 
 # Images that are scored, and then told of, together.
@@ -62,7 +63,7 @@ def fit(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     detector.fit(images, category=images.category if by_folder else None, groups=groups)
     if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
-        detector.router_.categories_ = detector.categories_ = names
+        detector.rename_categories(names)
     vqad.save(detector, target)
     found = [str(name) for name in detector.categories_]
     n_passes, seconds = detector.n_iter_, time.monotonic() - started
@@ -156,7 +157,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for label, what in ((1, "false alarms: {} of {} normal images"), (-1, "found: {} of {} anomalies")):
         mine = images.target == label
         print(what.format(int(alarm[mine].sum()), int(mine.sum())))
-    if not detector.router_.discovered_ and set(images.category) <= set(detector.categories_.astype(str)):
+    if not detector.scorer_.router.discovered and set(images.category) <= set(detector.categories_.astype(str)):
         right = (verdicts.category.astype(str) == images.category).mean()
         print(f"category inferred right: {right:.1%}")
     if target is not None:
@@ -233,7 +234,7 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
             raise ValueError(f"--set {name} is not taken: give it as --{options[name].replace('_', '-')}.")
     if more.get("backbone", "") is None:
         raise ValueError("--set backbone=None is for features: images need a backbone, such as the default one.")
-    detector = DETECTORS[arguments.detector](random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
+    detector = detector_class(arguments.detector)(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
     detector.set_params(**given, **more)
     return detector
 

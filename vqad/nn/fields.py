@@ -64,3 +64,11 @@ def _on_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     if x.shape[2] % grid[0] == 0 and x.shape[3] % grid[1] == 0:
         return F.avg_pool2d(x, (x.shape[2] // grid[0], x.shape[3] // grid[1]))
     return F.interpolate(x, tuple(grid), mode="bilinear", align_corners=False)
+
+
+def merge_maps(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Resize every stage's map to ``grid`` (bilinear, align_corners=True) and concatenate the channels."""
+    return torch.cat(
+        [m if m.shape[-2:] == grid else F.interpolate(m, grid, mode="bilinear", align_corners=True) for m in maps],
+        dim=1,
+    )

@@ -25,8 +25,7 @@ def random_rotation(channels: int) -> Tensor:
     """Draw a rotation from the uniform distribution on SO(c), (c, c) of the default dtype."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     q = q * r.diagonal().sign()
-    if torch.linalg.det(q) < 0:
-        q[:, 0] = -q[:, 0]
+    q[:, 0] = q[:, 0] * torch.linalg.det(q).sign()
     rotation: Tensor = q.to(torch.get_default_dtype())
     return rotation
 

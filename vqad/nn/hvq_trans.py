@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
+from .fields import merge_maps
+from .model import AnomalyModel, Batches, Term
 from .packed import can_pack
 from .quantize import SAMPLE_NUMBERS, VectorQuantizer
+from .sample import CellSample
 from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
 
@@ -58,7 +61,7 @@ class HVQTransOutput(NamedTuple):
     levels: tuple[Level, ...]
 
 
-class HVQTrans(nn.Module):
+class HVQTrans(AnomalyModel):
     r"""Encoder, one codebook per level and category, decoder, one head per category.
 
     With tokens :math:`E_0` (1x1 convolution of the features), encoder states :math:`E_1 \dots E_n`, and
@@ -95,7 +98,11 @@ class HVQTrans(nn.Module):
     patch_size : int, default=1
         Cells along each side of the patch that is one token. More than 1 takes finer features, and tells where
         more finely, at the attention's same cost. The release has 1.
+    n_maps : int or None, default=None
+        How many of the backbone's maps are rebuilt, the first ones; all when left out.
     """
+
+    clip_norm = 0.1
 
     def __init__(
         self,
@@ -115,6 +122,7 @@ class HVQTrans(nn.Module):
         transport_weight: float = 0.0,
         revive_threshold: float = 0.03,
         patch_size: int = 1,
+        n_maps: int | None = None,
     ) -> None:
         super().__init__()
         if patch_size < 1 or grid[0] % patch_size or grid[1] % patch_size:
@@ -126,8 +134,15 @@ class HVQTrans(nn.Module):
         if transport_weight and transport == "exact":
             raise ValueError("transport='exact' has no gradient; use 'sinkhorn' with a transport_weight.")
         self.in_channels = in_channels
-        self.grid = grid
+        self.grid = (int(grid[0]), int(grid[1]))
         self.patch_size = patch_size
+        self.n_maps = n_maps
+        self.n_heads = n_heads
+        self.dim_feedforward = dim_feedforward
+        self.dropout = dropout
+        self.n_codes = n_codes
+        self.decay = decay
+        self.revive_threshold = revive_threshold
         self.token_grid = (grid[0] // patch_size, grid[1] // patch_size)
         token_width = in_channels * patch_size**2
         self.d_model = d_model
@@ -325,7 +340,7 @@ class HVQTrans(nn.Module):
         if iter(batches) is batches:
             raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
         d, n, cells = self.d_model, self.n_layers, self.token_grid[0] * self.token_grid[1]
-        n_codes = self.quantizers[0].n_codes
+        n_codes = self.n_codes
         room = SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
         limit = max_vectors or max(2 * n_codes, min(16 * n_codes, room))
         training = self.training
@@ -349,7 +364,7 @@ class HVQTrans(nn.Module):
         generator: torch.Generator | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each category (1,) the vectors of random cells (1, V, ·): E_n, or [E_0; ...; E_{n-1}; q_n]."""
-        n, sample = self.n_layers, _CellSample(limit, generator)
+        n, sample = self.n_layers, CellSample(limit, generator)
         for features, category in batches:
             *states, last = self.encoder(self.input_projection(self._tokens(features)), self.position())
             if top:
@@ -357,6 +372,67 @@ class HVQTrans(nn.Module):
             else:
                 sample.add(torch.cat([*states, self.quantizers[n](last, category).quantized], -1), category)
         return sample.drawn()
+
+    # ---------------------------------------------------------------- as an AnomalyModel
+
+    def arrange(self, maps: Sequence[Tensor]) -> Tensor:
+        """The maps that are rebuilt, side by side on one grid, (N, C, h, w)."""
+        return maps[0] if len(maps) == 1 else merge_maps(list(maps[: self.n_maps]), self.grid)
+
+    def fields(self, features: Tensor, category: Tensor, gaussian: bool) -> dict[str, Tensor]:
+        """The decoder's error, as vectors or as their length, and the costs of the transport."""
+        return self.deviations(features, category) if gaussian else self.anomaly_map(features, category)
+
+    def terms(self, gaussian: bool) -> tuple[list[Term], float | None]:
+        """Error and transport beside the features; or half the reconstruction's length, half the transport.
+
+        The transport counts on the map alone, where it outlines what is missing (docs/choices.md).
+        """
+        levels = range(self.n_layers + 1)
+        transport = [Term(f"transport_{j}", 1.0 / len(levels), (), is_trained=True) for j in levels]
+        if gaussian:
+            return [Term("error", 1.0, (0.0,), is_trained=True), *transport], None
+        return [Term("reconstruction", 1.0, (), is_trained=True), *transport], 0.01
+
+    def codebooks(self) -> dict[str, VectorQuantizer]:
+        """By the names "level_0", "level_1", ..."""
+        return {f"level_{j}": quantizer for j, quantizer in enumerate(self.quantizers)}
+
+    def codes(self, features: Tensor, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each level the codes of the tokens and their distances."""
+        found = {}
+        for j, level in enumerate(self.look_up(features, category)):
+            distance = (level.input.float() - level.quantized.float()).norm(dim=-1)
+            index, away = (cells.view(-1, *self.token_grid) for cells in (level.indices, distance))
+            found[f"level_{j}"] = index, away
+        return found
+
+    def start(self, batches: Batches) -> None:
+        """Start the projection and the codes."""
+        self.initialise_projection(batches)
+        self.initialise_codes(batches)
+
+    def extend(self, n: int, batches: Batches) -> None:
+        """Codes of the new categories come from the data; their heads are the mean of those that are known."""
+        known = cast("list[nn.Linear]", list(self.output_projection))
+        for _ in range(n):
+            new = cast(nn.Linear, self.output_projection[self.add_category()])
+            with torch.no_grad():
+                new.weight.copy_(torch.stack([head.weight for head in known]).mean(0))
+                new.bias.copy_(torch.stack([head.bias for head in known]).mean(0))
+        self.initialise_codes(batches)
+
+    def parts_of(self, categories: Sequence[int]) -> list[nn.Module]:
+        """All codebooks, each of which learns from images of its own category alone, and the categories' heads."""
+        return [*self.codebook, *(self.output_projection[c] for c in categories)]
+
+    def check_export(self) -> None:
+        """Refuse plans that are solved for image by image."""
+        if self.transport in ("sinkhorn", "exact"):
+            raise ValueError(
+                f"transport={self.transport!r} solves for a plan at every image, which is no graph: fit with "
+                "transport='nearest' or 'conditional'."
+            )
 
     def add_category(self) -> int:
         """Append a head and codebooks for one more category, whose number is returned.
@@ -416,6 +492,10 @@ class HVQTrans(nn.Module):
 
     def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
         """Apply to each image the head of its category; the other heads take no part in the graph."""
+        if torch.compiler.is_exporting():  # a graph does not branch on which categories there are
+            weight = torch.stack([head.weight for head in self.output_projection])[category]
+            bias = torch.stack([head.bias for head in self.output_projection])[category]
+            return decoded @ weight.mT + bias[:, None]
         numbers, counts = torch.unique(category, return_counts=True)
         heads = [self.output_projection[c] for c in numbers.tolist()]
         if len(heads) == 1:
@@ -444,42 +524,3 @@ class HVQTrans(nn.Module):
 
 def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(x[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
-
-
-class _CellSample:
-    """A uniform sample of the cells of each category, out of a stream of batches.
-
-    Every cell draws a key; the cells with the smallest keys stay.
-    """
-
-    def __init__(self, limit: int, generator: torch.Generator | None) -> None:
-        self.limit = limit
-        self.generator = generator
-        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.bound: dict[int, float] = {}
-        self.count: dict[int, int] = {}
-
-    def add(self, vectors: Tensor, category: Tensor) -> None:
-        """Offer the cells (N, L, D) of a batch."""
-        for c in torch.unique(category).tolist():
-            offered = vectors[category == c].flatten(0, 1)
-            key = torch.rand(len(offered), generator=self.generator)
-            chosen = (key < self.bound.get(c, 1.0)).nonzero().squeeze(1)
-            self.kept.setdefault(c, []).append((key[chosen], offered[chosen.to(offered.device)]))
-            self.count[c] = self.count.get(c, 0) + len(chosen)
-            if self.count[c] > 2 * self.limit:
-                self._thin(c)
-
-    def _thin(self, c: int) -> None:
-        keys, vectors = (torch.cat(parts) for parts in zip(*self.kept[c]))
-        smallest, chosen = keys.topk(min(self.limit, len(keys)), largest=False)
-        self.kept[c] = [(smallest, vectors[chosen.to(vectors.device)])]
-        self.count[c] = len(smallest)
-        self.bound[c] = float(smallest[-1])
-
-    def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The category (1,) and the cells (1, V, D) of each category that came."""
-        for c in sorted(self.kept):
-            self._thin(c)
-            ((_, vectors),) = self.kept.pop(c)
-            yield torch.tensor([c], device=vectors.device), vectors.unsqueeze(0)

@@ -127,7 +127,8 @@ class VectorQuantizer(nn.Module):
 
     def codes(self, group: Tensor) -> Tensor:
         """Codebook of each image: (N,) group numbers to (N, K, D); of a single one, but in training, without a copy."""
-        return self.embed[int(group[0])][None] if len(group) == 1 and not self.training else self.embed[group]
+        one = len(group) == 1 and not self.training and not torch.compiler.is_exporting()
+        return self.embed[int(group[0])][None] if one else self.embed[group]
 
     def weights(self, group: Tensor) -> Tensor:
         """How often each code is used: (N,) group numbers to (N, K), positive, every row of sum 1."""
@@ -156,6 +157,8 @@ class VectorQuantizer(nn.Module):
         if group is None:
             group = x.new_zeros(x.shape[0], dtype=torch.long)
         code, indices = self.look_up(x, group)
+        if torch.compiler.is_exporting():
+            return Quantized(code, indices, x.new_zeros(x.shape[0]))
         quantized, loss = _StraightThrough.apply(x, code)
         if self.training:
             present, flat = torch.unique(group), indices + group[:, None] * self.n_codes
@@ -171,12 +174,17 @@ class VectorQuantizer(nn.Module):
     def look_up(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest code (N, L, D), in the type of ``x``, and its index (N, L); neither gradients nor updates."""
         indices = self.nearest(x, group)
+        if torch.compiler.is_exporting():  # by row: gathering along an axis would take an index for every number
+            return self.embed[group][0][indices], indices
         flat = indices + group[:, None] * self.n_codes
         return F.embedding(flat, self.embed.flatten(0, 1)).to(x.dtype), indices
 
     @torch.no_grad()
     def nearest(self, x: Tensor, group: Tensor) -> Tensor:
         """Index of the nearest code of every vector, (N, L, D) to (N, L), int64."""
+        if torch.compiler.is_exporting():  # a graph does not branch on which groups there are
+            centre, codes, bias = (t[group] for t in self._centred(torch.arange(self.n_groups), x.dtype))
+            return torch.baddbmm(bias, x - centre, codes.mT).argmax(-1)
         present, row = torch.unique(group, return_inverse=True)
         # max finds what argmax does, on a CPU in a quarter of the time.
         if len(present) > 1:

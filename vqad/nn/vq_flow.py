@@ -18,13 +18,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqad.nn.flow import ConditionalFlow, FusionFlow, MixtureComponent
-from vqad.nn.hierarchy import CodeHierarchy, Codes
-from vqad.nn.noise import GaussianNoise
+from .flow import ConditionalFlow, FusionFlow, MixtureComponent
+from .hierarchy import CodeHierarchy, Codes
+from .model import AnomalyModel, Batches, Term
+from .noise import GaussianNoise
+from .quantize import VectorQuantizer
+from .vq_flow_maps import resize
 
 # Coupling blocks that an added category has of its own in each stage.
 _ADDED_BLOCKS = 2
@@ -89,7 +93,7 @@ class VQFlowOutput:
     loss: Tensor
 
 
-class VQFlow(nn.Module):
+class VQFlow(AnomalyModel):
     r"""The density of a frozen backbone's features, given codes that are read off the same features.
 
     .. math::
@@ -126,10 +130,15 @@ class VQFlow(nn.Module):
     noise : float
         Standard deviation of the noise that training adds to each number of the pooled stages, see
         :class:`vqad.nn.noise.GaussianNoise`; the release adds none: 0.
-    n_categories : int
-        Categories, numbered from 0, that share everything. Each further one gets parts of its own by
-        :meth:`add_category`.
+    n_shared : int
+        Categories, numbered from 0, that share everything.
+    n_added : int
+        Further ones with parts of their own, see :meth:`add_category`.
+    top_grid : (int, int), optional
+        Grid that the fourth of the backbone's maps is brought to; its own when left out.
     """
+
+    clip_norm = 2.0
 
     def __init__(
         self,
@@ -147,7 +156,9 @@ class VQFlow(nn.Module):
         revive_threshold: float = 0.03,
         condition_path: Literal["table", "convolution"] = "table",
         noise: float = 0.0,
-        n_categories: int = 1,
+        n_shared: int = 1,
+        n_added: int = 0,
+        top_grid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len(channels) != 4 or len(n_blocks) != 3:
@@ -159,10 +170,15 @@ class VQFlow(nn.Module):
         self.likelihood = likelihood
         self.commitment_weight = commitment_weight
         self.condition_path = condition_path
-        self.n_categories = n_categories
+        self.n_concepts, self.n_patterns = n_concepts, n_patterns
+        self.d_concept, self.d_position = d_concept, d_position
+        self.n_blocks = tuple(n_blocks)
         self.hidden = hidden
         self.clamp = clamp
-        self.noise = GaussianNoise(noise)
+        self.revive_threshold = revive_threshold
+        self.n_shared = n_shared
+        self.top_grid = None if top_grid is None else tuple(top_grid)
+        self.noisy = GaussianNoise(noise)
         self.hierarchy = CodeHierarchy(
             channels,
             n_concepts=n_concepts,
@@ -179,6 +195,8 @@ class VQFlow(nn.Module):
         self.added_flow, self.added_mixture = nn.ModuleList(), nn.ModuleList()
         self.fusion = FusionFlow(channels[:3], width, clamp=clamp)
         self._tables: dict[tuple[int, ...], Tensor] | None = None
+        for _ in range(n_added):
+            self.add_category()
 
     # ---- what the floors above call
 
@@ -268,23 +286,99 @@ class VQFlow(nn.Module):
         mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
         self.added_flow.append(nn.ModuleList(flows).to(like))
         self.added_mixture.append(nn.ModuleList(mixtures).to(like))
-        return self.n_categories + self.n_added - 1
+        return self.n_categories - 1
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise."""
+        return self.noisy.std
+
+    @property
+    def n_categories(self) -> int:
+        """Number of categories."""
+        return self.n_shared + self.n_added
 
     @property
     def n_added(self) -> int:
         """Number of categories that were added."""
         return len(self.added_mixture)
 
-    def parts_of(self, category: int) -> list[nn.Module]:
-        """What can be trained for one category and moves no other; nothing of categories that share everything.
+    # ---- as an AnomalyModel
+
+    def arrange(self, maps: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
+        """Four stages; the fourth, which tells the concept, on a grid of its own where it comes from another view."""
+        if len(maps) == 1:
+            return maps[0]
+        *flowing, top = maps[:4]
+        if self.top_grid is not None and tuple(top.shape[2:]) != self.top_grid:
+            top = F.interpolate(top, self.top_grid, mode="bilinear", align_corners=False)
+        return [*flowing, top]
+
+    def fields(self, features: Sequence[Tensor] | Tensor, category: Tensor, gaussian: bool) -> dict[str, Tensor]:
+        """The latents of the coarsest flow, which with few images are the steadiest; or the published terms."""
+        if gaussian:
+            return {"latent": self(features, category).latents.z[-1]}
+        raw = self.anomaly_map(features, category)
+        grid = cast("tuple[int, int]", tuple(raw["log_likelihood_1"].shape[1:]))
+        return {f"log_likelihood_{k}": resize(raw[f"log_likelihood_{k}"].float(), grid) for k in (1, 2, 3)}
+
+    def terms(self, gaussian: bool) -> tuple[list[Term], float | None]:
+        """Latents beside the features; or the likelihoods of the three stages."""
+        if gaussian:
+            return [Term("latent", 1.0, (0.0,), is_trained=True)], None
+        return [Term(f"log_likelihood_{k}", 1.0, (), is_trained=True) for k in (1, 2, 3)], 0.03
+
+    def codebooks(self) -> dict[str, VectorQuantizer]:
+        """By the names "pattern_1" to "pattern_4" and "concept"."""
+        patterns = enumerate(self.hierarchy.pattern_codebook, 1)
+        return {**{f"pattern_{k}": quantizer for k, quantizer in patterns}, "concept": self.hierarchy.concept_codebook}
+
+    def codes(self, features: Sequence[Tensor] | Tensor, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each stage the patterns of the cells and their distances; of the concept those of the image."""
+        codes, books = self.look_up(features, category), self.codebooks()
+        found = {}
+        for k, at in enumerate(codes.conditions, 1):
+            distance = (at.distance * at.encoded.shape[1]).sqrt()
+            found[f"pattern_{k}"] = at.index % books[f"pattern_{k}"].n_codes, distance
+        concept = books["concept"]
+        distance = (codes.concept_distance * concept.dim).sqrt()
+        found["concept"] = (codes.concept_index % concept.n_codes).view(-1, 1, 1), distance.view(-1, 1, 1)
+        return found
+
+    def start(self, batches: Batches) -> None:
+        """Start the codes."""
+        self.initialise_codes(batches)
+
+    def extend(self, n: int, batches: Batches) -> None:
+        """Add the own parts of ``n`` categories and start their codes."""
+        for _ in range(n):
+            self.add_category()
+        self.initialise_codes(batches)
+
+    def parts_of(self, categories: Sequence[int]) -> list[nn.Module]:
+        """What can be trained for some categories and moves no other; nothing of those that share everything.
 
         All codebooks are part of it: each learns from images of its own group alone. So is the noise, which only
         training adds.
         """
-        g = category - self.n_categories
-        if g < 0:
+        own = [c - self.n_shared for c in categories if c >= self.n_shared]
+        if not own:
             return []
-        return [self.noise, *self.hierarchy.codebooks(), self.added_flow[g], self.added_mixture[g]]
+        parts = [part for g in own for part in (self.added_flow[g], self.added_mixture[g])]
+        return [self.noisy, *self.hierarchy.codebooks(), *parts]
+
+    def group_of(self, category: np.ndarray) -> np.ndarray:
+        """The categories that share everything share the first group."""
+        group: np.ndarray = np.maximum(category - self.n_shared + 1, 0)
+        return group
+
+    def check_export(self) -> None:
+        """Refuse categories with flows of their own."""
+        if self.n_added:
+            raise ValueError(
+                "Categories that partial_fit added have flows of their own, between which a graph cannot choose: fit "
+                "all categories together to export them."
+            )
 
     @torch.no_grad()
     def concept(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
@@ -301,7 +395,7 @@ class VQFlow(nn.Module):
         """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
         return self.hierarchy.perplexity()
 
-    def prepared(self) -> VQFlow:
+    def ready(self) -> VQFlow:
         """This module, with the same parameters and parts, as one that keeps the tables of all codes.
 
         It is for scoring, under ``torch.no_grad``. Tables are built when first needed: the module must not change from
@@ -315,7 +409,7 @@ class VQFlow(nn.Module):
 
     def forward(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> VQFlowOutput:
         """Encode, quantise, transform; arguments as for :meth:`loss`."""
-        stages = [self.noise(stage) for stage in self.pool(features)]
+        stages = [self.noisy(stage) for stage in self.pool(features)]
         codes: Codes = self.hierarchy(stages, self._group(category))
         latents = self.transform(stages[:3], codes)
         objective, dimensions = -latents.log_prob.mean(), latents.n_dimensions
@@ -399,7 +493,7 @@ class VQFlow(nn.Module):
 
     def _group(self, category: Tensor | None) -> Tensor | None:
         """Group of each category: 0, or from 1 on that of an added one."""
-        return None if category is None or not self.n_added else (category - self.n_categories + 1).clamp_min(0)
+        return None if category is None or not self.n_added else (category - self.n_shared + 1).clamp_min(0)
 
     def _group_of(self, codes: Codes) -> Tensor:
         return codes.concept_index // self.hierarchy.concept_codebook.n_codes
@@ -416,7 +510,7 @@ class VQFlow(nn.Module):
     def _project(self, flow: ConditionalFlow | FusionFlow, k: int, codes: Codes) -> list[Tensor]:
         """What the condition of stage k + 1 adds to the first convolution of each subnet of a flow that sees it."""
         condition, projection = codes.conditions[k], flow.project
-        if self.condition_path == "convolution":
+        if self.condition_path == "convolution" or torch.compiler.is_exporting():  # a table is made of what comes
             return cast(list[Tensor], projection(condition.dense()))
         if self._tables is None or torch.is_grad_enabled():
             return projection.from_codes(condition)
@@ -441,65 +535,3 @@ def _pyramid(finest: Tensor) -> list[Tensor]:
     for _ in range(3):
         stages.append(F.avg_pool2d(stages[-1], 3, 2, 1, count_include_pad=False))
     return stages
-
-
-# ------------------------------------------------------------------ the published maps and scores
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, h, w) on another grid."""
-    if x.shape[1:] == size:
-        return x
-    return F.interpolate(x[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
-
-
-def multiplicative_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    r"""The published map for image scores: :math:`1 - P / \max P` with :math:`P = \prod_k p_k`.
-
-    Parameters
-    ----------
-    terms : sequence of Tensor (N, h_k, w_k)
-        :math:`-\log p_k`: the ``log_likelihood_k`` of :meth:`VQFlow.anomaly_map`.
-    size : (int, int)
-        Height and width of the map.
-
-    Returns
-    -------
-    Tensor of shape (N, height, width), in 0..1
-    """
-    log_p = -torch.stack([resize(term, size) for term in terms]).sum(0)
-    return 1 - (log_p - log_p.amax((1, 2), keepdim=True)).exp()
-
-
-def additive_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    r"""The published map for localisation: :math:`\sum_k p_k / \max p_k`, taken from its maximum.
-
-    Parameters and result as in :func:`multiplicative_map`; the range is 0 to the number of stages.
-    """
-    p = torch.stack([resize((term.amin((1, 2), keepdim=True) - term).exp(), size) for term in terms]).sum(0)
-    return p.amax((1, 2), keepdim=True) - p
-
-
-def density_map(terms: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
-    r"""Minus the log-density of every cell in nats per channel, summed over stages: one scale for all images.
-
-    Parameters
-    ----------
-    terms : dict
-        What :meth:`VQFlow.anomaly_map` returns.
-    size : (int, int)
-        Height and width of the map.
-
-    Returns
-    -------
-    Tensor of shape (N, height, width)
-    """
-    stages = [terms[f"log_likelihood_{k}"] + terms[f"volume_{k}"] for k in (1, 2, 3)]
-    constant = 0.5 * math.log(2 * math.pi) * len(stages)
-    return torch.stack([resize(stage, size) for stage in stages]).sum(0) + constant
-
-
-def image_score(anomaly_map: Tensor, fraction: float = 0.03) -> Tensor:
-    """Mean of the largest ``fraction`` of a map's values, (N, height, width) to (N,)."""
-    values = anomaly_map.flatten(1)
-    return values.topk(max(1, int(values.shape[1] * fraction)), 1).values.mean(1)

@@ -167,7 +167,7 @@ def _false_alarms(detector: BaseImageDetector) -> float:
 
 def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | None) -> dict[str, str]:
     names = [str(name) for name in detector.categories_]
-    found = " (found without labels)" if detector.router_.discovered_ else ""
+    found = " (found without labels)" if detector.scorer_.router.discovered else ""
     thresholds = np.unique(-np.asarray(detector.offset_))
     anomalies = int((verdicts.label == -1).sum())
     facts = {
@@ -182,7 +182,7 @@ def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | No
         "Images judged": str(len(verdicts)),
         "Called anomalous": f"{anomalies} ({anomalies / len(verdicts):.1%})",
     }
-    if labelled := getattr(detector, "_offset_from", None):
+    if labelled := detector.fitted_.thresholds.origin:
         facts["Threshold set for"] = labelled
     if y is not None:
         normal, defective = y == 1, y == -1

@@ -1,0 +1,448 @@
+"""Learning: from images and settings to what is fitted, anew, warm, or more on top of it. Knows no estimator.
+
+In `extend` what the categories share stays as it is: the backbone, the scale of the features, the space that
+images are routed in, the weights that all categories use, the spread that their scores are pulled to. So nothing moves
+for a category that no new image belongs to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vqad._checks import hold_out, known_index, of_rows, some_of_each, split_rows, warn_of_single_images
+from vqad._warn import warn
+from vqad.backbones import state_digest
+from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
+from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.engine import Engine, seeded
+from vqad.fitted import Fitted, History
+from vqad.nn.model import AnomalyModel, FeatureShape
+from vqad.prototypes import Prototypes, add_prototypes
+from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
+from vqad.scoring import Scaling, Scorer
+from vqad.source import MapSource
+from vqad.store import FeatureStore, ScaledFeatures, TrainingBatches, channel_statistics
+from vqad.training import Trainer, TrainingLog, TrainingPlan
+
+# Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
+# as make 2,000 in all.
+START_PER_CATEGORY, START_IMAGES = 200, 2000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the parameters of a detector say.
+
+    Attributes
+    ----------
+    make_model : callable
+        From a `FeatureShape`, a number of categories, and how many of them were added after `fit`, to a model.
+    plan : TrainingPlan
+    training : mapping
+        All parameters that a trained model depends on, by which a checkpoint is known.
+    is_seeded : bool
+        Whether ``random_state`` is given.
+    map_shape : tuple of int or None
+        Of ready-made features.
+    gaussian, standardize, contamination, false_alarm_rate, per_category, calibration_fraction, validation_fraction
+    checkpoint_dir, n_jobs, verbose
+        As the parameters of these names; ``per_category``: whether ``threshold="category"``.
+    """
+
+    make_model: Callable[[FeatureShape, int, int], AnomalyModel]
+    plan: TrainingPlan
+    training: Mapping[str, Any]
+    is_seeded: bool
+    map_shape: tuple[int, ...] | None
+    gaussian: bool
+    standardize: bool
+    contamination: Any
+    false_alarm_rate: float
+    per_category: bool
+    calibration_fraction: float
+    validation_fraction: float
+    checkpoint_dir: str | PathLike[str] | None
+    n_jobs: int | None
+    verbose: int
+
+
+class Images(NamedTuple):
+    """Normal images to learn from.
+
+    Attributes
+    ----------
+    source : MapSource
+    rows : ndarray of int
+        Which images of the source.
+    category : ndarray of shape (len(rows),) or None
+        Labels; None to find them.
+    groups : ndarray of shape (len(rows),) or None
+        Number of what is one piece; None where every image is one of its own.
+    """
+
+    source: MapSource
+    rows: np.ndarray
+    category: np.ndarray | None
+    groups: np.ndarray | None
+
+
+# ---- all categories at once --------------------------------------------------------------------------
+
+
+def fit(images: Images, settings: Settings, seed: int, before: Fitted | None = None) -> Fitted:
+    """Learn all that is to be known, anew, or warm from what was learned before."""
+    engine = images.source.engine
+    with seeded(seed, engine.device):
+        store, descriptor = images.source.extract(images.rows, settings.verbose)
+    checkpoint = _open_checkpoint(images, store, settings, seed, before)
+    seed = seed if checkpoint is None else checkpoint.seed
+    with seeded(seed, engine.device):
+        fitted = _fit(images, store, descriptor, settings, seed, checkpoint, before)
+    if checkpoint is not None and not settings.is_seeded and not fitted.history.log.interrupted:
+        checkpoint.remove()  # the next fit is another one
+    return fitted
+
+
+def check_labels(
+    category: np.ndarray | None, groups: np.ndarray | None, settings: Settings, before: Fitted | None, warm: bool
+) -> None:
+    """Raise for labels from which nothing can be learned.
+
+    Before features are extracted, which takes long. What can be wrong with categories that are found comes later.
+    """
+    if category is None:
+        return
+    if before is not None:
+        index = known_index(category, before.categories)
+        if not warm:
+            category, groups = category[index < 0], of_rows(groups, index < 0)
+        elif set(index) != set(range(len(before.categories))):
+            raise ValueError(
+                f"warm_start=True goes on with the categories {before.categories.tolist()}; got "
+                f"{np.unique(category).tolist()}. Use partial_fit to add categories or to go on with some of them."
+            )
+    names, index = np.unique(category, return_inverse=True)
+    _, held_out = hold_out(index, settings.calibration_fraction, 0, groups)
+    if len(held_out):  # else thresholds come from what is trained on
+        _check_each_held_out(settings, np.delete(names, np.unique(index[held_out])), groups)
+
+
+def _open_checkpoint(
+    images: Images, store: FeatureStore, settings: Settings, seed: int, before: Fitted | None
+) -> Checkpoint | None:
+    """The checkpoint of this very training, which is known by its features, parameters and start."""
+    if settings.checkpoint_dir is None:
+        return None
+    start = None
+    if before is not None:
+        start = state_digest(before.scorer.model), len(before.history.loss_curve), before.seed
+    labels = [None if each is None else each.tolist() for each in (images.category, images.groups)]
+    engine, drawn = images.source.engine, seed if settings.is_seeded else None
+    name = fingerprint(
+        sorted(settings.training.items()), start, labels, engine.device.type, engine.dtype, drawn, store.digest()
+    )
+    return Checkpoint(settings.checkpoint_dir, name, seed)
+
+
+def _fit(
+    images: Images,
+    store: FeatureStore,
+    descriptor: np.ndarray,
+    settings: Settings,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    before: Fitted | None,
+) -> Fitted:
+    source, _, category, groups = images
+    if before is None:
+        router, categories, index = CategoryRouter.learn(descriptor, category, groups=groups, random_state=seed)
+    else:
+        router, categories = copy.deepcopy(before.scorer.router), before.categories
+        index = _same_categories(router, categories, descriptor, category)
+        seed = before.seed  # a second fit on the same images must hold out the same
+    router.set_limits(descriptor, index)
+    train, validation, held_out = _split(settings, categories, index, groups, seed)
+    limit = max(START_PER_CATEGORY, START_IMAGES // len(categories))
+    some = some_of_each(train, index[train], limit, seed)
+    scaling = _learn_scaling(store, some, settings.standardize) if before is None else before.scorer.scaling
+    shape = FeatureShape(
+        tuple(m.shape[1] for m in store.maps), tuple((m.shape[2], m.shape[3]) for m in store.maps),
+        source.strides, source.has_deep_view,
+    )  # fmt: skip
+    model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
+    scorer = Scorer(
+        router, scaling, model,
+        gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
+    )  # fmt: skip
+    batches = _batches(store, scorer, index, train, settings)
+    if before is not None:
+        _take_over(model, before.scorer.model)
+    elif checkpoint is None or checkpoint.state is None:
+        model.start(_batches(store, scorer, index, some, settings))
+    log = _train(store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint)
+    model.settle(batches)
+    learned = Learned(store, descriptor, _used(index, train, validation, held_out), train, held_out, groups)
+    scorer, held = learn_terms(scorer, learned, source.engine, seed)
+    seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
+    if checkpoint is not None and not log.interrupted:
+        checkpoint.write({"model": model.state_dict(), "log": asdict(log)}, finished=True)
+    return Fitted(
+        features=source.features,
+        map_shape=settings.map_shape or source.map_shape,
+        categories=categories,
+        scorer=scorer,
+        held_out=held,
+        seen=seen,
+        thresholds=_thresholds(held, seen, categories, settings),
+        prototypes=add_prototypes(Prototypes(), scorer, store, index, source, images.rows),
+        history=(History() if before is None else before.history).append(log),
+        n_images=len(index),
+        seed=seed,
+    )
+
+
+def _thresholds(held: Any, seen: Seen, categories: np.ndarray, settings: Settings) -> Any:
+    return set_thresholds(
+        held, seen, categories, settings.contamination, settings.false_alarm_rate, settings.per_category
+    )
+
+
+def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool) -> Scaling:
+    if not standardize:
+        return Scaling([1] * len(store.maps))
+    scaling = Scaling([m.shape[1] for m in store.maps])
+    for k, moments in enumerate(zip(*channel_statistics(store, rows))):
+        for name, value in zip(("mean", "scale"), moments):
+            getattr(scaling, f"{name}_{k}").copy_(value)
+    return scaling
+
+
+def _batches(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
+    scaled = ScaledFeatures(store, scorer.model_input)
+    return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
+
+
+def _train(
+    store: FeatureStore,
+    scorer: Scorer,
+    index: np.ndarray,
+    train: np.ndarray,
+    settings: Settings,
+    engine: Engine,
+    *,
+    categories: list[int] | None = None,
+    n_passes: int | None = None,
+    validation: np.ndarray | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> TrainingLog:
+    """Train the model, or the parts of it that serve these categories alone."""
+    plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)
+    trainer = Trainer(
+        scorer.model,
+        ScaledFeatures(store, scorer.model_input),
+        torch.from_numpy(np.maximum(index, 0)),
+        plan if n_passes is None else replace(plan, max_iter=n_passes),
+        device=engine.device,
+        dtype=engine.dtype,
+        parts=None if categories is None else scorer.model.parts_of(categories),
+    )
+    return trainer.fit(
+        torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint
+    )
+
+
+def _split(
+    settings: Settings, categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
+    train, held_out = split_rows(index, settings.calibration_fraction, seed, groups)
+    _check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
+    _warn_of_unused(len(index), len(train) + len(held_out))
+    warn_of_single_images(categories, index, groups)
+    if not settings.plan.early_stopping:
+        return train, None, held_out
+    keep, chosen = split_rows(
+        index[train], settings.validation_fraction, seed + 1, of_rows(groups, train),
+        otherwise="early stopping watches the training images",
+    )  # fmt: skip
+    return train[keep], train[chosen], held_out
+
+
+def _used(index: np.ndarray, *used: np.ndarray | None) -> np.ndarray:
+    """The categories of images of which use is made; -1 for others of a group of which one is held out."""
+    rows = np.concatenate([each for each in used if each is not None])
+    return np.where(np.isin(np.arange(len(index)), rows), index, -1)
+
+
+def _warn_of_unused(n: int, n_used: int) -> None:
+    """Say that large groups are held out, of which nothing is learned."""
+    if n_used < n / 2:
+        warn(
+            f"Of {n} images {n - n_used} are not used: they are of groups that are held out, of which one image each "
+            "counts. Another random_state holds others out; groups of similar size lose less."
+        )
+
+
+def _check_each_held_out(settings: Settings, alone: np.ndarray, groups: np.ndarray | None) -> None:
+    """Raise where categories are to have thresholds of their own, and those named ``alone`` have no held-out image."""
+    if settings.per_category and len(alone):
+        units = "images" if groups is None else "groups"
+        raise ValueError(f"threshold='category' needs at least 2 {units} of every category; {alone[0]} has 1.")
+
+
+def _same_categories(
+    router: CategoryRouter, categories: np.ndarray, descriptor: np.ndarray, category: np.ndarray | None
+) -> np.ndarray:
+    """Categories of the images of a warm start."""
+    if category is not None:
+        return known_index(category, categories)
+    index = router(torch.from_numpy(descriptor))[0].numpy()
+    missed = np.setdiff1d(np.arange(len(categories)), index)
+    if len(missed):
+        raise ValueError(
+            f"warm_start=True goes on with the categories {categories.tolist()}; no image is nearest to "
+            f"{categories[missed].tolist()}. Use partial_fit to go on with some of them."
+        )
+    return index
+
+
+def _take_over(model: AnomalyModel, before: AnomalyModel) -> None:
+    """Bring a model to the state of the model of an earlier fit."""
+    try:
+        model.load_state_dict(before.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            "warm_start=True goes on with the model of the last fit, but images or parameters now ask for a model of "
+            f"another shape: {str(error).splitlines()[-1].strip()} Use warm_start=False."
+        ) from error
+
+
+# ---- more on top of it -------------------------------------------------------------------------------
+
+
+def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
+    """Learn more images of known categories, or categories that were never seen."""
+    source, rows, category, groups = images
+    with seeded(seed, source.engine.device):
+        store, descriptor = source.extract(rows, settings.verbose)
+        scorer = copy.deepcopy(before.scorer)
+        index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
+        placed, n_known = np.flatnonzero(index >= 0), len(before.categories)
+        after = replace(before, scorer=scorer, categories=categories, n_images=before.n_images + len(placed))
+        if len(placed):
+            scorer.router.set_limits(descriptor[placed], index[placed], n_known)
+            train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
+            history = _train_more(store, scorer, index, train, n_known, settings, source.engine, before.history)
+            after = replace(after, history=history)
+            if len(held_out):
+                learned = Learned(store, descriptor, _used(index, train, held_out), train, held_out, groups)
+                after = _calibrate_more(after, learned, settings, source.engine)
+        prototypes = add_prototypes(before.prototypes, after.scorer, store, index, source, rows)
+        return replace(after, prototypes=prototypes)
+
+
+def _place(
+    router: CategoryRouter,
+    categories: np.ndarray,
+    descriptor: np.ndarray,
+    category: np.ndarray | None,
+    groups: np.ndarray | None,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Category of every image, -1 for images that are left out; and all categories, of which the router learns new."""
+    is_placed = np.ones(len(descriptor), dtype=bool)
+    if category is None:
+        nearest, distance = router(torch.from_numpy(descriptor))
+        category, far = categories[nearest.numpy()], (router.excess(nearest, distance) > 0).numpy()
+        own = of_rows(groups, far)
+        n_apart = far.sum() if own is None else len(np.unique(own))
+        if n_apart >= MIN_CATEGORY_SIZE:
+            new = new_labels(router.kinds_among(descriptor[far], seed, own), categories)
+            category = category.astype(np.result_type(category, new))
+            category[far] = new
+            names = ", ".join(map(repr, np.unique(new).tolist()))
+            warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
+        elif far.any():
+            is_placed = ~far
+            of = "" if own is None else f" of {n_apart} groups"
+            warn(
+                f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
+                "they are left out. Give their category to have them learned."
+            )
+    index = known_index(category, categories)
+    if (index < 0).any():
+        names, number = np.unique(category[index < 0], return_inverse=True)
+        router.add(descriptor[index < 0], number)
+        index[index < 0] = len(categories) + number
+        categories = np.append(categories, names)
+    return np.where(is_placed, index, -1), categories
+
+
+def _split_more(
+    settings: Settings,
+    categories: np.ndarray,
+    index: np.ndarray,
+    groups: np.ndarray | None,
+    placed: np.ndarray,
+    n_known: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
+    known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
+    train, held_out = [], []
+    for rows, split in ((known, hold_out), (new, split_rows)):
+        if len(rows):
+            keep, chosen = split(index[rows], settings.calibration_fraction, seed, of_rows(groups, rows))
+            train.append(rows[keep])
+            held_out.append(rows[chosen])
+    train_rows, held_rows = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
+    _check_each_held_out(settings, categories[np.setdiff1d(index[new], index[held_rows])], groups)
+    warn_of_single_images(categories, index[new], of_rows(groups, new))
+    return train_rows, held_rows
+
+
+def _train_more(
+    store: FeatureStore,
+    scorer: Scorer,
+    index: np.ndarray,
+    train: np.ndarray,
+    n_known: int,
+    settings: Settings,
+    engine: Engine,
+    history: History,
+) -> History:
+    """One pass over the images of known categories, ``max_iter`` over those of new ones."""
+    model, is_new = scorer.model, index[train] >= n_known
+    if is_new.any():
+        batches = _batches(store, scorer, np.maximum(index, 0), train[is_new], settings)
+        model.extend(scorer.router.n_categories - n_known, batches)
+    for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
+        learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
+        rows = rows[np.isin(index[rows], learning)]
+        if len(rows):
+            log = _train(store, scorer, index, rows, settings, engine, categories=learning, n_passes=n_passes)
+            history = history.append(log)
+            if log.interrupted and not is_last:
+                raise KeyboardInterrupt  # rather than keep a category that was never trained
+    if is_new.any():
+        model.settle(batches)
+    return history
+
+
+def _calibrate_more(after: Fitted, learned: Learned, settings: Settings, engine: Engine) -> Fitted:
+    """Scales of new categories; thresholds of all."""
+    scorer, held = learn_terms(after.scorer, learned, engine, after.seed)
+    held, seen = after.held_out.append(held), after.seen
+    if settings.contamination != "auto":
+        # Of before it was asked for there are those held out.
+        seen = seen if len(seen.score) else Seen(after.held_out.category, after.held_out.score)
+        seen = seen.append(score_seen(scorer, learned, engine))
+    thresholds = _thresholds(held, seen, after.categories, settings)
+    return replace(after, scorer=scorer, held_out=held, seen=seen, thresholds=thresholds)

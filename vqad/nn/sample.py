@@ -1,0 +1,47 @@
+"""A random part of what comes in batches, of one size whatever comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class CellSample:
+    """A uniform sample of the cells of each category, out of a stream of batches.
+
+    Every cell draws a key; the cells with the smallest keys stay.
+    """
+
+    def __init__(self, limit: int, generator: torch.Generator | None) -> None:
+        self.limit = limit
+        self.generator = generator
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.bound: dict[int, float] = {}
+        self.count: dict[int, int] = {}
+
+    def add(self, vectors: Tensor, category: Tensor) -> None:
+        """Offer the cells (N, L, D) of a batch."""
+        for c in torch.unique(category).tolist():
+            offered = vectors[category == c].flatten(0, 1)
+            key = torch.rand(len(offered), generator=self.generator)
+            chosen = (key < self.bound.get(c, 1.0)).nonzero().squeeze(1)
+            self.kept.setdefault(c, []).append((key[chosen], offered[chosen.to(offered.device)]))
+            self.count[c] = self.count.get(c, 0) + len(chosen)
+            if self.count[c] > 2 * self.limit:
+                self._thin(c)
+
+    def _thin(self, c: int) -> None:
+        keys, vectors = (torch.cat(parts) for parts in zip(*self.kept[c]))
+        smallest, chosen = keys.topk(min(self.limit, len(keys)), largest=False)
+        self.kept[c] = [(smallest, vectors[chosen.to(vectors.device)])]
+        self.count[c] = len(smallest)
+        self.bound[c] = float(smallest[-1])
+
+    def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The category (1,) and the cells (1, V, D) of each category that came."""
+        for c in sorted(self.kept):
+            self._thin(c)
+            ((_, vectors),) = self.kept.pop(c)
+            yield torch.tensor([c], device=vectors.device), vectors.unsqueeze(0)

@@ -1,0 +1,285 @@
+"""From vectors and numbers of every cell to the map and the score of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gaussian import OWN_IMAGES, LocationGaussian
+from .model import Configured, Term
+
+# A category's own statistics count as much as the prior ones when it has this many images.
+PRIOR_IMAGES = 5
+# At a place with this many images its own mean and spread count as much as those of all places.
+PLACE_IMAGES = 20
+# The share of normal images that the spread of scores is measured at, and where it lies in standard deviations.
+HIGH, HIGH_SPREAD = 0.9, 1.2816
+# Least spread of a term, as a share of its mean.
+LEAST_SPREAD = 0.02
+# The most that a map or a score says: of vectors whose squares are no numbers, too.
+LARGEST = 1e6
+# Held-out images of a category from which on they alone say where a trained model's terms lie.
+HELD_OUT_IMAGES = 5
+
+
+class Judged(NamedTuple):
+    """What the scorer makes of some images.
+
+    Attributes
+    ----------
+    score : Tensor of shape (N,)
+        Higher is more anomalous; 0 is the typical normal image of the category, the unit a standard deviation of these.
+    map : Tensor of shape (N, h, w)
+        On the finest grid of the terms that it is made of.
+    terms : dict of str to Tensor (N, h_k, w_k)
+        Each on its own grid, as measured.
+    standard : dict of str to Tensor (N, h_k, w_k)
+        The same in standard deviations of normal images at that place.
+    """
+
+    score: Tensor
+    map: Tensor
+    terms: dict[str, Tensor]
+    standard: dict[str, Tensor]
+
+
+class TermScorer(Configured):
+    r"""Measures, standardises and adds up the terms of the anomaly map and of the image score.
+
+    A term is a distance that a `LocationGaussian` measures of a field of vectors, or what the model gives as a number.
+    Of category c at cell x it becomes :math:`z(x) = (t(x) - \mu_c(x)) / \sigma_c(x)`, mean and standard deviation over
+    normal images at that place. The map is the weighted mean of terms on one grid. For the image score each term's
+    highest cells are averaged, standardised over normal images, and added up by
+
+    .. math:: s = \log \sum_{k=1}^{K} w_k e^{z_k}, \qquad \sum_k w_k = 1,
+
+    which lies between their mean and their maximum: different faults show in different terms. The weights are equal,
+    but that of a trained term is n / (n + 60) of the others' with n images: a model fits few images by heart. The sum
+    is standardised once more. All statistics are those of cross-fitted distances: every image is measured by what was
+    learned without it.
+
+    Parameters
+    ----------
+    terms : sequence of Term
+        Those without a shape are left out.
+    shapes : dict of str to (int, int, int)
+        Of each term the length of its vectors, 0 where it is a number, and its grid.
+    n_categories : int
+    map_peak : float or None, default=None
+        Share of the highest cells of the map that make the image score; None where terms have peaks of their own.
+    """
+
+    peak_center: Tensor
+    peak_scale: Tensor
+    peak_weight: Tensor
+    ends: Tensor
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        shapes: dict[str, tuple[int, int, int]],
+        n_categories: int,
+        map_peak: float | None = None,
+    ) -> None:
+        super().__init__()
+        every = (Term(name, weight, tuple(peaks), trained) for name, weight, peaks, trained in terms)
+        self.terms = tuple(t for t in every if t.name in shapes)
+        self.shapes = {name: (int(d), int(h), int(w)) for name, (d, h, w) in shapes.items()}
+        self.map_peak = map_peak
+        self.measures = nn.ModuleDict(
+            {name: LocationGaussian(d, (h, w), 0) for name, (d, h, w) in self.shapes.items() if d}
+        )
+        weight = sum(t.weight for t in self.terms)
+        self.weight = {t.name: t.weight / weight for t in self.terms if t.weight}
+        self.grid = max((self.shapes[name][1:] for name in self.weight), key=math.prod)
+        for name, (_, *grid) in self.shapes.items():
+            for kind in ("mean", "spread"):
+                self.register_buffer(f"{kind}_{name}", torch.empty(0, *grid))
+        n_peaks = 1 if map_peak is not None else sum(len(t.peaks) for t in self.terms)
+        for name, n in {"peak_center": n_peaks, "peak_scale": n_peaks, "peak_weight": n_peaks, "ends": 2}.items():
+            self.register_buffer(name, torch.empty(0, n, dtype=torch.float64))
+        self.add_categories(n_categories)
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that make one of the same parts and shapes."""
+        return {**super().config(), "terms": [tuple(term) for term in self.terms]}
+
+    @property
+    def n_categories(self) -> int:
+        """Number of categories."""
+        return len(self.ends)
+
+    def add_categories(self, n: int) -> None:
+        """Append ``n`` categories without anything learned; the others keep every bit."""
+        for name in self.measures:
+            self._measure(name).add_groups(n)
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            fill = 0.0 if "mean" in name or "center" in name else 1.0
+            setattr(self, name, torch.cat([buffer, buffer.new_full((n, *buffer.shape[1:]), fill)]))
+        if n:
+            self.ends[-n:, 0] = 0.0
+
+    # ---------------------------------------------------------------- judging
+
+    def forward(self, fields: dict[str, Tensor], category: Tensor) -> Judged:
+        """Judge images that are all of one category.
+
+        Parameters
+        ----------
+        fields : dict of str to Tensor
+            Of each term its vectors (N, d, h, w), or its numbers (N, h, w).
+        category : Tensor, scalar, int64
+        """
+        terms = {t.name: self._measured(t.name, fields[t.name], category) for t in self.terms}
+        moments = {name: (getattr(self, f"mean_{name}"), getattr(self, f"spread_{name}")) for name in terms}
+        standard = {name: self._standard(term, *(m[category] for m in moments[name])) for name, term in terms.items()}
+        combined = self.combined(standard)
+        peaks = (self._peaks(standard, combined) - self.peak_center[category]) / self.peak_scale[category]
+        center, scale = self.ends[category]
+        return Judged((_fused(peaks, self.peak_weight[category]) - center) / scale, combined, terms, standard)
+
+    def contributions(self, standard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each term adds to the map, (N, h, w) each on its grid."""
+        return {name: weight * self._on_grid(standard[name]) for name, weight in self.weight.items()}
+
+    def combined(self, standard: dict[str, Tensor]) -> Tensor:
+        """The map, (N, h, w)."""
+        return torch.stack(list(self.contributions(standard).values())).sum(0)
+
+    def _measure(self, name: str) -> LocationGaussian:
+        return cast(LocationGaussian, self.measures[name])
+
+    def _measured(self, name: str, field: Tensor, category: Tensor) -> Tensor:
+        measured: Tensor = self.measures[name](field, category) if name in self.measures else field.float()
+        return measured
+
+    def _standard(self, term: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+        return ((term - mean) / spread).clamp(-LARGEST, LARGEST)
+
+    def _on_grid(self, z: Tensor) -> Tensor:
+        if tuple(z.shape[1:]) == tuple(self.grid):
+            return z
+        return F.interpolate(z[:, None], tuple(self.grid), mode="bilinear", align_corners=False)[:, 0]
+
+    def _peaks(self, standard: dict[str, Tensor], combined: Tensor) -> Tensor:
+        """Means of the highest cells, (N, n_peaks) in float64."""
+        if self.map_peak is not None:
+            return _highest(combined, self.map_peak)[:, None]
+        return torch.stack([_highest(standard[t.name], share) for t in self.terms for share in t.peaks], 1)
+
+    # ---------------------------------------------------------------- learning
+
+    @torch.no_grad()
+    def learn(self, category: int, fields: dict[str, Tensor], fold: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
+        """Learn a category from normal images; the others keep every bit.
+
+        Parameters
+        ----------
+        category : int
+        fields : dict of str to Tensor
+            As for :meth:`forward`.
+        fold : Tensor of shape (n,), int64
+            Images of one fold are measured by what was learned of the others.
+        is_held : Tensor of shape (n,), bool
+            Images that the model was not trained on.
+
+        Returns
+        -------
+        score : Tensor of shape (n,)
+            Of each image as if it had taken no part.
+        peak : Tensor of shape (n,)
+            Highest value of its map, likewise.
+        """
+        standard = {}
+        for t in self.terms:
+            x = fields[t.name].float()
+            if t.name in self.measures:
+                self._measure(t.name).learn(category, x)
+                x = self._measure(t.name).cross_fitted(x, fold)
+            rows = is_held if t.is_trained and int(is_held.sum()) >= PLACE_IMAGES else torch.ones_like(is_held)
+            mean, spread = _place_statistics(x[rows].double())
+            getattr(self, f"mean_{t.name}")[category] = mean[0]
+            getattr(self, f"spread_{t.name}")[category] = spread[0]
+            without = _place_statistics(x.double(), rows, leave_out=True)
+            standard[t.name] = self._standard(x, *(s.float() for s in without))
+        combined = self.combined(standard)
+        raw = self._peaks(standard, combined)
+        trained = [t.is_trained for t in self.terms for _ in t.peaks] if self.map_peak is None else [False]
+        z = torch.empty_like(raw)
+        for k, is_trained in enumerate(trained):
+            rows = is_held if is_trained and int(is_held.sum()) >= HELD_OUT_IMAGES else torch.ones_like(is_held)
+            self.peak_center[category, k], self.peak_scale[category, k] = _center_and_scale(raw[rows, k])
+            z[:, k] = _left_out(raw[:, k], rows)
+            self.peak_weight[category, k] = len(raw) / (len(raw) + OWN_IMAGES) if is_trained else 1.0
+        fused = _fused(z, self.peak_weight[category])
+        self.ends[category] = torch.stack(_center_and_scale(fused))
+        return _left_out(fused, torch.ones_like(is_held)), combined.flatten(1).amax(1)
+
+
+def _highest(maps: Tensor, share: float) -> Tensor:
+    """Mean of the highest ``share`` of the cells of maps (N, h, w), at least one, (N,) in float64."""
+    flat = maps.flatten(1)
+    n = max(1, round(share * flat.shape[1]))
+    return flat.amax(1).double() if n == 1 else flat.topk(n, 1).values.double().mean(1)
+
+
+def _fused(z: Tensor, weight: Tensor) -> Tensor:
+    """Log of the weighted mean of the exponentials along the last axis."""
+    return torch.logsumexp(z + weight.log(), -1) - weight.sum().log()
+
+
+def _place_statistics(x: Tensor, rows: Tensor | None = None, leave_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by place, averaged over 3 x 3 cells and shrunk to those of all places.
+
+    Of maps (n, h, w), (1, h, w) each; with ``leave_out``, (n, h, w): of the images of the mask ``rows`` for each image,
+    without it.
+    """
+    if rows is None:
+        rows = torch.ones(len(x), dtype=torch.bool)
+    n = rows.sum().double()
+    first, second = x[rows].sum(0, keepdim=True), x[rows].square().sum(0, keepdim=True)
+    count = n.view(1, 1, 1)
+    if leave_out and int(n) > 1:
+        own = rows.double().view(-1, 1, 1)
+        first, second, count = first - own * x, second - own * x.square(), n - own
+    mean = first / count
+    variance = (second / count - mean.square()).clamp_min(0.0)
+    flat_mean = mean.mean((1, 2), keepdim=True)
+    flat = variance.mean((1, 2), keepdim=True) + (mean - flat_mean).square().mean((1, 2), keepdim=True)
+    flat = torch.maximum(flat, (10 * LEAST_SPREAD * flat_mean).square() / count.clamp_min(1.0))
+    keep = count / (count + PLACE_IMAGES)
+    mean = keep * _averaged(mean) + (1 - keep) * flat_mean
+    # A tenth of the overall variance always stays: where normal images happen to agree, nothing would divide.
+    variance = keep * (0.9 * _averaged(variance) + 0.1 * flat) + (1 - keep) * flat
+    return mean, torch.maximum(variance.sqrt(), LEAST_SPREAD * flat_mean.abs()).clamp_min(1e-12)
+
+
+def _averaged(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+
+
+def _center_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Median of numbers (n,), and spread above it, pulled towards 1 where they are few.
+
+    The spread is that of a normal distribution with the same 90th percentile: thresholds are about that side, and a few
+    odd images among the normal ones, which reach far, do not move it.
+    """
+    n = len(x)
+    center, high = torch.quantile(x, torch.tensor([0.5, HIGH], dtype=x.dtype))
+    return center, (n * (high - center) / HIGH_SPREAD + PRIOR_IMAGES) / (n + PRIOR_IMAGES)
+
+
+def _left_out(x: Tensor, rows: Tensor) -> Tensor:
+    """Each number (n,) in units of those of the mask ``rows``, without itself."""
+    out = torch.empty_like(x)
+    for i in range(len(x)):
+        others = rows.clone()
+        others[i] = False
+        center, scale = _center_and_scale(x[others] if others.any() else x[rows])
+        out[i] = (x[i] - center) / scale
+    return out

@@ -1,0 +1,103 @@
+"""MapSource: maps of images or of ready-made features, chunk by chunk, however they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vqad.engine import Engine, side_by_side
+from vqad.features import BackboneFeatures, transformer_maps
+from vqad.images import ImageSequence
+from vqad.routing import describe
+from vqad.store import FeatureArray, FeatureStore
+
+
+class MapSource:
+    """The maps of some data.
+
+    Parameters
+    ----------
+    data : ImageSequence or FeatureArray
+    features : BackboneFeatures, transformer or None
+        What gives maps of images; None of features that came ready.
+    engine : Engine
+    map_shape : (1, h, w, C), optional
+        What a caller's own transformer is to give for every image.
+    memory, n_jobs : optional
+        As the parameters of these names.
+    **override
+        ``device`` and ``precision`` of the backbone in place of its own.
+    """
+
+    def __init__(
+        self,
+        data: ImageSequence | FeatureArray,
+        features: Any,
+        engine: Engine,
+        *,
+        map_shape: tuple[int, ...] | None = None,
+        memory: Any = None,
+        n_jobs: int | None = None,
+        **override: Any,
+    ) -> None:
+        self.data, self.features, self.engine = data, features, engine
+        self.map_shape = map_shape
+        self.memory, self.n_jobs, self.override = memory, n_jobs, override
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """Pixels per cell of every map, where a known backbone gives several."""
+        features = self.features
+        return features.strides_ if isinstance(features, BackboneFeatures) and not features.merge else None
+
+    @property
+    def has_deep_view(self) -> bool:
+        """Whether the last map comes from a smaller view."""
+        return isinstance(self.features, BackboneFeatures) and self.features.deep_size_ is not None
+
+    def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        """Rows and maps (n, C_k, h_k, w_k) of each chunk, on the device."""
+        device, how = self.engine.device, {"memory": self.memory, "n_jobs": self.n_jobs}
+        if isinstance(self.data, FeatureArray):
+            yield from self.data.chunks(rows, device)
+        elif isinstance(self.features, BackboneFeatures):
+            yield from self.features.iter_maps(self.data, rows, **how, **self.override)
+        else:
+            for part, maps in transformer_maps(self.features, self.data, rows, device, self.map_shape, **how):
+                if self.map_shape is None:
+                    self.map_shape = (1, *maps[0].shape[2:], maps[0].shape[1])
+                yield part, maps
+
+    def side_by_side(self, work: Callable[[np.ndarray], Any], rows: np.ndarray) -> Iterator[Any]:
+        """``work`` on parts of ``rows``, in threads unless a caller's own code reads or describes the images."""
+        is_ready = isinstance(self.data, FeatureArray)
+        own = not is_ready and not isinstance(self.features, BackboneFeatures)
+        device = self.engine.device
+        chunk = self.data.chunk_size(device) if isinstance(self.data, FeatureArray) else 1
+        yield from side_by_side(work, rows, device, wanted=self.data.reads_in_threads and not own, chunk=chunk)
+
+    def extract(self, rows: np.ndarray, verbose: int = 0) -> tuple[FeatureStore, np.ndarray]:
+        """Features and descriptors of the images ``rows``: each image passes the backbone once."""
+        # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
+        store = FeatureStore(len(rows))
+        bar = tqdm(total=len(rows), desc="features", unit="image", disable=not verbose)
+
+        def keep(places: np.ndarray) -> list[np.ndarray]:
+            descriptor, done = [], 0
+            for part, maps in self.chunks(rows[places]):
+                store.write(places[done : done + len(part)], maps)
+                descriptor.append(describe(maps).cpu().numpy())
+                done += len(part)
+                bar.update(len(part))
+            return descriptor
+
+        with bar:
+            descriptors = list(self.side_by_side(keep, np.arange(len(rows))))
+        return store, np.concatenate(descriptors)

@@ -1,0 +1,84 @@
+"""Images read ahead by threads, and their maps chunk by chunk, from a cache or computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import joblib
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqad._warn import holding_warnings, release_warnings
+from vqad.engine import threads_beside
+from vqad.images import ImageSequence
+
+
+def stream_maps(
+    images: ImageSequence, indices, read, compute, device: torch.device, *, size=1, cache=None, n_jobs=None
+) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """Maps of images, chunk by chunk: from the cache those that it has, the others computed together.
+
+    Parameters
+    ----------
+    read : callable
+        From an image's number to what ``compute`` takes of it; called in threads with ``n_jobs``.
+    compute : callable
+        From a list of what ``read`` gave to maps (len(list), C, h, w). An image's maps must not depend on the others.
+    size : int
+        Images in a chunk.
+    """
+
+    def find_or_read(i: int):
+        if cache is None:
+            return None, None, read(i)
+        key = images.digest(i)
+        found = cache.find(key)
+        return key, found, None if found is not None else read(i)
+
+    n_threads = readers(n_jobs)
+    ahead = size + n_threads
+    items = read_ahead(find_or_read, (int(i) for i in indices), n_threads, ahead)
+    for start in range(0, len(indices), size):
+        chunk = indices[start : start + size]
+        keys, found, content = zip(*itertools.islice(items, len(chunk)))
+        missing = [k for k, maps in enumerate(found) if maps is None]
+        computed = compute([content[k] for k in missing]) if missing else []
+        if cache is None:
+            maps = computed
+        else:
+            rows = dict(enumerate(found))
+            for row, k in enumerate(missing):
+                rows[k] = [m[row] for m in computed]
+                cache.keep(keys[k], rows[k])
+            maps = [torch.stack([m.cpu() for m in stage]) for stage in zip(*rows.values())]
+        # In one layout, whether they come from the cache or not: last bits of a sum depend on it.
+        yield chunk, [m.to(device).contiguous() for m in maps]
+
+
+def readers(n_jobs: int | None) -> int:
+    """Threads that read for this one, which shares them with the others of its pool; 0 where it reads itself."""
+    n_threads = joblib.effective_n_jobs(n_jobs)
+    return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
+
+
+def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
+    """``map(read, items)``, with up to ``ahead`` items read by threads, if any, before they are asked for."""
+    if not n_threads:
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(n_threads, "vqad-read") as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(holding_warnings(read), item))
+                if len(waiting) > ahead:
+                    yield release_warnings(waiting.popleft().result())
+            while waiting:
+                yield release_warnings(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()

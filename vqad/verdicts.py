@@ -1,0 +1,69 @@
+"""Everything that is said of an image, from one pass over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from vqad.images import ImageSequence, check_images
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a detector says of some images.
+
+    Attributes
+    ----------
+    score : ndarray of shape (n,), float
+        Higher is more anomalous: ``-score_samples``.
+    threshold : ndarray of shape (n,), float
+        Scores over this are anomalous; it differs between images only with one threshold a category.
+    p_value : ndarray of shape (n,), float
+        Conformal p-value of "this image is normal", in (0, 1].
+    label : ndarray of shape (n,), int
+        +1 normal, -1 anomaly.
+    category : ndarray of shape (n,)
+        The category that each image was judged as.
+    grids : ndarray of shape (n, h, w), float32
+        Anomaly maps on the grid of the features.
+    """
+
+    score: NDArray[Any]
+    threshold: NDArray[Any]
+    p_value: NDArray[Any]
+    label: NDArray[Any]
+    category: NDArray[Any]
+    grids: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def anomaly_map(self, i: int, size: tuple[int, int]) -> NDArray[np.float32]:
+        """Anomaly map of image `i` at `size` (height, width); higher is more anomalous."""
+        return resize_map(self.grids[i], size)
+
+
+def resize_map(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (h, w) at the image's own size."""
+    if grid_map.shape == tuple(size):
+        return grid_map
+    tensor = torch.from_numpy(grid_map)[None, None]
+    return F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
+
+
+def sequence_of(detector: Any, images: Any) -> ImageSequence:
+    """Wrap images for reading; raise ValueError for a detector whose X is features."""
+    if isinstance(images, ImageSequence):
+        return images
+    if detector.backbone is None:
+        raise ValueError(
+            "The detector was fitted on features (backbone=None), so there are no images to show; "
+            "fit one with a backbone."
+        )
+    shape = None if detector.image_shape is None else tuple(detector.image_shape)
+    return check_images(images, image_shape=shape)
