@@ -26,9 +26,8 @@ from torch import nn
 
 from vqad._heap import keep_freed_memory
 from vqad.backbones import load_backbone, ready_network
-from vqad.chunks import side_by_side
-from vqad.device import native_precision, pick_device
-from vqad.features import merge_maps
+from vqad.engine import native_precision, pick_device, side_by_side
+from vqad.nn.fields import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
 
 CHANNELS, GRID, WIDTH, LAYERS, HEADS, FEEDFORWARD, CODES, BATCH = 272, 14, 256, 4, 8, 1024, 512, 16

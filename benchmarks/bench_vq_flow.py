@@ -21,8 +21,7 @@ from torch import nn
 
 from vqad import BackboneFeatures, VQFlowDetector
 from vqad.backbones import ready_network
-from vqad.chunks import chunk_size, side_by_side
-from vqad.device import native_precision, pick_device
+from vqad.engine import chunk_size, native_precision, pick_device, side_by_side
 from vqad.nn.vq_flow import VQFlow
 
 BATCH, CHANNELS = 16, (24, 40, 112, 320)

@@ -84,14 +84,14 @@ def test_fit_takes_parameters_and_categories_from_the_command_line(model):
     given = {"image_size": 64, "max_iter": 1, "false_alarm_rate": 0.2, "d_model": 32, "n_codes": 16, "random_state": 0}
     assert given.items() <= detector.get_params().items()
     assert list(detector.categories_) == ["disc", "weave"]
-    assert not detector.router_.discovered_
+    assert not detector.scorer_.router.discovered
 
 
 def test_fit_finds_categories_where_folders_do_not_tell_them(folders, tmp_path):
     path = str(tmp_path / "model.safetensors")
     for arguments in (["good", "--no-categories"], ["good/disc"]):
         assert main(["fit", str(folders / arguments[0]), *arguments[1:], "-o", path, *TINY]) == 0
-        assert vqad.load(path).router_.discovered_
+        assert vqad.load(path).scorer_.router.discovered
 
 
 def test_kinds_in_one_folder_are_found(folders, tmp_path):
@@ -166,7 +166,7 @@ def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatc
     assert "disc\x001" in seen[0]
     assert main([*arguments, "[0-9]"]) == 0  # of each category, though the pattern finds the same in both
     assert f" normal images in groups: {n} (" in capsys.readouterr().out
-    assert len(vqad.load(tmp_path / "m.safetensors")._held_out["standard"]) < 0.2 * len(seen[0]) - 1
+    assert len(vqad.load(tmp_path / "m.safetensors").fitted_.held_out.score) < 0.2 * len(seen[0]) - 1
     for pattern in ("piece[0-9]+", "x*", "(x)?disc|weave"):
         assert main([*arguments, pattern]) == 2
         said = complaint(capsys)

@@ -752,7 +752,7 @@ def test_features_far_from_zero_are_standardised_all_the_same(detector):
     # With the mean of 1000 squared in float32 nothing of the variance of 1 would be left.
     X = 1000 + np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
     made = features_only(detector, max_iter=1, calibration_fraction=0.5).fit(X, category=np.zeros(200, int))
-    scale = made.feature_scale_[0].flatten().numpy()
+    scale = made.scorer_.scaling.scale_0.flatten().numpy()
     np.testing.assert_allclose(scale, X.std(0), rtol=0.25)
 
 
@@ -760,8 +760,8 @@ def test_features_keep_their_precision(detector, rows):
     """What came as features is not rounded to the type that the network computes in."""
     shifted = (rows + 1000).astype(np.float32)
     made = features_only(detector, max_iter=1, precision="bfloat16").fit(shifted[:48])
-    inside = (shifted[:48].min(0) - 1e-3 < made.feature_mean_[0].flatten().numpy()).all()
-    spread = made.feature_scale_[0].flatten().numpy() / shifted[:48].std(0)
+    inside = (shifted[:48].min(0) - 1e-3 < made.scorer_.scaling.mean_0.flatten().numpy()).all()
+    spread = made.scorer_.scaling.scale_0.flatten().numpy() / shifted[:48].std(0)
     assert inside
     assert (np.abs(spread - 1) < 0.25).all()
 

@@ -12,11 +12,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+import vqad.learning
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 import vqad.checkpoint
-import vqad.learning
 import vqad.thresholds
 from vqad import HVQTransDetector
 from vqad._checks import some_of_each
@@ -409,7 +409,7 @@ def test_a_new_category_moves_no_score_of_the_old_ones(threshold, transport):
     odd[:, 1:3, 1:3] += np.linspace(0, 20, 30)[:, None, None, None]
     X = np.concatenate([make_maps(30, 2, seed=3), odd.astype(np.float32)])
     category, scores, maps, p = made.predict_category(X), made.score_samples(X), made.anomaly_map(X), made.p_values(X)
-    offset, limit = made.offset_, made._distance_limit
+    offset, limit = made.offset_, made.scorer_.router.limit.numpy()
     made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
     assert list(made.categories_) == ["a", "b", "c"]
     stays = made.predict_category(X) == category
@@ -417,7 +417,7 @@ def test_a_new_category_moves_no_score_of_the_old_ones(threshold, transport):
     assert stays.sum() >= 45
     np.testing.assert_array_equal(made.score_samples(X)[stays], scores[stays])
     np.testing.assert_array_equal(made.anomaly_map(X)[stays], maps[stays])
-    np.testing.assert_array_equal(made._distance_limit[:2], limit)
+    np.testing.assert_array_equal(made.scorer_.router.limit.numpy()[:2], limit)
     if threshold == "category":
         np.testing.assert_array_equal(made.offset_[:2], offset)
         np.testing.assert_array_equal(made.p_values(X)[stays], p[stays])
@@ -458,7 +458,7 @@ def test_more_images_of_a_category_teach_it_and_no_other():
     before, other = state_of(made), make_maps(40, 3, seed=8)
     is_a = np.arange(40) % 3 == 0
     scores = made.score_samples(other)
-    n_held = len(made._held_out["standard"])
+    n_held = len(made.fitted_.held_out.score)
     made.partial_fit(other[is_a], category=["a"] * is_a.sum())
     after = state_of(made)
     np.testing.assert_array_equal(made.score_samples(other)[~is_a], scores[~is_a])
@@ -470,7 +470,7 @@ def test_more_images_of_a_category_teach_it_and_no_other():
         assert torch.equal(after[name][1:], before[name][1:])
         assert not torch.equal(after[name][0], before[name][0])
     assert made.n_iter_ == 5
-    assert len(made._held_out["standard"]) == n_held + 3
+    assert len(made.fitted_.held_out.score) == n_held + 3
 
 
 def test_ctrl_c_between_known_and_new_categories_keeps_none_that_was_never_trained(of_two, monkeypatch):
@@ -663,7 +663,7 @@ def test_contamination_counts_all_images_learned_from(threshold):
 
 def test_contamination_that_is_asked_for_after_fit_counts_the_images_held_out_before():
     made = small().fit(MAPS[KIND < 2], category=NAMES[KIND < 2]).set_params(contamination=0.25)
-    held = made._held_out["standard"]
+    held = made.fitted_.held_out.score
     made.partial_fit(MAPS[KIND == 2], category=NAMES[KIND == 2])
     new = made.score_samples(MAPS[KIND == 2])
     assert made.offset_ == pytest.approx(np.quantile(np.append(-held, new), 0.25))
@@ -719,7 +719,7 @@ def test_a_fit_starts_from_some_images_of_each_category(plain, monkeypatch):
     monkeypatch.setattr(vqad.learning, "START_PER_CATEGORY", 8)
     monkeypatch.setattr(vqad.learning, "START_IMAGES", 0)
     made, new = small().fit(MAPS, category=NAMES), make_maps(seed=5)
-    assert not np.array_equal(made.feature_mean_[0], plain.feature_mean_[0])
+    assert not np.array_equal(made.scorer_.scaling.mean_0, plain.scorer_.scaling.mean_0)
     assert np.mean(made.predict(new) < 0) < 0.5
 
 

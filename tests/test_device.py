@@ -14,8 +14,7 @@ from PIL import Image
 import vqad._decode
 import vqad.backbones
 from vqad.backbones import ready_network
-from vqad.chunks import side_by_side
-from vqad.device import on_device, one_core_each, seeded, undisturbed
+from vqad.engine import on_device, one_core_each, seeded, side_by_side, undisturbed
 from vqad.features import readers
 from vqad.images import check_images
 
@@ -160,7 +159,7 @@ def test_a_fork_beside_a_fit_can_fit():
 AFTER_MAIN = """
 import threading
 import numpy as np, torch
-from vqad.chunks import side_by_side
+from vqad.engine import side_by_side
 
 def later():
     threading.main_thread().join()

@@ -228,7 +228,7 @@ def test_images_of_different_sizes_are_explained_on_one_grid(on_images, parts):
 
 def encoded(fitted, X, category):
     """What the model quantises, (n, cells, D) of each codebook, one image at a time."""
-    scaled = (torch.from_numpy(X).permute(0, 3, 1, 2) - fitted.feature_mean_[0]) / fitted.feature_scale_[0]
+    scaled = (torch.from_numpy(X).permute(0, 3, 1, 2) - fitted.scorer_.scaling.mean_0) / fitted.scorer_.scaling.scale_0
     out = {}
     with torch.no_grad():
         for x, c in zip(scaled[:, None], torch.from_numpy(category)[:, None]):
@@ -248,7 +248,7 @@ def test_codes_are_the_nearest_and_distances_are_to_them(fitted, explained):
     some = explained[::6]
     category = np.searchsorted(fitted.categories_, [e.category for e in some])
     for name, vectors in encoded(fitted, MAPS[::6], category).items():
-        embed = fitted._codebooks()[name].embed.double()
+        embed = fitted.model_.codebooks()[name].embed.double()
         for e, cells in zip(some, vectors):
             to_each = torch.cdist(cells, embed[e.group])
             distance, code = e.distances[name].ravel(), e.codes[name].ravel()

@@ -37,10 +37,10 @@ from vqad.backbones import (
     ready_network,
     state_digest,
 )
-from vqad.chunks import chunk_size, pad_chunk, side_by_side
 from vqad.datasets import make_textured_parts
-from vqad.features import merge_maps
+from vqad.engine import chunk_size, pad_chunk, side_by_side
 from vqad.images import check_images
+from vqad.nn.fields import merge_maps
 from vqad.store import FeatureStore
 
 CPU = torch.device("cpu")

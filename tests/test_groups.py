@@ -83,7 +83,7 @@ def test_false_alarms_on_new_pieces_are_no_more_than_asked():
 
 def test_other_images_of_a_group_that_is_held_out_set_neither_model_nor_scales():
     X, piece, kind = draw_pieces(20, 4, 0)
-    keep, held = hold_out(kind, 0.2, clone(SMALL).fit(X, category=kind, groups=piece)._split_seed, piece)
+    keep, held = hold_out(kind, 0.2, clone(SMALL).fit(X, category=kind, groups=piece).fitted_.seed, piece)
     moved = X.copy()
     others = np.setdiff1d(np.arange(len(X)), np.append(keep, held))
     assert len(others) == 3 * len(held) == 12
@@ -168,7 +168,7 @@ def test_large_groups_that_are_held_out_are_spoken_of():
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             made = clone(SMALL).set_params(random_state=seed).fit(X, category=["a"] * 23, groups=groups)
-        is_large = 4 in groups[hold_out(np.zeros(23, dtype=int), 0.2, made._split_seed, groups)[1]]
+        is_large = 4 in groups[hold_out(np.zeros(23, dtype=int), 0.2, made.fitted_.seed, groups)[1]]
         said.append(any("Of 23 images 18 are not used" in str(w.message) for w in record))
         assert said[-1] == is_large
     assert len(set(said)) == 2
@@ -182,7 +182,7 @@ def test_pictures_of_one_piece_are_no_category(n_kinds):
     piece = np.repeat(np.arange(24), 6)
     made = clone(SMALL).fit(X, groups=piece)
     np.testing.assert_array_equal(made.categories_, np.arange(n_kinds))
-    assert len(made._held_out["standard"]) == n_kinds * round(0.2 * 24 / n_kinds)
+    assert len(made.fitted_.held_out.score) == n_kinds * round(0.2 * 24 / n_kinds)
     with pytest.warns(UserWarning, match="categories were found in 144 images"):
         assert len(clone(SMALL).fit(X).categories_) > 10  # which is why
 
@@ -273,6 +273,6 @@ def test_groups_arrive_by_metadata_routing():
     assert np.mean(found["test_score"]) > 0.9
     for estimator, (train, _) in zip(found["estimator"], InlierKFold(3, random_state=0).split(X, y, groups=piece)):
         held = hold_out(
-            np.zeros(len(train), dtype=int), 0.2, estimator._split_seed, check_groups(piece[train], len(train))
+            np.zeros(len(train), dtype=int), 0.2, estimator.fitted_.seed, check_groups(piece[train], len(train))
         )
-        assert len(estimator._held_out["standard"]) == len(held[1]) == 2
+        assert len(estimator.fitted_.held_out.score) == len(held[1]) == 2

@@ -140,8 +140,8 @@ def test_standardised_channels_count_alike(maps):
     scores = fit(maps, precision="float32").score_samples(maps)
     np.testing.assert_allclose(fit(maps * unit, precision="float32").score_samples(maps * unit), scores, atol=0.3)
     raw = fit(maps, standardize=False)
-    assert raw.feature_scale_[0].tolist() == [1.0]
-    assert raw.feature_mean_[0].tolist() == [0.0]
+    assert raw.scorer_.scaling.scale_0.tolist() == [1.0]
+    assert raw.scorer_.scaling.mean_0.tolist() == [0.0]
     changed = fit(maps * unit, standardize=False).score_samples(maps * unit)
     assert np.abs(changed - raw.score_samples(maps)).max() > 0.3
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqad.nn.attention import Attention, _Attend
-from vqad.nn.dropout import add_dropped, negate_at_random_, random_int16, rounded, zero_at_random_
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, LearnedPosition
 
@@ -136,31 +134,7 @@ def test_loss_gradients_and_codebooks_of_a_training_step_are_the_release_s(relea
 # ------------------------------------------------------------------ the layers
 
 
-@pytest.mark.parametrize("memory", [None, "another"])
-@pytest.mark.parametrize("cached", [1, 150, 2**20])
-def test_attention_and_its_gradients_are_those_of_torch(memory, cached, monkeypatch):
-    monkeypatch.setattr("vqad.nn.attention._AT_A_TIME", cached)  # one image at a time, two and then one, all
-    ours = Attention(12, 3).double()
-    theirs = nn.MultiheadAttention(12, 3, batch_first=True).double()
-    nn.init.normal_(ours.in_proj_bias)
-    theirs.load_state_dict(ours.state_dict())
-    x, position = torch.randn(5, 5, 12).double().requires_grad_(), torch.randn(5, 12).double().requires_grad_()
-    other = torch.randn(5, 5, 12).double().requires_grad_() if memory else None
-    source = x if other is None else other
-    mine = ours(x, position, other)
-    reference = theirs(x + position, source + position, source)[0]
-    torch.testing.assert_close(mine, reference)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x, position, other), reference)
-    inputs = [x, position, source] if memory else [x, position]
-    slope = torch.randn_like(mine)
-    torch.testing.assert_close(
-        torch.autograd.grad(mine, [*inputs, *ours.parameters()], slope),
-        torch.autograd.grad(reference, [*inputs, *theirs.parameters()], slope),
-    )
-
-
-@pytest.mark.parametrize("layer", [Attention(64, 4), EncoderLayer(64, 4, 128, 0.0), DecoderLayer(64, 4, 128, 0.0)])
+@pytest.mark.parametrize("layer", [EncoderLayer(64, 4, 128, 0.0), DecoderLayer(64, 4, 128, 0.0)])
 def test_layers_in_bfloat16_are_nearly_those_in_float32(layer):
     x, other, slope = torch.randn(3, 4, 30, 64)
     position = torch.randn(30, 64)
@@ -177,52 +151,6 @@ def test_layers_in_bfloat16_are_nearly_those_in_float32(layer):
     for a, b in zip(exact, rounded_):
         # The gradient of the keys' bias is zero but for rounding.
         assert (a - b.float()).norm() < 0.08 * a.norm() + 0.08
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_attention_drops_weights_with_the_asked_probability(dtype):
-    n_images, length, p = 6, 40, 0.3
-    # All scores are equal and each value is one cell's own: the output is the dropped attention weights.
-    heads = torch.zeros(3, n_images, 1, length, length, dtype=dtype)
-    heads[2] = torch.eye(length, dtype=dtype)
-    weights = _Attend.apply(heads, p).double() * length
-    kept = weights[weights != 0]
-    deviation = (p * (1 - p) / weights.numel()) ** 0.5
-    assert abs(len(kept) / weights.numel() - (1 - p)) < 5 * deviation
-    rounding = 8e-3 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=rounding, atol=0)
-
-
-def test_gradients_of_attention_are_of_the_weights_that_were_kept(monkeypatch):
-    monkeypatch.setattr("vqad.nn.attention._AT_A_TIME", 200)
-
-    def attend(heads: Tensor) -> Tensor:
-        torch.manual_seed(7)
-        return _Attend.apply(heads, 0.4)
-
-    assert torch.autograd.gradcheck(attend, torch.randn(3, 3, 2, 6, 4).double().requires_grad_())
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_feed_forward_network_drops_after_the_relu(p):
-    layer = EncoderLayer(6, 2, 30, dropout=p).double()
-    x = torch.randn(2, 5, 6).double().requires_grad_()
-    inputs = [x, *layer.linear1.parameters(), *layer.linear2.parameters()]
-
-    def drawn_again(f) -> list[Tensor]:
-        torch.manual_seed(3)
-        output = f(x)
-        return [output, *torch.autograd.grad(output.square().sum(), inputs)]
-
-    def reference(x: Tensor) -> Tensor:
-        hidden = layer.linear1(x).relu()
-        kept = torch.ones_like(hidden)
-        if p:
-            zero_at_random_(kept, p)
-            assert 0 < kept.mean() < 1
-        return layer.linear2(hidden * kept / (1 - rounded(p)))
-
-    torch.testing.assert_close(drawn_again(layer.feed_forward), drawn_again(reference))
 
 
 def test_everything_may_be_dropped():
@@ -261,15 +189,6 @@ def test_weights_that_are_not_finite_show(part):
     layer.get_parameter(part).data[0] = torch.nan
     with torch.autocast("cpu", torch.bfloat16):
         assert not layer(torch.randn(2, 30, 64), torch.randn(30, 64)).isfinite().all()
-
-
-def test_feed_forward_network_without_gradients_drops_in_training_too():
-    layer = EncoderLayer(6, 2, 30, dropout=0.5)
-    x = torch.randn(2, 5, 6)
-    with torch.no_grad():
-        assert not torch.equal(layer.feed_forward(x), layer.feed_forward(x))
-        layer.eval()
-        torch.testing.assert_close(layer.feed_forward(x), layer.linear2(layer.linear1(x).relu()))
 
 
 def test_encoder_layer_without_position_is_that_of_torch():
@@ -319,77 +238,6 @@ def test_stacks_go_from_layer_to_layer():
     torch.testing.assert_close(decoder([first, second], position), decoder.norm(passed))
 
 
-def dropped(x: Tensor, p: float) -> Tensor:
-    return add_dropped(torch.zeros_like(x), x, p)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_asked_share_and_the_expectation(dtype, p):
-    n = 400_003
-    output = dropped(torch.ones(n, dtype=dtype), p).double()
-    kept = output[output != 0]
-    deviation = (p * (1 - p) / n) ** 0.5
-    assert abs(len(kept) / n - (1 - p)) < 5 * deviation + 4e-3 * (1 - p) * (dtype == torch.bfloat16)
-    assert kept.unique().numel() == 1
-    assert float(kept[0]) == pytest.approx(1 / (1 - p), rel=4e-3 if dtype == torch.bfloat16 else 1e-6)
-    assert abs(float(output.mean()) - 1) < 5 * deviation / (1 - p) + 2**-16
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(7,), (211, 499)])
-def test_numbers_are_zeroed_and_negated_with_the_asked_probability(dtype, p, shape):
-    x = torch.rand(shape, dtype=dtype) + 0.1
-    zeroed, signed = x.clone(), x.clone()
-    zero_at_random_(zeroed, p)
-    negate_at_random_(signed, p)
-    assert torch.equal(signed.abs(), x)
-    assert torch.equal(zeroed, x * (zeroed != 0))
-    deviation = (p * (1 - p) / x.numel()) ** 0.5
-    for chosen in (zeroed == 0, signed < 0):
-        assert abs(float(chosen.double().mean()) - p) < 5 * deviation
-
-
-@pytest.mark.parametrize("n", [64, 2**17 + 3])
-def test_dropped_elements_are_pairwise_independent(n):
-    p, draws = 0.3, 2000
-    x = torch.ones(n)
-    sample = torch.stack([dropped(x, p)[:: n // 64][:64] == 0 for _ in range(draws)]).double()
-    covariance = torch.cov(sample.T)
-    deviation = p * (1 - p) / draws**0.5
-    torch.testing.assert_close(covariance.diagonal(), torch.full((64,), p * (1 - p)).double(), atol=0.03, rtol=0)
-    off_diagonal = covariance[~torch.eye(64, dtype=torch.bool)]
-    assert off_diagonal.abs().max() < 5.5 * deviation
-
-
-@pytest.mark.parametrize("n", [1, 5, 2**16 - 1, 2**16, 2**16 + 1, 100_003])
-def test_random_integers_are_as_many_as_asked_for_and_uniform(n):
-    numbers = random_int16(n).double()
-    assert numbers.shape == (n,)
-    # The mean of n uniform numbers of variance 2**32 / 12, and the share in each sixteenth of their range.
-    assert abs(float(numbers.mean())) < 5 * 2**16 / (12 * n) ** 0.5 + 1
-    share = torch.histc(numbers, 16, -(2**15), 2**15) / n
-    assert float((share - 1 / 16).abs().max()) < 5 * (1 / 16 * 15 / 16 / n) ** 0.5
-
-
-def test_dropout_mask_is_the_gradient_s_too_and_differs_between_calls():
-    x = torch.randn(300, 100, requires_grad=True)
-    first = dropped(x, 0.4)
-    first.sum().backward()
-    torch.testing.assert_close(x.grad, (first != 0) / 0.6, rtol=1e-4, atol=0)
-    second = dropped(x, 0.4)
-    same = ((first == 0) == (second == 0)).double().mean()
-    assert abs(float(same) - (0.4**2 + 0.6**2)) < 0.02
-
-
-def test_dropout_at_the_ends_of_its_range():
-    x, y = torch.randn(2, 50)
-    assert torch.equal(add_dropped(y, x, 0.3, training=False), y + x)
-    assert torch.equal(add_dropped(y, x, 0.0), y + x)
-    assert torch.equal(add_dropped(y, x, 1.0), y)
-
-
 def test_dropout_acts_in_training_only():
     layer = EncoderLayer(8, 2, 16, dropout=0.5)
     x, position = torch.randn(2, 5, 8), torch.zeros(5, 8)
@@ -400,7 +248,7 @@ def test_dropout_acts_in_training_only():
 
 def test_width_that_the_heads_do_not_divide_is_named():
     with pytest.raises(ValueError, match=r"10.*multiple.*4 heads"):
-        Attention(10, 4)
+        EncoderLayer(10, 4, 8)
 
 
 # ------------------------------------------------------------------ the whole module
@@ -658,21 +506,6 @@ def test_maps_under_bfloat16_autocast_are_close_to_the_full_precision(transport)
         assert term.dtype == torch.float32
         deviation = (term - exact[name]).abs().mean() / exact[name].abs().mean()
         assert deviation < 0.1, name
-
-
-@pytest.mark.parametrize("transport", ["conditional", "nearest"])
-@pytest.mark.parametrize("categories", [(0, 1, 2, 2), (1, 1), (2,)])
-def test_copy_for_scoring_gives_the_same_to_the_last_bit(transport, categories):
-    model = small(transport=transport).eval()
-    features, category = batch(*categories)
-    scorer = model.scoring_copy(torch.bfloat16)
-    assert scorer.quantizers[0].embed is model.quantizers[0].embed
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):  # the second time with what the first one has worked out
-            terms = scorer.anomaly_map(features, category)
-            for name, term in model.anomaly_map(features, category).items():
-                assert torch.equal(terms[name], term)
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

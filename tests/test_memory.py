@@ -18,8 +18,8 @@ import vqad.features
 from vqad import BackboneFeatures, HVQTransDetector
 from vqad.cache import FeatureCache
 from vqad.datasets import make_textured_parts
-from vqad.features import read_ahead
 from vqad.images import ImageSequence, check_images
+from vqad.streaming import read_ahead
 
 PARTS = make_textured_parts(24, 6, categories=("disc", "weave"), image_size=48, random_state=0)
 SMALL = HVQTransDetector(

@@ -160,21 +160,6 @@ def test_look_up_of_bfloat16_vectors_is_nearly_the_nearest_in_spite_of_a_large_c
     assert (indices == near).double().mean() > 0.95
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_codes_are_looked_up_as_before_and_prepared_once(dtype, monkeypatch):
-    quantizer = VectorQuantizer(16, 8, n_groups=3).eval()
-    frozen = copy.deepcopy(quantizer)
-    frozen.freeze()
-    x = torch.randn(1, 30, 8).to(dtype)
-    for g in (0, 2):
-        group = torch.tensor([g])
-        expected = quantizer.nearest(x, group)
-        assert torch.equal(frozen.nearest(x, group), expected)
-        with monkeypatch.context() as without:
-            without.setattr(frozen, "_centred", None)
-            assert torch.equal(frozen.nearest(x, group), expected)
-
-
 def test_perplexity_counts_the_codes_in_use():
     quantizer = VectorQuantizer(8, 2, n_groups=4)
     quantizer.cluster_size[1] = 3.0

@@ -305,7 +305,7 @@ def test_a_threshold_is_not_set_for_another_fit(fitted, labelled, monkeypatch):
     monkeypatch.setattr(type(detector), "_judge_data", and_fit)
     with pytest.raises(RuntimeError, match="Another thread's fit ended while the threshold was set: set it again"):
         detector.set_threshold(*labelled)
-    assert detector._offset_from is None
+    assert detector.fitted_.thresholds.origin is None
 
 
 def test_set_threshold_is_quiet_where_nothing_is_wrong(per_category, labelled):
@@ -476,7 +476,7 @@ def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_ou
     """Of 40 images eight are held out, of which one is odd: left out, it is as odd as it would be if new."""
     maps = np.random.default_rng(0).normal(size=(40, 8, 8, 6)).astype(np.float32)
     made = clone(detector).fit(maps)
-    held_out = split_rows(np.zeros(40, dtype=int), made.calibration_fraction, made._split_seed)[1]
+    held_out = split_rows(np.zeros(40, dtype=int), made.calibration_fraction, made.fitted_.seed)[1]
     odd = maps.copy()
     odd[held_out[0], :4, :, 2] += 9
     made.fit(odd)

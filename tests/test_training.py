@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vqad.device import native_precision, pick_device, seeded
+from vqad.engine import native_precision, pick_device, seeded
 from vqad.nn.quantize import VectorQuantizer
 from vqad.training import Trainer, TrainingPlan, codebook_perplexity, one_pass
 

@@ -349,7 +349,7 @@ def test_noise_keeps_the_density_of_few_images_from_falling_to_nothing_between_t
 
     def loss_of_others(noise):
         detector = clone(SMALL).set_params(feature_noise=noise, max_iter=150, false_alarm_rate=0.5).fit(maps[:10])
-        mean, scale = detector.feature_mean_[0], detector.feature_scale_[0]
+        mean, scale = detector.scorer_.scaling.mean_0, detector.scorer_.scaling.scale_0
         with torch.no_grad():
             return np.mean([float(detector.model_.loss((m - mean) / scale)) for m in unseen]), detector.loss_curve_[-1]
 

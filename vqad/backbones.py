@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import importlib
-import itertools
 import logging
-import os
 import pickle
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from vqad.nn.fast.efficientnet import EFFICIENTNETS
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
@@ -40,9 +35,6 @@ _NOT_MADE = (RuntimeError, AttributeError, IndexError, AssertionError)
 
 # Names of what depends on places in the image.
 _OF_POSITION = re.compile(r"pos_embed|rel_pos|relative_position|rope")
-
-# Where timm defines the networks and the blocks of the EfficientNet family.
-_EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks")
 
 
 def state_digest(network: nn.Module) -> str:
@@ -195,134 +187,8 @@ def two_views(network: nn.Module, pixels: Tensor, small: Tensor) -> list[Tensor]
 def _last_blocks(network: nn.Module) -> list[int] | None:
     """Number of the last block of each stage of an EfficientNet; None of another network."""
     names = [name.split(".") for name in network.feature_info.module_name()]
-    is_plain = type(network).__module__ in _EFFICIENTNETS and all(name[0] == "blocks" for name in names)
+    is_plain = type(network).__module__ in EFFICIENTNETS and all(name[0] == "blocks" for name in names)
     return [int(name[1]) for name in names] if is_plain and len(names) > 1 else None
-
-
-_PREPARING = threading.Lock()
-_READY: WeakKeyDictionary[nn.Module, dict[torch.dtype, nn.Module]] = WeakKeyDictionary()
-PREPARATION = 2
-"""Another number whenever the last bits of what :func:`ready_network` computes change."""
-
-
-def _unlock() -> None:
-    """In a process that was forked off, nobody lets go of what another thread held."""
-    global _PREPARING
-    _PREPARING = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_unlock)
-
-
-def ready_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What computes the same as a frozen network with less work, up to rounding; made once in the network's life.
-
-    In a copy of an EfficientNet, each batch normalisation that follows a convolution becomes part of it, depthwise
-    convolutions pad by themselves, squeeze-and-excitation acts on the weights after it, and weights of convolutions and
-    linear maps are in the type that autocast would cast them to at every call. Other networks are returned as they are.
-    """
-    # Threads ask at the same time; none may touch a network that another one uses.
-    with _PREPARING:
-        copies = _READY.get(network)
-        if copies is None:
-            network.to(memory_format=torch.channels_last)
-            copies = _READY[network] = {}
-        if type(network).__module__ not in _EFFICIENTNETS:
-            return network
-        if dtype not in copies:
-            ready = copy.deepcopy(network)
-            _fold_normalization(ready)
-            _pad_by_kernel(ready)
-            _gate_weights(ready)
-            for module in ready.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear, _SamePadding)):
-                    module.to(dtype)
-            copies[dtype] = ready.to(memory_format=torch.channels_last)
-        return copies[dtype]
-
-
-def _fold_normalization(network: nn.Module) -> None:
-    """Fold the batch normalisations of an EfficientNet into the convolutions before them.
-
-    In its own blocks, and there alone, it is known that the one follows the other wherever they are neighbours.
-    """
-    for block in network.modules():
-        if type(block).__module__ not in _EFFICIENTNETS:
-            continue
-        children = list(block._modules.items())
-        for (_, convolution), (name, norm) in itertools.pairwise(children):
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                convolution.weight, convolution.bias = fuse_conv_bn_weights(
-                    convolution.weight, convolution.bias,
-                    norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
-                )  # fmt: skip
-                block._modules[name] = getattr(norm, "act", nn.Identity())
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-
-
-def _pad_by_kernel(network: nn.Module) -> None:
-    """Let the depthwise convolutions with TensorFlow's padding do without a padded copy of what they see."""
-    for block in list(network.modules()):
-        for name, layer in list(block.named_children()):
-            is_depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
-            if type(layer).__name__ == "Conv2dSame" and is_depthwise and layer.dilation == (1, 1):
-                setattr(block, name, _SamePadding(layer))
-
-
-class _SamePadding(nn.Module):
-    """TensorFlow's padding, which may be one row or column longer after the map than before it.
-
-    Convolution pads both ends alike: by the longer side, with the kernel one row and one column larger, which are zero
-    and lie on the shorter side. Where rows and columns want different kernels, the convolution is the given one.
-    """
-
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.convolution = convolution
-        self.register_buffer("longer", F.pad(convolution.weight.detach(), (1, 0, 1, 0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.convolution
-        given = zip(x.shape[-2:], layer.kernel_size, layer.stride)
-        rows, columns = (max((-(-n // step) - 1) * step + kernel - n, 0) for n, kernel, step in given)
-        if rows % 2 != columns % 2:
-            output: Tensor = layer(x)
-            return output
-        weight = self.longer if rows % 2 else layer.weight
-        return F.conv2d(x, weight, layer.bias, layer.stride, (-(-rows // 2), -(-columns // 2)), 1, layer.groups)
-
-
-def _gate_weights(network: nn.Module) -> None:
-    """Let squeeze-and-excitation act on the weights of the pointwise convolution after it."""
-    for block in network.modules():
-        if type(block).__module__ not in _EFFICIENTNETS:
-            continue
-        for (before, gate), (name, layer) in itertools.pairwise(list(block._modules.items())):
-            is_pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
-            if type(gate).__name__ == "SqueezeExcite" and is_pointwise and layer.stride == (1, 1):
-                block._modules[before], block._modules[name] = nn.Identity(), _GatedConvolution(gate, layer)
-
-
-class _GatedConvolution(nn.Module):
-    """Squeeze-and-excitation and a pointwise convolution; of one image the gates are factors of the weights.
-
-    A large map is then not gone through once more. The map may be overwritten.
-    """
-
-    def __init__(self, gate: nn.Module, convolution: nn.Conv2d):
-        super().__init__()
-        self.gate = gate
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer, gate = self.convolution, self.gate
-        gates = gate.gate(gate.conv_expand(gate.act1(gate.conv_reduce(x.mean((2, 3), keepdim=True)))))
-        if len(x) > 1 or layer.out_channels >= x.shape[2] * x.shape[3]:
-            output: Tensor = layer(x.mul_(gates))
-            return output
-        return F.conv2d(x, layer.weight * gates, layer.bias)
 
 
 def _cut(network: nn.Module) -> nn.Module:

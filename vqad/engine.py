@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqad._heap import keep_freed_memory
 from vqad._warn import holding_warnings, release_warnings, warn
+from vqad.nn.fast.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from vqad.backbones import (
     DEFAULT_BACKBONE,
-    PREPARATION,
     backbone_strides,
     default_stages,
     load_backbone,
-    ready_network,
     spread_stages,
     state_digest,
     two_views,
@@ -31,6 +29,7 @@ from vqad.backbones import (
 from vqad.cache import FeatureCache
 from vqad.engine import Engine, chunk_size, in_chunks, pad_chunk, pick_device
 from vqad.images import ImageSequence, check_images
+from vqad.nn.fast.efficientnet import PREPARATION, ready_network
 from vqad.nn.fields import merge_maps
 from vqad.streaming import stream_maps
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqad._heap import keep_freed_memory
 from vqad._warn import warn
 from vqad.checkpoint import Checkpoint
 from vqad.nn.quantize import VectorQuantizer
@@ -166,8 +165,6 @@ class Trainer:
             In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
-        if self.device.type == "cpu":
-            keep_freed_memory()
         with _moved(self.model, self.device), _frozen(self.model, self.parts):
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)

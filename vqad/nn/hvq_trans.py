@@ -6,22 +6,18 @@ NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an 
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
 from .fields import merge_maps
 from .model import AnomalyModel, Batches, Term
-from .packed import can_pack
 from .quantize import SAMPLE_NUMBERS, VectorQuantizer
 from .sample import CellSample
-from .transformer import Decoder, Encoder, FeedForward, LearnedPosition
+from .transformer import Decoder, Encoder, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
 
 PROJECTION_NUMBERS = 2**27
@@ -263,26 +259,6 @@ class HVQTrans(AnomalyModel):
         """
         states = self.encoder(self.input_projection(self._tokens(features)), self.position())
         return self._quantise(states, category, learns=False)[0]
-
-    def scoring_copy(self, dtype: torch.dtype) -> HVQTrans:
-        """A copy for inference under autocast to ``dtype``: it gives the same, and nothing is cast at every call.
-
-        It shares the codebooks and all else that autocast leaves alone with this model, which must not change from then
-        on: what can be worked out beforehand, is.
-        """
-        shared: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, Attention, LearnedPosition)):
-                for parameter in module.parameters(recurse=False):
-                    shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        scorer = copy.deepcopy(self, shared)
-        for quantizer in scorer.quantizers:
-            quantizer.freeze()
-        if can_pack(self.input_projection.weight.device, dtype):
-            for module in scorer.modules():
-                if isinstance(module, FeedForward):
-                    module.pack(math.prod(self.token_grid))
-        return scorer
 
     @torch.no_grad()
     def initialise_projection(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:

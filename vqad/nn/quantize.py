@@ -5,15 +5,11 @@ A group is whatever has a codebook of its own: an object category in HVQ-Trans, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .packed import PackedLinear, can_pack, product_type
 
 SAMPLE_NUMBERS = 2**28
 """What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
@@ -115,7 +111,6 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(n_groups, n_codes))
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("n_updates", torch.zeros(n_groups, dtype=torch.long))
-        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -183,33 +178,12 @@ class VectorQuantizer(nn.Module):
     def nearest(self, x: Tensor, group: Tensor) -> Tensor:
         """Index of the nearest code of every vector, (N, L, D) to (N, L), int64."""
         if torch.compiler.is_exporting():  # a graph does not branch on which groups there are
-            centre, codes, bias = (t[group] for t in self._centred(torch.arange(self.n_groups), x.dtype))
-            return torch.baddbmm(bias, x - centre, codes.mT).argmax(-1)
-        present, row = torch.unique(group, return_inverse=True)
+            present, row = torch.arange(self.n_groups), group
+        else:
+            present, row = torch.unique(group, return_inverse=True)
+        centre, codes, bias = (t[row] for t in self._centred(present, x.dtype))
         # max finds what argmax does, on a CPU in a quarter of the time.
-        if len(present) > 1:
-            centre, codes, bias = self._centred(present, x.dtype)
-            centre, codes, bias = (t.index_select(0, row) for t in (centre, codes, bias))
-            return torch.baddbmm(bias, x - centre, codes.mT).max(-1).indices
-        centre, product = self._single(present, x)
-        return product((x - centre).flatten(0, 1)).max(-1).indices.view(x.shape[:2])
-
-    def _single(self, present: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The middle of the one codebook, and what gives the nearness of centred vectors (V, D) to codes, (V, K)."""
-        key = int(present[0]), x.dtype
-        if self._kept is not None and key in self._kept:
-            return self._kept[key]
-        centre, codes, bias = (t[0] for t in self._centred(present, x.dtype))
-        product: Callable[[Tensor], Tensor] = partial(F.linear, weight=codes, bias=bias[0])
-        if self._kept is not None:
-            if can_pack(x.device, codes.dtype):
-                product = PackedLinear(codes, bias[0], x.shape[1])
-            self._kept[key] = centre, product
-        return centre, product
-
-    def freeze(self) -> None:
-        """From now on the codes do not change: what a look-up needs of them is worked out only once."""
-        self._kept = {}
+        return torch.baddbmm(bias, x - centre, codes.mT).max(-1).indices
 
     def _centred(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Of some codebooks the middle (n, 1, D), the codes seen from there (n, K, D), and their bias (n, 1, K)."""
@@ -220,8 +194,7 @@ class VectorQuantizer(nn.Module):
         codes = codes - centre
         # |x|^2 is the same for every code: it does not change which one is nearest.
         bias = torch.linalg.vector_norm(codes, dim=-1).square_().mul_(-0.5).unsqueeze(1)
-        product = product_type(centre)
-        return centre, codes.to(product), bias.to(product)
+        return centre, codes.to(dtype), bias.to(dtype)
 
     @torch.no_grad()
     def _update(self, x: Tensor, flat: Tensor, present: Tensor) -> None:

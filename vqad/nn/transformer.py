@@ -7,16 +7,9 @@ parameter names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from .attention import Attention
-from .dropout import add_dropped, bits, rounded, zero_at_random_
-from .packed import PackedLinear, linear, product_type
 
 
 class FeedForward(nn.Module):
@@ -24,65 +17,27 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.linear1: nn.Linear | PackedLinear = nn.Linear(dim, dim_feedforward)
-        self.linear2: nn.Linear | PackedLinear = nn.Linear(dim_feedforward, dim)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.dropout = nn.Dropout(dropout)
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
-    def pack(self, rows: int) -> None:
-        """Lay the weights out for scoring on a CPU, with ``rows`` vectors an image."""
-        self.linear1 = PackedLinear(self.linear1.weight, self.linear1.bias, rows, relu=True)
-        self.linear2 = PackedLinear(self.linear2.weight, self.linear2.bias, rows)
-
     def feed_forward(self, x: Tensor) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        if isinstance(self.linear1, PackedLinear):
-            output: Tensor = self.linear2(self.linear1(x))
-        elif x.device.type == "cpu" and torch.is_grad_enabled() and p < 1:
-            # By their weights: what hooks are on the two maps is not called.
-            first, second = self.linear1, self.linear2
-            output = _FeedForward.apply(x, first.weight, first.bias, second.weight, second.bias, p)
-        else:
-            output = self.linear2(F.dropout(self.linear1(x).relu(), p))
+        output: Tensor = self.linear2(self.dropout(self.linear1(x).relu()))
         return output
 
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        return add_dropped(x, branch, self.dropout, self.training)
+
+def _attention(dim: int, n_heads: int, dropout: float) -> nn.MultiheadAttention:
+    if dim % n_heads:
+        raise ValueError(f"The width {dim} of an attention layer is not a multiple of its {n_heads} heads.")
+    return nn.MultiheadAttention(dim, n_heads, dropout, batch_first=True)
 
 
-class _FeedForward(torch.autograd.Function):
-    """Linear map, ReLU, dropout, linear map of (N, L, D) for a CPU; the hidden layer says by itself what was dropped.
-
-    What makes up for dropping is part of the second map, which is smaller than what it is applied to.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, p: float
-    ) -> Tensor:
-        dtype = product_type(x)
-        ctx.types = [t.dtype for t in (x, weight1, bias1, weight2, bias2)]
-        ctx.scale = 1 / (1 - rounded(p))
-        inputs, weight1, weight2 = x.to(dtype), weight1.to(dtype), (weight2 * ctx.scale).to(dtype)
-        hidden = linear(inputs, weight1, bias1.to(dtype)).relu_()
-        if p:
-            zero_at_random_(hidden, p)
-        ctx.save_for_backward(inputs, weight1, weight2, hidden)
-        return linear(hidden, weight2, bias2.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, weight2, hidden = ctx.saved_tensors
-        g, rows = grad.flatten(0, 1), hidden.flatten(0, 1)
-        g_hidden = g @ weight2
-        # 0 where the hidden layer is.
-        torch.ops.aten.threshold_backward(bits(g_hidden), bits(rows), 0, grad_input=bits(g_hidden))
-        of_first = g_hidden.mT @ x.flatten(0, 1), g_hidden.sum(0)
-        of_second = (g.mT @ rows).to(ctx.types[3]).mul_(ctx.scale), g.sum(0)
-        grads = (g_hidden @ weight1).view(x.shape), *of_first, *of_second
-        return *(t.to(dtype) for t, dtype in zip(grads, ctx.types)), None
+def _attend(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
+    """Attend from ``x + position`` to ``memory + position``, with values from ``memory``."""
+    attended: Tensor = attention(x + position, memory + position, memory, need_weights=False)[0]
+    return attended
 
 
 class EncoderLayer(FeedForward):
@@ -91,7 +46,7 @@ class EncoderLayer(FeedForward):
     Parameters
     ----------
     dim : int
-        Width of the tokens (D).
+        Width of the tokens (D), a multiple of ``n_heads``.
     n_heads : int
     dim_feedforward : int
         Width of the hidden layer.
@@ -101,18 +56,14 @@ class EncoderLayer(FeedForward):
 
     def __init__(self, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1) -> None:
         super().__init__(dim, dim_feedforward, dropout)
-        self.self_attn = Attention(dim, n_heads, dropout)
+        self.self_attn = _attention(dim, n_heads, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def pack(self, rows: int) -> None:
-        super().pack(rows)
-        self.self_attn.pack(rows, crossing=False)
-
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Map tokens (N, L, D), at positions (L, D), to tokens of the same shape."""
-        x = self.norm1(self._add(x, self.self_attn(x, position)))
-        output: Tensor = self.norm2(self._add(x, self.feed_forward(x)))
+        x = self.norm1(x + self.dropout(_attend(self.self_attn, x, x, position)))
+        output: Tensor = self.norm2(x + self.dropout(self.feed_forward(x)))
         return output
 
 
@@ -122,7 +73,7 @@ class DecoderLayer(FeedForward):
     Parameters
     ----------
     dim : int
-        Width of the tokens and of the memory (D).
+        Width of the tokens and of the memory (D), a multiple of ``n_heads``.
     n_heads : int
     dim_feedforward : int
         Width of the hidden layer.
@@ -132,22 +83,17 @@ class DecoderLayer(FeedForward):
 
     def __init__(self, dim: int, n_heads: int, dim_feedforward: int, dropout: float = 0.1) -> None:
         super().__init__(dim, dim_feedforward, dropout)
-        self.self_attn = Attention(dim, n_heads, dropout)
-        self.cross_attn = Attention(dim, n_heads, dropout)
+        self.self_attn = _attention(dim, n_heads, dropout)
+        self.cross_attn = _attention(dim, n_heads, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def pack(self, rows: int) -> None:
-        super().pack(rows)
-        self.self_attn.pack(rows, crossing=False)
-        self.cross_attn.pack(rows, crossing=True)
-
     def forward(self, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """Map tokens (N, L, D), looking at memory (N, L, D) of the same positions (L, D), to (N, L, D)."""
-        x = self.norm1(self._add(x, self.self_attn(x, position)))
-        x = self.norm2(self._add(x, self.cross_attn(x, position, memory)))
-        output: Tensor = self.norm3(self._add(x, self.feed_forward(x)))
+        x = self.norm1(x + self.dropout(_attend(self.self_attn, x, x, position)))
+        x = self.norm2(x + self.dropout(_attend(self.cross_attn, x, memory, position)))
+        output: Tensor = self.norm3(x + self.dropout(self.feed_forward(x)))
         return output
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqad.scoring import LEAST_SPREAD, PRIOR_IMAGES, Scorer, Term
+from vqad.nn.model import Term
+from vqad.nn.terms import LEAST_SPREAD, PRIOR_IMAGES, TermScorer
 
 SHAPES = {"a": (4, 6, 6), "b": (0, 3, 3)}
 TERMS = [Term("a", 1.0, (0.0, 0.25)), Term("b", 3.0, (0.0,), is_trained=True)]
@@ -17,7 +18,7 @@ def draw(n, seed=0):
 
 
 def learned(n=30, **more):
-    scorer = Scorer(TERMS, SHAPES, 1, **more)
+    scorer = TermScorer(TERMS, SHAPES, 1, **more)
     fold, is_held = torch.arange(n) % 3, torch.arange(n) % 3 == 0
     return scorer, *scorer.learn(0, draw(n), fold, is_held)
 
@@ -60,7 +61,7 @@ def test_new_normal_images_score_about_zero_and_strange_ones_high():
 def test_a_place_counts_by_what_is_normal_there():
     fields = {"c": torch.rand(200, 8, 8, generator=torch.Generator().manual_seed(0))}
     fields["c"][:, :3, :3] *= 20.0
-    scorer = Scorer([Term("c", 1.0, (0.0,))], {"c": (0, 8, 8)}, 1)
+    scorer = TermScorer([Term("c", 1.0, (0.0,))], {"c": (0, 8, 8)}, 1)
     scorer.learn(0, fields, torch.arange(200) % 3, torch.ones(200, dtype=torch.bool))
     assert scorer.spread_c[0, 1, 1] > 2 * scorer.spread_c[0, 6, 6]
     assert scorer.mean_c[0, 1, 1] > 2 * scorer.mean_c[0, 6, 6]
@@ -70,9 +71,9 @@ def test_where_a_trained_term_lies_held_out_images_say():
     """On the images trained on it is lower."""
     fields, is_held = draw(200), torch.arange(200) % 2 == 0
     fields["b"][~is_held] *= 0.1
-    scorer = Scorer(TERMS, SHAPES, 1)
+    scorer = TermScorer(TERMS, SHAPES, 1)
     scorer.learn(0, fields, torch.arange(200) % 3, is_held)
-    apart = Scorer(TERMS, SHAPES, 1)
+    apart = TermScorer(TERMS, SHAPES, 1)
     held = {name: field[is_held] for name, field in fields.items()}
     apart.learn(0, held, torch.arange(100) % 3, torch.ones(100, dtype=torch.bool))
     torch.testing.assert_close(scorer.mean_b, apart.mean_b)
@@ -83,10 +84,10 @@ def test_each_image_is_measured_as_if_it_had_taken_no_part():
     """One image that is unlike all others does not hide itself in the statistics."""
     fields = draw(10)
     fields["b"][4] += 30.0
-    scorer = Scorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
+    scorer = TermScorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
     own, peak = scorer.learn(0, fields, torch.arange(10), torch.ones(10, dtype=torch.bool))
     without = {name: torch.cat([field[:4], field[5:]]) for name, field in fields.items()}
-    other = Scorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
+    other = TermScorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
     other.learn(0, without, torch.arange(9), torch.ones(9, dtype=torch.bool))
     judged = other({name: field[4:5] for name, field in fields.items()}, ZERO)
     torch.testing.assert_close(peak[4], judged.map.amax(), rtol=1e-4, atol=1e-4)
@@ -104,7 +105,7 @@ def test_categories_are_learned_apart_and_keep_every_bit():
     after = scorer(new, ZERO)
     assert torch.equal(before.score, after.score)
     assert torch.equal(before.map, after.map)
-    alone = Scorer(TERMS, SHAPES, 1)
+    alone = TermScorer(TERMS, SHAPES, 1)
     alone.learn(0, other, torch.arange(20) % 3, torch.ones(20, dtype=torch.bool))
     assert torch.equal(alone(new, ZERO).score, scorer(new, torch.tensor(2)).score)
 
@@ -119,7 +120,7 @@ def test_with_a_peak_of_the_map_terms_need_none():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_few_images_give_numbers(n):
-    scorer = Scorer(TERMS, SHAPES, 1)
+    scorer = TermScorer(TERMS, SHAPES, 1)
     own, peak = scorer.learn(0, draw(n), torch.arange(n), torch.arange(n) == 0)
     judged = scorer(draw(4, seed=1), ZERO)
     for values in (own, peak, judged.score, judged.map):
@@ -128,7 +129,7 @@ def test_few_images_give_numbers(n):
 
 def test_images_that_are_all_the_same_give_numbers():
     fields = {name: field[:1].expand(8, *field.shape[1:]) for name, field in draw(1).items()}
-    scorer = Scorer(TERMS, SHAPES, 1)
+    scorer = TermScorer(TERMS, SHAPES, 1)
     own, _ = scorer.learn(0, fields, torch.arange(8) % 3, torch.ones(8, dtype=torch.bool))
     assert own.isfinite().all()
     assert (scorer.spread_b[0] >= LEAST_SPREAD * scorer.mean_b[0].mean() * 0.999).all()
@@ -137,6 +138,6 @@ def test_images_that_are_all_the_same_give_numbers():
 
 def test_scales_are_pulled_towards_one_where_images_are_few():
     fields = {"b": 1000 * torch.rand(2, 3, 3)}
-    scorer = Scorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
+    scorer = TermScorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
     scorer.learn(0, fields, torch.arange(2), torch.ones(2, dtype=torch.bool))
     assert scorer.ends[0, 1] * (2 + PRIOR_IMAGES) >= PRIOR_IMAGES * 0.999

@@ -1,4 +1,9 @@
-"""Keep what one training step, or one scored image, frees for the next, on a CPU."""
+"""Keep what one scored image frees for the next, on a CPU. Nothing that is computed changes by it.
+
+Measured 2026-11-30 on 2 cores of an AMD EPYC (Zen 3), AVX2, in several processes with and without, processor time of
+one thread, medians: an image is scored by the default `HVQTransDetector` in 97 ms instead of 115, by the default
+`VQFlowDetector` in 86 instead of 91. A training step takes the same with and without.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +22,9 @@ LARGEST_IN_HEAP = 2**25
 def keep_freed_memory() -> bool:
     """Let this process hold up to 512 MiB of freed memory, once and for good; gives whether it does.
 
-    A training step frees as much memory as it takes. Handed back to the system, every page of it has to be asked for
-    and zeroed again in the next step: at the published size of HVQ-Trans that costs a tenth of the time, and several
-    times the step itself where the heap is trimmed in the middle of it. Scoring image by image is alike. Only
-    glibc is asked, and only where nobody has chosen another allocator or other settings by the environment.
+    Scoring an image frees as much memory as it takes. Handed back to the system, every page of it has to be asked for
+    and zeroed again for the next image. Only glibc is asked, and only where nobody has chosen another allocator or
+    other settings by the environment.
     """
     chosen = {"GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"}
     if platform.libc_ver()[0] != "glibc" or chosen & set(os.environ):
