@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqad._heap import keep_freed_memory
-from vqad.backbones import load_backbone, ready_network
+from vqad.backbones import load_backbone
 from vqad.engine import native_precision, pick_device, side_by_side
+from vqad.nn.fast.efficientnet import ready_network
+from vqad.nn.fast.memory import keep_freed_memory
 from vqad.nn.fields import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
 
@@ -215,14 +216,13 @@ def main() -> None:
         size = 1 if device.type == "cpu" else BATCH
         # As in the detectors, the backbone computes in float32.
         network = ready_network(backbone, torch.float32) if device.type == "cpu" else backbone
-        scorer = ours if dtype == torch.float32 else ours.scoring_copy(dtype)
 
         @torch.inference_mode()
         def score_some(rows):
             for part in torch.from_numpy(rows).split(size):
                 features = extract(network, pixels[part].contiguous(memory_format=torch.channels_last))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    scorer.anomaly_map(features.float(), category[part], levels=[0])
+                    ours.anomaly_map(features.float(), category[part], levels=[0])
             return rows
 
         return lambda: list(side_by_side(score_some, np.arange(BATCH), device))

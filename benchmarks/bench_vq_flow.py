@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from vqad import BackboneFeatures, VQFlowDetector
-from vqad.backbones import ready_network
 from vqad.engine import chunk_size, native_precision, pick_device, side_by_side
+from vqad.nn.fast.efficientnet import ready_network
 from vqad.nn.vq_flow import VQFlow
 
 BATCH, CHANNELS = 16, (24, 40, 112, 320)

@@ -13,7 +13,6 @@ from PIL import Image
 
 import vqad._decode
 import vqad.backbones
-from vqad.backbones import ready_network
 from vqad.engine import on_device, one_core_each, seeded, side_by_side, undisturbed
 from vqad.features import readers
 from vqad.images import check_images
@@ -119,13 +118,12 @@ def test_a_seed_leaves_the_cuda_generators_as_they_were():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_beside_one_that_reads_can_read():
-    image, network = Image.new("L", (4, 4)), torch.nn.Identity()
-    with vqad._decode._LOADING, vqad.backbones._PREPARING:
+    image = Image.new("L", (4, 4))
+    with vqad._decode._LOADING:
         child = os.fork()
         if not child:
             signal.alarm(10)
             check_images([image]).pixels(0)
-            ready_network(network, torch.float32)
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

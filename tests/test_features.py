@@ -34,7 +34,6 @@ from vqad.backbones import (
     backbone_strides,
     default_stages,
     load_backbone,
-    ready_network,
     state_digest,
 )
 from vqad.datasets import make_textured_parts
@@ -546,39 +545,6 @@ def test_in_a_pipeline(images):
     maps = BackboneFeatures(image_size=64, stages=(1, 2)).fit().transform(images)
     alone = clone(SMALL).set_params(backbone=None).fit(maps)
     np.testing.assert_array_equal(scores, alone.score_samples(maps[:4]))
-
-
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_es", "resnet18"])
-def test_ready_network_computes_the_same_and_leaves_the_network_as_it_is(name):
-    torch.manual_seed(0)
-    network = load_backbone(name, "random", (1, 2))
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # random weights come with normalisations that do nothing
-            for value in (module.running_mean, module.weight.data, module.bias.data):
-                value.normal_()
-            module.running_var.uniform_(0.5, 2)
-    digest, pixels = state_digest(network), torch.randn(2, 3, 64, 64)
-    ready = ready_network(network, torch.float32)
-    with torch.inference_mode():
-        for mine, theirs in zip(ready(pixels), network(pixels)):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-    assert ready_network(network, torch.float32) is ready
-    assert state_digest(network) == digest
-    folded = not any(isinstance(module, torch.nn.BatchNorm2d) for module in ready.modules())
-    assert folded == ("efficientnet" in name)
-
-
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
-@pytest.mark.parametrize("size", [(64, 64), (63, 64), (64, 99), (65, 33), (32, 161)])
-def test_padding_by_the_kernel_is_tensorflows_padding(name, size):
-    torch.manual_seed(0)
-    network = load_backbone(name, "random", (0, 1, 2, 3, 4))
-    ready = ready_network(network, torch.float32)
-    assert any(type(module).__name__ == "_SamePadding" for module in ready.modules())
-    pixels = torch.randn(1, 3, *size)
-    with torch.inference_mode():
-        for mine, theirs in zip(ready(pixels), network(pixels)):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 # ---- networks of other kinds -----------------------------------------------------------------------

@@ -3,10 +3,6 @@
 import contextlib
 import logging
 import math
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -537,43 +533,3 @@ def test_the_loop_draws_by_the_balance_of_its_plan():
     drawn = [i for batch in source.batches for i in batch]
     assert len(drawn) == 40
     assert sum(i >= 36 for i in drawn) == 20
-
-
-# ------------------------------------------------------------------ freed memory
-
-PAGE_FAULTS = """
-import ctypes, resource
-import torch
-from vqad._heap import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    del [torch.ones(2**21) for _ in range(8)][:]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-def usual():
-    return sorted(faults() for _ in range(9))[4]  # now and then the system takes pages away, or counts none
-
-# As glibc starts; what it makes of that later depends on what was freed before, and where.
-for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-    assert ctypes.CDLL(None).mallopt(parameter, 2**17)
-before = usual()
-assert keep_freed_memory()
-print(before, usual())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep freed memory")
-def test_freed_memory_is_taken_again_without_page_faults():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    command = [sys.executable, "-c", PAGE_FAULTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert after < 0.2 * before
-
-
-def test_an_allocator_that_the_user_chose_is_left_alone(monkeypatch):
-    from vqad._heap import keep_freed_memory
-
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
-    assert not keep_freed_memory.__wrapped__()
