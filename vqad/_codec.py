@@ -335,7 +335,8 @@ def _encode_text(value: np.ndarray) -> dict[str, Any]:
 
 def _decode_text(data: dict[str, Any]) -> np.ndarray:
     dtype = object if data["width"] is None else f"<U{int(data['width'])}"
-    return np.array([str(item) for item in data["items"]], dtype=dtype).reshape(data["shape"])
+    text: np.ndarray = np.array([str(item) for item in data["items"]], dtype=dtype).reshape(data["shape"])
+    return text
 
 
 def _decode_scalar(reader: Reader, data: dict[str, Any]) -> Any:

@@ -57,7 +57,7 @@ class ConformalCalibration:
             out[rows] = (1 + at_least) / (len(known) + 1)
         return out
 
-    def thresholds(self, rate: float, names=None) -> np.ndarray:
+    def thresholds(self, rate: float, names: Any = None) -> np.ndarray:
         """Anomaly score above which an image is anomalous with a false-alarm rate of at most ``rate``.
 
         Returns
@@ -182,8 +182,8 @@ class Learned(NamedTuple):
     ----------
     store : FeatureStore
     descriptor : ndarray of shape (n, D)
-    index : ndarray of shape (n,)
-        Category of each image of ``store``; -1 for those to be left out.
+    category : ndarray of shape (n,)
+        Number of each image's category; -1 for those to be left out.
     train, held_out : ndarray of int
         Rows of ``store``.
     groups : ndarray of shape (n,) or None
@@ -192,7 +192,7 @@ class Learned(NamedTuple):
 
     store: FeatureStore
     descriptor: np.ndarray
-    index: np.ndarray
+    category: np.ndarray
     train: np.ndarray
     held_out: np.ndarray
     groups: np.ndarray | None
@@ -241,7 +241,7 @@ def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> 
 
 def score_seen(scorer: Scorer, learned: Learned, engine: Engine) -> Seen:
     """Score all images learned from as if they were new."""
-    rows, seen = np.flatnonzero(learned.index >= 0), Seen()
+    rows, seen = np.flatnonzero(learned.category >= 0), Seen()
     for part in _parts(rows):
         with torch.inference_mode():
             category, distance = scorer.router(torch.from_numpy(learned.descriptor[part]))
@@ -280,10 +280,13 @@ def _folds(rows: np.ndarray, groups: np.ndarray | None, seed: int) -> np.ndarray
     """A fold for each image, the same for all of a group."""
     unit = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
     n_units = unit.max() + 1
-    return (np.random.RandomState(seed % 2**32).permutation(n_units) % min(N_FOLDS, n_units))[unit]
+    fold: np.ndarray = (np.random.RandomState(seed % 2**32).permutation(n_units) % min(N_FOLDS, n_units))[unit]
+    return fold
 
 
-def _reference_rows(index, train, held_out, n_known, seed) -> tuple[np.ndarray, np.ndarray]:
+def _reference_rows(
+    index: np.ndarray, train: np.ndarray, held_out: np.ndarray, n_known: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Images that new categories are learned from; and the other held-out ones, those of known categories too."""
     new = np.setdiff1d(train[index[train] >= n_known], held_out)  # where too few could be held out, all are both
     held = held_out[index[held_out] >= n_known]

@@ -233,7 +233,7 @@ def chunk_size(device: torch.device, cells: int = 196) -> int:
     return max(1, _CHUNK_CELLS.get(device.type, 64) // cells)
 
 
-def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
+def in_chunks(work: Callable[[Tensor, int], Any], rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
     """``work(part, size)`` for parts of ``size`` rows, the last one smaller; with each part.
 
     Where the device's memory does not hold that, the size is halved with a warning. Last bits may then be others.
@@ -257,7 +257,9 @@ def in_chunks(work, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
             start += len(part)
 
 
-def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = True, chunk: int = 1) -> Iterator[Any]:
+def side_by_side(
+    work: Callable[[np.ndarray], Any], rows: np.ndarray, device: torch.device, wanted: bool = True, chunk: int = 1
+) -> Iterator[Any]:
     """What the lists ``work(part)`` hold, for consecutive parts of ``rows``; on a CPU in as many threads as torch has.
 
     Where that is not ``wanted``, or on another device, what ``work(rows)`` holds. A part has several of the chunks of
@@ -277,12 +279,12 @@ def side_by_side(work, rows: np.ndarray, device: torch.device, wanted: bool = Tr
             yield from release_warnings(held)
 
 
-def _in_threads(work, parts: list[np.ndarray], threads: int) -> Iterator[Any]:
+def _in_threads(work: Callable[[np.ndarray], Any], parts: list[np.ndarray], threads: int) -> Iterator[Any]:
     """``map(work, parts)`` in so many threads, all of which have ended when this has, however that was.
 
     Not in a pool of ``concurrent.futures``, which takes no work once the main thread has ended.
     """
-    done: list[Future] = [Future() for _ in parts]
+    done: list[Future[Any]] = [Future() for _ in parts]
     waiting = deque(zip(done, parts))
 
     def run() -> None:

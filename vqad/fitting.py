@@ -303,7 +303,7 @@ def _same_categories(
     """Categories of the images of a warm start."""
     if category is not None:
         return known_index(category, categories)
-    index = router(torch.from_numpy(descriptor))[0].numpy()
+    index: np.ndarray = router(torch.from_numpy(descriptor))[0].numpy()
     missed = np.setdiff1d(np.arange(len(categories)), index)
     if len(missed):
         raise ValueError(
@@ -378,10 +378,10 @@ def _place(
             )
     index = known_index(category, categories)
     if (index < 0).any():
-        names, number = np.unique(category[index < 0], return_inverse=True)
+        labels, number = np.unique(category[index < 0], return_inverse=True)
         router.add(descriptor[index < 0], number)
         index[index < 0] = len(categories) + number
-        categories = np.append(categories, names)
+        categories = np.append(categories, labels)
     return np.where(is_placed, index, -1), categories
 
 

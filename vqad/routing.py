@@ -110,7 +110,12 @@ class CategoryRouter(Configured):
 
     @classmethod
     def learn(
-        cls, descriptor: np.ndarray, category: np.ndarray | None = None, *, groups=None, random_state: int = 0
+        cls,
+        descriptor: np.ndarray,
+        category: np.ndarray | None = None,
+        *,
+        groups: np.ndarray | None = None,
+        random_state: int = 0,
     ) -> tuple[CategoryRouter, np.ndarray, np.ndarray]:
         """Learn the categories.
 
@@ -143,7 +148,7 @@ class CategoryRouter(Configured):
             categories = np.arange(index.max() + 1)
         else:
             categories, index = np.unique(np.asarray(category), return_inverse=True)
-        router = cls(*components.shape, len(categories), category is None, silhouette)
+        router = cls(len(components), components.shape[1], len(categories), category is None, silhouette)
         router.center[:], router.scale[:] = torch.from_numpy(center), torch.from_numpy(scale)
         router.components[:] = torch.from_numpy(components)
         router._fit_gaussians(projected, index)
@@ -170,7 +175,9 @@ class CategoryRouter(Configured):
         self.means = torch.cat([self.means, torch.stack(means)])
         self.limit = torch.cat([self.limit, self.limit.new_full((len(means),), math.inf)])
 
-    def kinds_among(self, descriptor: np.ndarray, random_state: int = 0, groups=None) -> np.ndarray:
+    def kinds_among(
+        self, descriptor: np.ndarray, random_state: int = 0, groups: np.ndarray | None = None
+    ) -> np.ndarray:
         """Number (n,) of the new kind of each of some images that belong to no known category."""
         index, _ = discover(self._projected(descriptor).numpy(), random_state, groups)
         return np.unique(index, return_inverse=True)[1]
@@ -219,8 +226,11 @@ def new_labels(kind: np.ndarray, known: np.ndarray) -> np.ndarray:
     if known.dtype.kind == "U":
         names = (f"new {k}" for k in itertools.count(1))
         free = (name for name in names if name not in known)
-        return np.array(list(itertools.islice(free, kind.max() + 1)))[kind]
-    return known.max() + 1 + kind
+        labels = np.array(list(itertools.islice(free, kind.max() + 1)))
+    else:
+        labels = known.max() + 1 + np.arange(kind.max() + 1)
+    of_each: np.ndarray = labels[kind]
+    return of_each
 
 
 def _warn_of_many(n_categories: int, index: np.ndarray) -> None:
@@ -246,7 +256,9 @@ def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.
     return center, scale, pca.components_.T.copy()
 
 
-def discover(projected: np.ndarray, random_state: int = 0, groups=None) -> tuple[np.ndarray, float]:
+def discover(
+    projected: np.ndarray, random_state: int = 0, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
     """Find the kinds of object in a set of descriptors, and how many there are.
 
     Ward's tree, cut into 2, 3, ... parts; the cut with the largest mean silhouette wins if that is at least 0.4 and no

@@ -8,9 +8,10 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class FeatureStore:
         self.dtype = dtype
         self.limit = free_memory_limit() if limit is None else limit
         self.maps: list[Tensor] = []
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -62,14 +63,14 @@ class FeatureStore:
     def on_disk(self) -> bool:
         return self._folder is not None
 
-    def write(self, rows, maps: list[Tensor]) -> None:
+    def write(self, rows: np.ndarray, maps: list[Tensor]) -> None:
         """Keep the maps of the images ``rows``."""
         with self._lock:
             if not self.maps:
                 self._allocate(maps)
-        rows = torch.as_tensor(rows)
+        places = torch.as_tensor(rows)
         for kept, new in zip(self.maps, maps):
-            kept[rows] = new.to("cpu", self.dtype)
+            kept[places] = new.to("cpu", self.dtype)
 
     def _allocate(self, maps: list[Tensor]) -> None:
         shapes = [(self.n, *m.shape[1:]) for m in maps]
@@ -101,7 +102,7 @@ class FeatureStore:
                 digest.update(image.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def batch(self, indices) -> list[Tensor]:
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> list[Tensor]:
         """Float32 maps of some images."""
         indices = torch.as_tensor(indices)
         return [m[indices].float() for m in self.maps]
@@ -124,7 +125,7 @@ class FeatureArray:
     def chunk_size(self, device: torch.device) -> int:
         return chunk_size(device, math.prod(self.values.shape[1:3]))
 
-    def chunks(self, rows, device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    def chunks(self, rows: np.ndarray, device: torch.device) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         size = self.chunk_size(device)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -134,13 +135,13 @@ class FeatureArray:
 class ScaledFeatures:
     """A feature source for training: what ``assemble`` makes of the maps of some images."""
 
-    def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Tensor | list[Tensor]]):
+    def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Any]):
         self.store, self.assemble = store, assemble
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def batch(self, indices) -> Tensor | list[Tensor]:
+    def batch(self, indices: Sequence[int] | Tensor) -> Any:
         return self.assemble(self.store.batch(indices))
 
 
@@ -148,12 +149,12 @@ class TrainingBatches:
     """Training batches as a collection that can be gone through again."""
 
     def __init__(self, source: ScaledFeatures, category: Tensor, rows: Tensor, batch_size: int):
-        self.source, self.category, self.parts = source, category, rows.split(batch_size)
+        self.source, self.category, self.parts = source, category, torch.split(rows, batch_size)
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, i: int) -> tuple[Tensor | list[Tensor], Tensor]:
+    def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         part = self.parts[i]
         return self.source.batch(part), self.category[part]
 
@@ -161,7 +162,7 @@ class TrainingBatches:
 def channel_statistics(store: FeatureStore, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and standard deviation of every channel of every map over all cells of the images ``rows``, (C,) each."""
     totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
-    for part in torch.from_numpy(rows).split(64):
+    for part in torch.split(torch.from_numpy(rows), 64):
         for total, m in zip(totals, store.batch(part)):
             m = m.double()  # the difference of squares below leaves few digits
             total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import joblib
 import numpy as np
@@ -13,12 +14,21 @@ import torch
 from torch import Tensor
 
 from vqad._warn import holding_warnings, release_warnings
+from vqad.cache import FeatureCache
 from vqad.engine import threads_beside
 from vqad.images import ImageSequence
 
 
 def stream_maps(
-    images: ImageSequence, indices, read, compute, device: torch.device, *, size=1, cache=None, n_jobs=None
+    images: ImageSequence,
+    indices: np.ndarray,
+    read: Callable[[int], Any],
+    compute: Callable[[list[Any]], list[Tensor]],
+    device: torch.device,
+    *,
+    size: int = 1,
+    cache: FeatureCache | None = None,
+    n_jobs: int | None = None,
 ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
     """Maps of images, chunk by chunk: from the cache those that it has, the others computed together.
 
@@ -32,7 +42,7 @@ def stream_maps(
         Images in a chunk.
     """
 
-    def find_or_read(i: int):
+    def find_or_read(i: int) -> tuple[Any, Any, Any]:
         if cache is None:
             return None, None, read(i)
         key = images.digest(i)
@@ -65,13 +75,13 @@ def readers(n_jobs: int | None) -> int:
     return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
 
 
-def read_ahead(read, items, n_threads: int, ahead: int) -> Iterator:
+def read_ahead(read: Callable[[Any], Any], items: Iterable[Any], n_threads: int, ahead: int) -> Iterator[Any]:
     """``map(read, items)``, with up to ``ahead`` items read by threads, if any, before they are asked for."""
     if not n_threads:
         yield from map(read, items)
         return
     with ThreadPoolExecutor(n_threads, "vqad-read") as pool:
-        waiting: deque[Future] = deque()
+        waiting: deque[Future[Any]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(holding_warnings(read), item))

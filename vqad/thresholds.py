@@ -18,7 +18,11 @@ _RULE_CONSTRAINTS = {
 }
 
 
-def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cost: float) -> Callable:
+Rule = Callable[[np.ndarray, np.ndarray], float]
+"""From scores, of which higher is more normal, and labels to a threshold."""
+
+
+def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cost: float) -> Rule:
     """The function of (score, y) that gives the threshold for ``target``.
 
     Raises
@@ -28,11 +32,12 @@ def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cos
     """
     given = {"target": target, "recall": recall, "miss_cost": miss_cost, "false_alarm_cost": false_alarm_cost}
     validate_parameter_constraints(_RULE_CONSTRAINTS, given, caller_name="set_threshold")
-    return {
+    rules: dict[str, Rule] = {
         "f1": f1_threshold,
         "recall": lambda score, y: recall_threshold(score, y, recall),
         "cost": lambda score, y: cost_threshold(score, y, miss_cost, false_alarm_cost),
-    }[target]
+    }
+    return rules[target]
 
 
 def f1_threshold(score: np.ndarray, y: np.ndarray) -> float:
@@ -84,7 +89,15 @@ def _cuts(score: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return np.concatenate([value[:1], midway, above[-1:]]), found, false_alarms
 
 
-def labelled_offset(offset, per_category, categories, score, category, y, rule) -> float | np.ndarray:
+def labelled_offset(
+    offset: float | np.ndarray,
+    per_category: bool,
+    categories: np.ndarray,
+    score: np.ndarray,
+    category: np.ndarray,
+    y: np.ndarray,
+    rule: Rule,
+) -> float | np.ndarray:
     """An offset by ``rule``: one number, or of each category one.
 
     Parameters
@@ -99,8 +112,7 @@ def labelled_offset(offset, per_category, categories, score, category, y, rule) 
     category : ndarray of shape (n,) of int
         What the images are judged as.
     y : ndarray of shape (n,) of +1 / -1
-    rule : callable
-        From `threshold_rule`.
+    rule : Rule
 
     Raises
     ------
@@ -114,11 +126,12 @@ def labelled_offset(offset, per_category, categories, score, category, y, rule) 
     """
     if not per_category:
         return rule(score, y)
-    offset, lacking = np.array(np.broadcast_to(offset, len(categories))), []
+    offsets: np.ndarray = np.array(np.broadcast_to(offset, len(categories)))
+    lacking = []
     for c in range(len(categories)):
         own = category == c
         if len(np.unique(y[own])) == 2:
-            offset[c] = rule(score[own], y[own])
+            offsets[c] = rule(score[own], y[own])
         else:
             lacking.append(str(categories[c]))
     if len(lacking) == len(categories):
@@ -128,4 +141,4 @@ def labelled_offset(offset, per_category, categories, score, category, y, rule) 
         )
     if lacking:
         warn(f"No threshold is set for categories without both normal images and anomalies: {', '.join(lacking)}.")
-    return offset
+    return offsets

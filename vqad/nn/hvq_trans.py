@@ -469,8 +469,9 @@ class HVQTrans(AnomalyModel):
     def _head(self, decoded: Tensor, category: Tensor) -> Tensor:
         """Apply to each image the head of its category; the other heads take no part in the graph."""
         if torch.compiler.is_exporting():  # a graph does not branch on which categories there are
-            weight = torch.stack([head.weight for head in self.output_projection])[category]
-            bias = torch.stack([head.bias for head in self.output_projection])[category]
+            every = cast("list[nn.Linear]", list(self.output_projection))
+            weight = torch.stack([head.weight for head in every])[category]
+            bias = torch.stack([head.bias for head in every])[category]
             return decoded @ weight.mT + bias[:, None]
         numbers, counts = torch.unique(category, return_counts=True)
         heads = [self.output_projection[c] for c in numbers.tolist()]

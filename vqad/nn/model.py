@@ -83,6 +83,11 @@ class AnomalyModel(Configured, ABC):
     def n_categories(self) -> int:
         """Number of categories."""
 
+    @property
+    def n_added(self) -> int:
+        """How many of them have parts that they share with no other because they came after the first fit."""
+        return 0
+
     @abstractmethod
     def loss(self, features: Any, category: Tensor) -> Tensor:
         """Training loss of a batch, a scalar."""

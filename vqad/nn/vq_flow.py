@@ -330,8 +330,8 @@ class VQFlow(AnomalyModel):
 
     def codebooks(self) -> dict[str, VectorQuantizer]:
         """By the names "pattern_1" to "pattern_4" and "concept"."""
-        patterns = enumerate(self.hierarchy.pattern_codebook, 1)
-        return {**{f"pattern_{k}": quantizer for k, quantizer in patterns}, "concept": self.hierarchy.concept_codebook}
+        patterns = cast("list[VectorQuantizer]", list(self.hierarchy.pattern_codebook))
+        return {**{f"pattern_{k}": q for k, q in enumerate(patterns, 1)}, "concept": self.hierarchy.concept_codebook}
 
     def codes(self, features: Sequence[Tensor] | Tensor, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each stage the patterns of the cells and their distances; of the concept those of the image."""
