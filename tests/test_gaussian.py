@@ -79,7 +79,7 @@ def test_a_change_of_unit_changes_nothing(n, d, unit):
 
 def test_cross_fitted_distances_are_those_of_what_the_other_folds_taught():
     x, fold = draw(12, 5, (2, 2)), torch.arange(12) % 3
-    found = LocationGaussian(5, (2, 2)).cross_fitted(x, fold)
+    found = LocationGaussian(5, (2, 2)).learn(0, x, fold)
     for k in range(3):
         other = LocationGaussian(5, (2, 2))
         other.learn(0, x[fold != k])

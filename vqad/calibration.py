@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqad._checks import some_of_each
 from vqad._warn import warn
-from vqad.engine import Engine, compute_with, one_core_each
+from vqad.engine import Engine, side_by_side
 from vqad.scoring import FAR_WEIGHT, Scorer, fields, score_and_map, stored_images
 from vqad.store import FeatureStore
 
@@ -215,22 +215,31 @@ def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> 
     if terms is not None:
         terms.add_categories(n_categories - n_known)
     reference, others = _reference_rows(index, train, held_out, n_known, seed)
-    judged = HeldOut()
-    for c in range(n_known, n_categories):
-        rows = reference[index[reference] == c]
-        if not len(rows):
-            continue
+    rows_of = {c: reference[index[reference] == c] for c in range(n_known, n_categories)}
+    rows_of = {c: rows for c, rows in rows_of.items() if len(rows)}
+
+    def fields_of(c: int) -> dict[str, Tensor]:
+        rows = rows_of[c]
         found = stored_images(scorer, store, rows, index[rows], engine, fields)
-        made = {name: torch.from_numpy(each) for name, each in found.items()}
-        if terms is None:
-            terms = scorer.new_terms({name: _shape(each) for name, each in made.items()}, n_categories)
-        is_held = np.isin(rows, held_out)
-        fold = torch.from_numpy(_folds(rows, groups, seed))
-        with one_core_each():  # many small decompositions, for which threads wait for each other
-            compute_with(1)
-            score, peak = terms.learn(c, made, fold, torch.from_numpy(is_held))
-        own = HeldOut(np.full(len(rows), c), score.double().numpy(), peak.double().numpy())
-        judged = judged.append(HeldOut(*(each[is_held] for each in vars(own).values())))
+        return {name: torch.from_numpy(each) for name, each in found.items()}
+
+    if terms is None:
+        shapes = {name: _shape(each) for name, each in fields_of(next(iter(rows_of))).items()}
+        terms = scorer.new_terms(shapes, n_categories)
+
+    def learn(categories: np.ndarray) -> list[HeldOut]:
+        judged = []
+        for c in categories.tolist():
+            is_held, fold = np.isin(rows_of[c], held_out), _folds(rows_of[c], groups, seed)
+            score, peak = terms.learn(c, fields_of(c), torch.from_numpy(fold), torch.from_numpy(is_held))
+            own = np.full(len(score), c), score.double().numpy(), peak.double().numpy()
+            judged.append(HeldOut(*(each[is_held] for each in own)))
+        return judged
+
+    # Many small decompositions, for which threads would wait for each other: a core for each category.
+    judged = HeldOut()
+    for own in side_by_side(learn, np.array(list(rows_of), dtype=np.int64), torch.device("cpu")):
+        judged = judged.append(own)
     scorer = scorer.with_terms(terms)
     for part in _parts(others):
         found = stored_images(scorer, store, part, index[part], engine, score_and_map)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,51 +76,60 @@ class LocationGaussian(nn.Module):
         """Distances (N, h, w) of the cells of maps (N, d, h, w), all of the category ``group``, a scalar."""
         with torch.autocast(x.device.type, enabled=False):
             deviation = (x.float() - self.mean[group]).flatten(2).permute(2, 0, 1).contiguous()
-            white = deviation @ self.whitening[group]
-            explained = white @ self.factor[group].float()
-            squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
-            return squared.clamp_min(0.0).sqrt().mT.reshape(len(x), *self.grid)
+            return self._distance(deviation, group).mT.reshape(len(x), *self.grid)
+
+    def _distance(self, deviation: Tensor, group: Tensor | int) -> Tensor:
+        """Distances (L, N) of deviations (L, N, d) from the means of their places."""
+        white = deviation @ self.whitening[group]
+        explained = white @ self.factor[group].float()
+        squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
+        return squared.clamp_min(0.0).sqrt()
 
     @torch.no_grad()
-    def learn(self, group: int, x: Tensor, by_place: bool | None = None) -> None:
+    def learn(self, group: int, x: Tensor, fold: Tensor | None = None) -> Tensor:
         """Learn a category anew from maps (n, d, h, w) of normal images; the others keep every bit.
+
+        One image or two say nothing of how images differ at a place: their cells stand for them, and with a single
+        cell the length of a deviation counts.
 
         Parameters
         ----------
-        by_place : bool, optional
-            Whether each place has a mean of its own. One image or two say nothing of how images differ at a place:
-            where left out, their cells stand for them, and with a single cell the length of a deviation counts.
+        group : int
+        x : Tensor of shape (n, d, h, w)
+        fold : Tensor of shape (n,), int64, optional
+            Where given, each map is measured by what is learned of those of the other folds; where all are of one fold,
+            by all.
+
+        Returns
+        -------
+        Tensor of shape (n, h, w)
+            Those distances; empty without ``fold``.
         """
-        n, d = x.shape[:2]
-        by_place = n > 2 if by_place is None else by_place
-        x = x.float()
-        mean = x.mean(0) if by_place else x.mean((0, 2, 3))[:, None, None].expand_as(x[0])
-        vectors = (x - mean).flatten(2).permute(2, 0, 1).contiguous()  # (L, n, d)
+        cells, by_place = x.float().flatten(2).permute(2, 0, 1).contiguous(), len(x) > 2  # (L, n, d)
+        lead = self._learn(group, cells, by_place)
+        kinds = torch.unique(fold) if fold is not None else torch.empty(0)
+        distance = torch.empty(cells.shape[:2])
+        for k in kinds:
+            held = fold == k
+            other = LocationGaussian(self.dim, self.grid).to(x.device)
+            other._learn(0, cells[:, ~held] if len(kinds) > 1 else cells, by_place, lead)
+            mean = other.mean[0].flatten(1).mT[:, None]
+            distance[:, held] = other._distance(cells[:, held] - mean, 0).cpu()
+        return distance.mT.reshape(len(x), *self.grid) if fold is not None else distance[:0]
+
+    def _learn(self, group: int, cells: Tensor, by_place: bool, start: Tensor | None = None) -> Tensor | None:
+        """Learn vectors (L, n, d); gives the leading directions, where the search for similar ones may ``start``."""
+        n, d = cells.shape[1:]
+        mean = cells.mean(1, keepdim=True) if by_place else cells.mean((0, 1), keepdim=True).expand(len(cells), 1, d)
+        vectors = cells - mean
         known = vectors if by_place or len(vectors) > 1 else vectors[:, :0]
         whitening = _whitening(known.reshape(-1, d), self.whitening.shape[-1])
         white = vectors @ whitening
         own = n / (n + OWN_IMAGES) if by_place and len(vectors) > 1 else 0.0
-        factor, tail = zip(*(_inverse(part, own, self.factor.shape[-1]) for part in torch.split(white, 256)))
-        self.mean[group], self.whitening[group] = mean, whitening
-        self.factor[group], self.tail[group] = torch.cat(factor).to(self.factor), torch.cat(tail)
-
-    def cross_fitted(self, x: Tensor, fold: Sequence[int] | Tensor) -> Tensor:
-        """Distances (n, h, w) of each of the maps (n, d, h, w), from what was learned of those of the other folds.
-
-        Parameters
-        ----------
-        fold : sequence of int
-            Of each map; where all are of one fold, each is measured by all.
-        """
-        fold = torch.as_tensor(fold)
-        out = torch.empty(len(x), *self.grid)
-        kinds = torch.unique(fold)
-        for k in kinds:
-            held = fold == k
-            other = LocationGaussian(self.dim, self.grid).to(x.device)
-            other.learn(0, x[~held] if len(kinds) > 1 else x, by_place=len(x) > 2)
-            out[held] = other(x[held], torch.tensor(0)).cpu()
-        return out
+        factor, tail, lead = _inverse(white, own, self.factor.shape[-1], start)
+        self.mean[group], self.whitening[group] = mean[:, 0].mT.reshape(d, *self.grid), whitening
+        self.factor[group], self.tail[group] = factor.to(self.factor), tail
+        return lead
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` categories without anything learned; the others keep every bit."""
@@ -131,9 +139,12 @@ class LocationGaussian(nn.Module):
 
 
 def _whitening(vectors: Tensor, width: int) -> Tensor:
-    """A matrix (d, width) that brings deviations (n, d) to variance 1 in each of the directions that are kept."""
+    """A matrix (d, width) that brings deviations (n, d) to variance 1 in each of the directions that are kept.
+
+    It is symmetric where all are kept: of similar vectors it is similar.
+    """
     d = vectors.shape[1]
-    sample = vectors[:: max(1, len(vectors) // _WHITENING_VECTORS)].double()
+    sample = vectors[:: max(1, len(vectors) // _WHITENING_VECTORS)]
     # Deviations of any size: their squares are numbers.
     size = sample.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(sample) else sample.new_ones(())
     sample = sample / size
@@ -141,28 +152,27 @@ def _whitening(vectors: Tensor, width: int) -> Tensor:
     if not mean > 0:  # vectors that are all the same: any deviation counts by its length
         return torch.eye(d, width, device=vectors.device)
     # The larger product has the same eigenvalues as the smaller one, and zeros.
-    second = (sample.mT @ sample if len(sample) >= d else sample @ sample.mT) / len(sample)
+    is_wide = len(sample) >= d
+    second = (sample.mT @ sample if is_wide else sample @ sample.mT).double() / len(sample)
     values, directions = torch.linalg.eigh(second)
-    if len(sample) < d:
-        values, directions = _of_larger(sample, values, directions, width)
     shrinkage = max(RIDGE, _ledoit_wolf(sample, second, mean))
-    variance = (1.0 - shrinkage) * values[-width:].clamp_min(0.0) + shrinkage * mean
-    kept: Tensor = directions[:, -width:] / variance.sqrt() / size
-    return kept.float()
-
-
-def _of_larger(sample: Tensor, values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues (width,) and directions (d, width) of the second moment of fewer than d vectors.
-
-    Of the directions in which none of them lies, any are taken.
-    """
-    is_seen = values > 1e-10 * values[-1]
-    values, vectors = values[is_seen][-width:], vectors[:, is_seen][:, -width:]
-    lead = sample.mT @ vectors / (len(sample) * values).sqrt()
-    rest = width - len(values)
-    any_other = torch.randn(len(lead), rest, generator=torch.Generator().manual_seed(0)).to(lead)
-    basis = torch.linalg.qr(torch.cat([lead, any_other], 1))[0]
-    return F.pad(values, (rest, 0)), torch.cat([basis[:, len(values) :], lead], 1)
+    least = shrinkage * mean
+    if not is_wide:
+        is_seen = values > 1e-6 * values[-1]
+        values = values[is_seen]
+        directions = sample.mT.double() @ directions[:, is_seen] / (len(sample) * values).sqrt()
+    values, directions = values[-width:].clamp_min(0.0), directions[:, -width:]
+    gain = ((1.0 - shrinkage) * values + least).rsqrt()
+    if width == d:  # in directions in which none of the vectors lies, the variance is the least
+        kept = directions * (gain - least**-0.5) @ directions.mT
+        kept.diagonal().add_(least**-0.5)
+    else:
+        rest = width - len(values)
+        any_other = torch.randn(d, rest, generator=torch.Generator().manual_seed(0)).to(directions)
+        basis = torch.linalg.qr(torch.cat([directions, any_other], 1))[0][:, len(values) :]
+        kept = torch.cat([basis * least**-0.5, directions * gain], 1)
+    whitening: Tensor = (kept / size).float()
+    return whitening
 
 
 def _ledoit_wolf(sample: Tensor, second: Tensor, mean: float) -> float:
@@ -176,25 +186,25 @@ def _ledoit_wolf(sample: Tensor, second: Tensor, mean: float) -> float:
     return min(max(noise / apart, 0.0), 1.0) if apart > 0 else 1.0
 
 
-def _inverse(white: Tensor, own: float, rank: int) -> tuple[Tensor, Tensor]:
-    r"""F (L, d, rank) and t (L,) of :math:`S_l^{-1} = t I - F F^\top`, of whitened deviations (L, n, d)."""
-    d = white.shape[2]
+def _inverse(white: Tensor, own: float, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""F (L, d, rank) and t (L,) of :math:`S_l^{-1} = t I - F F^\top`, of whitened deviations (L, n, d).
+
+    And the leading directions (L, d, k), where the search for them may ``start`` from similar ones.
+    """
+    n, d = white.shape[1:]
     if own == 0.0:
-        return white.new_zeros(len(white), d, rank), white.new_ones(len(white))
-    top, lead = _leading(white, rank)
+        return white.new_zeros(len(white), d, rank), white.new_ones(len(white)), None
+    top, lead = _leading(white, rank, start)
     rest = d - top.shape[1]
-    low = (_mean_square(white) - top.sum(1)).clamp_min(0.0) / rest if rest else torch.zeros_like(top[:, 0])
+    total = white.square().sum((1, 2)) / n
+    low = (total - top.sum(1)).clamp_min(0.0) / rest if rest else torch.zeros_like(top[:, 0])
     inverse_low = 1.0 / (own * low + 1.0 - own)
     gain = (inverse_low[:, None] - 1.0 / (own * top + 1.0 - own)).clamp_min(0.0)
     factor = lead * gain.sqrt()[:, None, :]
-    return F.pad(factor, (0, rank - factor.shape[2])), inverse_low
+    return F.pad(factor, (0, rank - factor.shape[2])), inverse_low, lead
 
 
-def _mean_square(white: Tensor) -> Tensor:
-    return white.square().sum((1, 2)) / white.shape[1]
-
-
-def _leading(white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading(white: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of the second moments of vectors (L, n, d), (L, k), and their directions (L, d, k).
 
     Where few are wanted of many they come from subspace iteration, which costs n·d·k a location in place of d³.
@@ -208,9 +218,11 @@ def _leading(white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         else:
             values, directions = torch.linalg.eigh(white.mT @ white / n)
         return values[:, -rank:].clamp_min(0.0), directions[:, :, -rank:]
-    start = torch.randn(d, width, generator=torch.Generator().manual_seed(0)).to(white)
-    basis = start.expand(len(white), -1, -1)
-    for _ in range(_ITERATIONS):
+    generator = torch.Generator().manual_seed(0)
+    basis, steps = torch.randn(d, width, generator=generator).to(white).expand(len(white), -1, -1), _ITERATIONS
+    if start is not None and start.shape[2] == rank:
+        basis, steps = torch.cat([start, basis[:, :, rank:]], 2), 1
+    for _ in range(steps):
         basis = torch.linalg.qr(white.mT @ (white @ basis))[0]
     seen = white @ basis
     values, turned = torch.linalg.eigh(seen.mT @ seen / n)

@@ -199,8 +199,7 @@ class TermScorer(Configured):
         for t in self.terms:
             x = fields[t.name].float()
             if t.name in self.measures:
-                self._measure(t.name).learn(category, x)
-                x = self._measure(t.name).cross_fitted(x, fold)
+                x = self._measure(t.name).learn(category, x, fold)
             rows = is_held if t.is_trained and int(is_held.sum()) >= PLACE_IMAGES else torch.ones_like(is_held)
             mean, spread = _place_statistics(x[rows].double())
             getattr(self, f"mean_{t.name}")[category] = mean[0]
