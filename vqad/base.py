@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from numbers import Integral, Real
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +11,21 @@ import torch
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from vqad import fitting
-from vqad._checks import both_labels, check_category, check_features, check_groups, check_range, normal_rows, of_rows
+from vqad._checks import both_labels, check_category, check_groups, check_range, normal_rows, of_rows
 from vqad.backbones import backbone_strides, spread_stages
 from vqad.datasets import ImageDataset
 from vqad.engine import Engine, seeded
-from vqad.explain import explain_images
 from vqad.features import check_image_size, fit_features
-from vqad.images import check_images
-from vqad.scoring import judge_images, routed_chunks
-from vqad.source import MapSource
+from vqad.judging import FORM_OF_X, Judging
+from vqad.scoring import judge_images
 from vqad.store import FeatureArray
 from vqad.thresholds import labelled_offset, threshold_rule
 from vqad.training import TrainingPlan
-from vqad.verdicts import Verdicts, resize_map
 
 # A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
 DEEP_VIEW = 7 / 9
-# What `fit` sets beside `fitted_`, by scikit-learn's own checks of X.
-FORM_OF_X = ("n_features_in_", "feature_names_in_")
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
 NOT_OF_THE_TRAINING = {
     "backbone", "weights", "image_size", "image_shape", "contamination", "false_alarm_rate", "threshold", "warm_start",
@@ -40,12 +33,7 @@ NOT_OF_THE_TRAINING = {
 }  # fmt: skip
 
 
-def _learned(path: str) -> property:
-    """An attribute that is part of ``fitted_``."""
-    return property(lambda self: attrgetter(path)(self.fitted_))
-
-
-class BaseImageDetector(OutlierMixin, BaseEstimator):
+class BaseImageDetector(Judging, OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
     A detector adds its parameters, ``model_class``, an `AnomalyModel`, and two hooks: ``_stages(strides)`` says which
@@ -84,38 +72,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
-
-    categories_ = _learned("categories")
-    offset_ = _learned("thresholds.offset")
-    map_threshold_ = _learned("thresholds.map_threshold")
-    conformal_ = _learned("thresholds.conformal")
-    features_ = _learned("features")
-    scorer_ = _learned("scorer")
-    model_ = _learned("scorer.model")
-    prototypes_ = _learned("prototypes")
-    n_images_ = _learned("n_images")
-    training_log_ = _learned("history.log")
-
-    @property
-    def fitted_(self):
-        """All that was learned, see `vqad.fitted.Fitted`."""
-        check_is_fitted(self)
-        return self._fitted
-
-    @property
-    def loss_curve_(self):
-        """Loss after every pass."""
-        return list(self.fitted_.history.loss_curve)
-
-    @property
-    def validation_curve_(self):
-        """Loss of the validation images after every pass."""
-        return list(self.fitted_.history.validation_curve)
-
-    @property
-    def n_iter_(self):
-        """Passes that were run."""
-        return len(self.fitted_.history.loss_curve)
 
     # ---------------------------------------------------------------- fitting
 
@@ -316,145 +272,10 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
         self._fitted = replace(before, categories=names)
         return self
 
-    # ---------------------------------------------------------------- scoring
-
-    def score_samples(self, X):
-        """How normal each image is.
-
-        Returns
-        -------
-        score : ndarray of shape (n,), float64
-            Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
-            deviation of normal images.
-        """
-        return -self.judge(X, keep_maps=False).score
-
-    def decision_function(self, X):
-        """``score_samples(X) - offset_``: negative for anomalies.
-
-        Returns
-        -------
-        decision : ndarray of shape (n,), float64
-        """
-        judged = self.judge(X, keep_maps=False)
-        return judged.threshold - judged.score
-
-    def predict(self, X):
-        """+1 for normal images, -1 for anomalies.
-
-        Returns
-        -------
-        label : ndarray of shape (n,), int
-        """
-        return self.judge(X, keep_maps=False).label
-
-    def p_values(self, X):
-        """Conformal p-value of "this image is normal", from held-out normal images.
-
-        Returns
-        -------
-        p : ndarray of shape (n,), float64
-            In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
-        """
-        return self.judge(X, keep_maps=False).p_value
-
-    def judge(self, X, *, rows=None, keep_maps=True):
-        """All that is known of each image after one pass: score, threshold, p-value, label, category and map.
-
-        Parameters
-        ----------
-        X : images, or features with ``backbone=None``
-        rows : array-like of int, default=None
-            Which of them; all when left out.
-        keep_maps : bool, default=True
-            Whether to keep the maps, on the grid of the features.
-
-        Returns
-        -------
-        vqad.verdicts.Verdicts
-        """
-        now = self._now()
-        source, fitted = now._source(X), now._fitted
-        rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-        score, category, maps = judge_images(fitted.scorer, source, rows, keep_maps)
-        threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(category)), score.shape)
-        return Verdicts(
-            score=score,
-            threshold=threshold,
-            p_value=fitted.thresholds.conformal.p_values(score, category),
-            label=np.where(threshold - score >= 0, 1, -1),
-            category=fitted.categories[category],
-            grids=maps,
-        )
-
-    def predict_category(self, X):
-        """Which category each image was judged as.
-
-        Returns
-        -------
-        category : ndarray of shape (n,)
-            Labels as given to fit, or numbers where the categories were discovered.
-        """
-        now = self._now()
-        source, scorer = now._source(X), now._fitted.scorer
-
-        def route(part: np.ndarray) -> list[np.ndarray]:
-            return [category for _, category, _, _ in routed_chunks(scorer, source, part)]
-
-        return now.categories_[np.concatenate(list(source.side_by_side(route, np.arange(len(source)))))]
-
-    def anomaly_map(self, X):
-        """Where each image is anomalous, and how much.
-
-        All maps are in memory, four bytes a pixel: of many large photographs ask for some at a time.
-
-        Returns
-        -------
-        maps : ndarray of shape (n, H, W), float32, or list of ndarray of shape (H, W)
-            Of the images' own size, a list when they differ in size; of the features' grid with ``backbone=None``.
-            Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
-            occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
-        """
-        now = self._now()
-        source = now._source(X)
-        maps = judge_images(now._fitted.scorer, source, np.arange(len(source))).maps
-        sizes = [source.data.size(i) for i in range(len(source))]
-        resized = (resize_map(*pair) for pair in zip(maps, sizes))
-        if len(set(sizes)) > 1:
-            return list(resized)
-        out = np.empty((len(maps), *sizes[0]), dtype=np.float32)
-        for whole, m in zip(out, resized):
-            whole[:] = m
-        return out
-
-    def explain(self, X):
-        """What each image's map is made of: codes, distances and terms of every cell.
-
-        Returns
-        -------
-        explanations : list of vqad.explain.Explanation
-            One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
-            into.
-        """
-        now = self._now()
-        return explain_images(now._fitted, now._source(X))
-
     # ---------------------------------------------------------------- what the functions below are given
 
     def _draw_seed(self) -> int:
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-
-    def _as_it_is(self, fresh=False):
-        """A second self, which another thread that learns does not change; ``fresh`` forgets what X looked like."""
-        now = object.__new__(type(self))
-        vars(now).update({k: v for k, v in vars(self).copy().items() if not (fresh and k in FORM_OF_X)})
-        return now
-
-    def _now(self):
-        """`_as_it_is`, which all that needs a fitted detector works with; raises NotFittedError if it is not one."""
-        now = self._as_it_is()
-        check_is_fitted(now)
-        return now
 
     def _take(self, learner, fitted) -> None:
         """Have what was learned, all at once: another thread sees all of it or nothing."""
@@ -493,18 +314,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             options["deep_size"] = tuple(max(32, s) for s in size)
         return options
 
-    def _source(self, X) -> MapSource:
-        """The maps of X, checked."""
-        engine = Engine.pick(self.device, self.precision)
-        return self._map_source(self._check_X(X, self._fitted), self._fitted.features, engine, self._fitted.map_shape)
-
-    def _map_source(self, data, features, engine, map_shape) -> MapSource:
-        # A backbone that fit has made may have been made on another machine.
-        override = {"device": engine.device, "precision": self.precision} if isinstance(self.backbone, str) else {}
-        return MapSource(
-            data, features, engine, map_shape=map_shape, memory=self.memory, n_jobs=self.n_jobs, **override
-        )
-
     def _check_images(self, X, y, category, groups, before):
         """Images, which rows of them are normal, and of these the categories and groups, if given; all checked."""
         data = self._check_X(X, before)
@@ -514,18 +323,6 @@ class BaseImageDetector(OutlierMixin, BaseEstimator):
             check_range(data, rows)
         given = check_category(category, len(data)), check_groups(groups, len(data))
         return data, rows, *(of_rows(each, rows) for each in given)
-
-    def _check_X(self, X, before):
-        """Images or features, checked, of the form that was learned ``before`` if any was."""
-        if self.backbone is None:
-            return check_features(self, X, None if before is None else before.map_shape)
-        is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")
-        if is_table and X.ndim == 2 and self.image_shape is not None:
-            X = validate_data(self, X, reset=before is None, ensure_all_finite=False, dtype=None)
-        return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
-
-    def __sklearn_is_fitted__(self):
-        return hasattr(self, "_fitted")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -99,7 +99,7 @@ class CategoryRouter(Configured):
     def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest category of each image, (N,) int64, and the Mahalanobis distance to its mean, (N,) float64."""
         # Row by row: a matrix product's last bits may depend on how many rows it has.
-        rows = descriptor.double().split(1)
+        rows = torch.split(descriptor.double(), 1)
         white = torch.cat([((row - self.center) / self.scale) @ self.components @ self.whitening for row in rows])
         distance = (white[:, None] - self.means).square().sum(-1).sqrt()
         category = distance.argmin(1)

@@ -7,54 +7,19 @@ NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fields import merge_maps
+from .hvq_trans_output import HVQTransOutput, Level
 from .model import AnomalyModel, Batches, Term
 from .quantize import SAMPLE_NUMBERS, VectorQuantizer
-from .sample import CellSample
+from .sample import CellSample, principal_directions
 from .transformer import Decoder, Encoder, LearnedPosition
 from .transport import KINDS, TransportKind, transport_cost
-
-PROJECTION_NUMBERS = 2**27
-"""Numbers in the tokens that the start of the input projection comes from; it takes so many times the width."""
-
-
-class Level(NamedTuple):
-    """One level of the hierarchy, J = 0 (the tokens) to n_layers (the encoder's last state).
-
-    Attributes
-    ----------
-    input : Tensor of shape (N, L, width)
-        What was quantised: E_n on the top level, [E_J ; q_top] below.
-    quantized : Tensor of shape (N, L, width)
-    indices : Tensor of shape (N, L), int64
-    """
-
-    input: Tensor
-    quantized: Tensor
-    indices: Tensor
-
-
-class HVQTransOutput(NamedTuple):
-    """What a pass through :class:`HVQTrans` returns.
-
-    Attributes
-    ----------
-    reconstruction : Tensor of shape (N, C, h, w)
-    commitment : Tensor of shape (N,)
-        Summed over the levels.
-    levels : tuple of Level
-        Levels 0, 1, ..., n_layers.
-    """
-
-    reconstruction: Tensor
-    commitment: Tensor
-    levels: tuple[Level, ...]
 
 
 class HVQTrans(AnomalyModel):
@@ -245,8 +210,8 @@ class HVQTrans(AnomalyModel):
         costs = {}
         for j in levels:
             cost = self._transport(passed[j], codes[j]).view(-1, *self.token_grid)
-            costs[f"transport_{j}"] = cost if self.patch_size == 1 else _resize(cost, self.grid)
-        return self._error(rebuilt, cells), costs
+            costs[f"transport_{j}"] = F.interpolate(cost[:, None], self.grid, mode="bilinear")[:, 0]
+        return self._untokenise(rebuilt.to(cells.dtype) - cells), costs
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
@@ -272,21 +237,9 @@ class HVQTrans(AnomalyModel):
         ----------
         batches : sequence of (features (N, C, h, w), category (N,))
         """
-        width = self.input_projection.in_features
-        limit = -(-PROJECTION_NUMBERS // (width * len(batches)))  # tokens of a batch
-        count, first = 0, torch.zeros(width, dtype=torch.float64)
-        second = torch.zeros(width, width, dtype=torch.float64)
-        for features, _ in batches:
-            tokens = self._tokens(features).flatten(0, 1)
-            if len(tokens) > limit:
-                tokens = tokens[torch.randperm(len(tokens))[:limit].to(tokens.device)]
-            tokens = tokens.cpu().double()
-            count += len(tokens)
-            first += tokens.sum(0)
-            second += tokens.mT @ tokens
-        mean = first / count
-        values, vectors = torch.linalg.eigh(second / count - mean[:, None] * mean)
-        k = min(self.d_model, width)
+        tokens = (self._tokens(features).flatten(0, 1) for features, _ in batches)
+        mean, values, vectors = principal_directions(tokens, len(batches))
+        k = min(self.d_model, len(mean))
         components = vectors[:, -k:].mT.flip(0) / values[-k:].mean().clamp_min(1e-12).sqrt()
         self.input_projection.weight[:k] = components.to(self.input_projection.weight)
         self.input_projection.bias[:k] = -(components @ mean).to(self.input_projection.bias)
@@ -445,9 +398,6 @@ class HVQTrans(AnomalyModel):
         decoded = self.decoder(memories, torch.cat([position, position], 1))
         return self._head(decoded, category), commitment, levels
 
-    def _error(self, rebuilt: Tensor, cells: Tensor) -> Tensor:
-        return self._untokenise(rebuilt.to(cells.dtype) - cells)
-
     def _quantise(
         self, states: list[Tensor], category: Tensor, learns: bool = True
     ) -> tuple[tuple[Level, ...], Tensor]:
@@ -497,7 +447,3 @@ class HVQTrans(AnomalyModel):
             return (z - level.quantized.detach()).square().sum(-1)
         with torch.autocast(z.device.type, enabled=False):
             return transport_cost(self.transport, z, codes[0].to(z.dtype), codes[1])
-
-
-def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    return F.interpolate(x[:, None], grid, mode="bilinear", align_corners=False)[:, 0]

@@ -1,11 +1,32 @@
-"""A random part of what comes in batches, of one size whatever comes."""
+"""What is looked at of vectors that come in batches: a random part, or their principal directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+PROJECTION_NUMBERS = 2**27
+"""Numbers in the vectors that principal directions come from; it takes so many times their length."""
+
+
+def principal_directions(batches: Iterable[Tensor], n_batches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), rising variances (D,) and directions (D, D) of vectors (V, D) that come in batches, in float64.
+
+    Where they are many and long, a random part of them is looked at.
+    """
+    count, first, second = 0, torch.zeros(()), torch.zeros(())
+    for vectors in batches:
+        limit = -(-PROJECTION_NUMBERS // (vectors.shape[1] * n_batches))
+        if len(vectors) > limit:
+            vectors = vectors[torch.randperm(len(vectors))[:limit].to(vectors.device)]
+        vectors = vectors.cpu().double()
+        count += len(vectors)
+        first, second = first + vectors.sum(0), second + vectors.mT @ vectors
+    mean = first / count
+    values, directions = torch.linalg.eigh(second / count - mean[:, None] * mean)
+    return mean, values, directions
 
 
 class CellSample:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, cast
 
 import numpy as np
@@ -28,69 +28,11 @@ from .hierarchy import CodeHierarchy, Codes
 from .model import AnomalyModel, Batches, Term
 from .noise import GaussianNoise
 from .quantize import VectorQuantizer
-from .vq_flow_maps import resize
+from .stages import pooled_stages
+from .vq_flow_output import Latents, VQFlowOutput, resize
 
 # Coupling blocks that an added category has of its own in each stage.
 _ADDED_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Where the flows take three stages, and at what change of volume. All lists run over the stages.
-
-    Attributes
-    ----------
-    flow_z : list of Tensor (N, C_k, h_k, w_k)
-        Latents after each stage's own flow.
-    flow_log_det_cells : list of Tensor (N, h_k, w_k)
-        Log-determinant of each cell up to there.
-    z : list of Tensor (N, C_k, h_k, w_k)
-        Latents after mixture and fusion: standard normal under the model.
-    log_det_cells : list of Tensor (N, h_k, w_k)
-        Log-determinant of each cell of the whole transform.
-    """
-
-    flow_z: list[Tensor]
-    flow_log_det_cells: list[Tensor]
-    z: list[Tensor]
-    log_det_cells: list[Tensor]
-
-    @property
-    def flow_log_det(self) -> list[Tensor]:
-        """Log-determinant of each stage's own flow, (N,) each."""
-        return [cells.flatten(1).sum(1) for cells in self.flow_log_det_cells]
-
-    @property
-    def log_det(self) -> Tensor:
-        """Log-determinant of the whole transform, (N,)."""
-        return torch.stack([cells.flatten(1).sum(1) for cells in self.log_det_cells]).sum(0)
-
-    @property
-    def n_dimensions(self) -> int:
-        """Numbers that describe one image."""
-        return sum(z[0].numel() for z in self.z)
-
-    @property
-    def log_prob(self) -> Tensor:
-        r"""Log-density of the features in nats, (N,); without the mixture's volume it is none ("release")."""
-        square = torch.stack([z.square().flatten(1).sum(1) for z in self.z]).sum(0)
-        return self.log_det - 0.5 * square - 0.5 * self.n_dimensions * math.log(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class VQFlowOutput:
-    """Everything that one pass computes.
-
-    Attributes
-    ----------
-    codes : Codes
-    latents : Latents
-    loss : Tensor, scalar
-    """
-
-    codes: Codes
-    latents: Latents
-    loss: Tensor
 
 
 class VQFlow(AnomalyModel):
@@ -391,10 +333,6 @@ class VQFlow(AnomalyModel):
         codes: Codes = self.hierarchy(self.pool(features), self._group(category))
         return codes
 
-    def perplexity(self) -> dict[str, Tensor]:
-        """Effective number of codes in use: scalars ``"concept"`` and ``"pattern_k"`` for k = 1, ..., 4."""
-        return self.hierarchy.perplexity()
-
     def ready(self) -> VQFlow:
         """This module, with the same parameters and parts, as one that keeps the tables of all codes.
 
@@ -420,23 +358,8 @@ class VQFlow(AnomalyModel):
         return VQFlowOutput(codes, latents, objective + self.commitment_weight * codes.commitment)
 
     def pool(self, features: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """The stages as codes and flows see them: the first three averaged 3×3 with stride 2.
-
-        That brings the third to the grid of the fourth; where all came on one grid, none is averaged. A single map
-        is taken as the finest stage; each coarser one is the average of the one before.
-        """
-        single = isinstance(features, Tensor)
-        features = _pyramid(features) if isinstance(features, Tensor) else features
-        one_grid = not single and len({f.shape[2:] for f in features}) == 1
-        got = [tuple(f.shape) for f in features]
-        if len(got) != 4 or any(len(shape) != 4 for shape in got) or [s[1] for s in got] != [*self.channels]:
-            raise ValueError(
-                f"expected the backbone's four stages with {self.channels} channels, each (N, C, h, w); "
-                f"got shapes {got}. Build the module with the channels of its features."
-            )
-        dtype = self.hierarchy.concept_codebook.embed.dtype
-        maps = [f.to(dtype).contiguous(memory_format=torch.channels_last) for f in features]
-        return maps if one_grid else [F.avg_pool2d(f, 3, 2, 1) for f in maps[:3]] + maps[3:]
+        """The four stages as codes and flows see them, see :func:`pooled_stages`."""
+        return pooled_stages(features, self.channels, self.hierarchy.concept_codebook.embed.dtype)
 
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
         """Pooled stages 1 to 3 to latents, given the codes."""
@@ -527,11 +450,3 @@ class VQFlow(AnomalyModel):
         if table is None:
             table = self._tables[key] = projection.table(condition.codes, condition.position, concepts)
         return projection.from_table(table, condition, codes.concept_index - one * len(concepts))
-
-
-def _pyramid(finest: Tensor) -> list[Tensor]:
-    """Four stages from one map, each of half the grid of the one before, as a backbone's are."""
-    stages = [finest]
-    for _ in range(3):
-        stages.append(F.avg_pool2d(stages[-1], 3, 2, 1, count_include_pad=False))
-    return stages

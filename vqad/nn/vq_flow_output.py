@@ -1,13 +1,75 @@
-"""The published maps and scores of VQ-Flow, made of the terms that :meth:`VQFlow.anomaly_map` gives."""
+"""What comes out of VQ-Flow, and the published maps and scores that are made of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .hierarchy import Codes
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Where the flows take three stages, and at what change of volume. All lists run over the stages.
+
+    Attributes
+    ----------
+    flow_z : list of Tensor (N, C_k, h_k, w_k)
+        Latents after each stage's own flow.
+    flow_log_det_cells : list of Tensor (N, h_k, w_k)
+        Log-determinant of each cell up to there.
+    z : list of Tensor (N, C_k, h_k, w_k)
+        Latents after mixture and fusion: standard normal under the model.
+    log_det_cells : list of Tensor (N, h_k, w_k)
+        Log-determinant of each cell of the whole transform.
+    """
+
+    flow_z: list[Tensor]
+    flow_log_det_cells: list[Tensor]
+    z: list[Tensor]
+    log_det_cells: list[Tensor]
+
+    @property
+    def flow_log_det(self) -> list[Tensor]:
+        """Log-determinant of each stage's own flow, (N,) each."""
+        return [cells.flatten(1).sum(1) for cells in self.flow_log_det_cells]
+
+    @property
+    def log_det(self) -> Tensor:
+        """Log-determinant of the whole transform, (N,)."""
+        return torch.stack([cells.flatten(1).sum(1) for cells in self.log_det_cells]).sum(0)
+
+    @property
+    def n_dimensions(self) -> int:
+        """Numbers that describe one image."""
+        return sum(z[0].numel() for z in self.z)
+
+    @property
+    def log_prob(self) -> Tensor:
+        r"""Log-density of the features in nats, (N,); without the mixture's volume it is none ("release")."""
+        square = torch.stack([z.square().flatten(1).sum(1) for z in self.z]).sum(0)
+        return self.log_det - 0.5 * square - 0.5 * self.n_dimensions * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class VQFlowOutput:
+    """Everything that one pass computes.
+
+    Attributes
+    ----------
+    codes : Codes
+    latents : Latents
+    loss : Tensor, scalar
+    """
+
+    codes: Codes
+    latents: Latents
+    loss: Tensor
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

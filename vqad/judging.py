@@ -1,0 +1,219 @@
+"""What a fitted detector says of images: scores, labels, maps, and what they are made of."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from vqad._checks import check_features
+from vqad.engine import Engine
+from vqad.explain import explain_images
+from vqad.images import check_images
+from vqad.scoring import judge_images, routed_chunks
+from vqad.source import MapSource
+from vqad.verdicts import Verdicts, resize_map
+
+# What `fit` sets beside `fitted_`, by scikit-learn's own checks of X.
+FORM_OF_X = ("n_features_in_", "feature_names_in_")
+
+
+def _learned(path: str) -> property:
+    """An attribute that is part of ``fitted_``."""
+    return property(lambda self: attrgetter(path)(self.fitted_))
+
+
+class Judging:
+    """The half of `BaseImageDetector` that needs a fitted detector and changes nothing in it."""
+
+    categories_ = _learned("categories")
+    offset_ = _learned("thresholds.offset")
+    map_threshold_ = _learned("thresholds.map_threshold")
+    conformal_ = _learned("thresholds.conformal")
+    features_ = _learned("features")
+    scorer_ = _learned("scorer")
+    model_ = _learned("scorer.model")
+    prototypes_ = _learned("prototypes")
+    n_images_ = _learned("n_images")
+    training_log_ = _learned("history.log")
+
+    @property
+    def fitted_(self):
+        """All that was learned, see `vqad.fitted.Fitted`."""
+        check_is_fitted(self)
+        return self._fitted
+
+    @property
+    def loss_curve_(self):
+        """Loss after every pass."""
+        return list(self.fitted_.history.loss_curve)
+
+    @property
+    def validation_curve_(self):
+        """Loss of the validation images after every pass."""
+        return list(self.fitted_.history.validation_curve)
+
+    @property
+    def n_iter_(self):
+        """Passes that were run."""
+        return len(self.fitted_.history.loss_curve)
+
+    def score_samples(self, X):
+        """How normal each image is.
+
+        Returns
+        -------
+        score : ndarray of shape (n,), float64
+            Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
+            deviation of normal images.
+        """
+        return -self.judge(X, keep_maps=False).score
+
+    def decision_function(self, X):
+        """``score_samples(X) - offset_``: negative for anomalies.
+
+        Returns
+        -------
+        decision : ndarray of shape (n,), float64
+        """
+        judged = self.judge(X, keep_maps=False)
+        return judged.threshold - judged.score
+
+    def predict(self, X):
+        """+1 for normal images, -1 for anomalies.
+
+        Returns
+        -------
+        label : ndarray of shape (n,), int
+        """
+        return self.judge(X, keep_maps=False).label
+
+    def p_values(self, X):
+        """Conformal p-value of "this image is normal", from held-out normal images.
+
+        Returns
+        -------
+        p : ndarray of shape (n,), float64
+            In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
+        """
+        return self.judge(X, keep_maps=False).p_value
+
+    def judge(self, X, *, rows=None, keep_maps=True):
+        """All that is known of each image after one pass: score, threshold, p-value, label, category and map.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+        rows : array-like of int, default=None
+            Which of them; all when left out.
+        keep_maps : bool, default=True
+            Whether to keep the maps, on the grid of the features.
+
+        Returns
+        -------
+        vqad.verdicts.Verdicts
+        """
+        now = self._now()
+        source, fitted = now._source(X), now._fitted
+        rows = np.arange(len(source)) if rows is None else np.asarray(rows)
+        score, category, maps = judge_images(fitted.scorer, source, rows, keep_maps)
+        threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(category)), score.shape)
+        return Verdicts(
+            score=score,
+            threshold=threshold,
+            p_value=fitted.thresholds.conformal.p_values(score, category),
+            label=np.where(threshold - score >= 0, 1, -1),
+            category=fitted.categories[category],
+            grids=maps,
+        )
+
+    def predict_category(self, X):
+        """Which category each image was judged as.
+
+        Returns
+        -------
+        category : ndarray of shape (n,)
+            Labels as given to fit, or numbers where the categories were discovered.
+        """
+        now = self._now()
+        source, scorer = now._source(X), now._fitted.scorer
+
+        def route(part: np.ndarray) -> list[np.ndarray]:
+            return [category for _, category, _, _ in routed_chunks(scorer, source, part)]
+
+        return now.categories_[np.concatenate(list(source.side_by_side(route, np.arange(len(source)))))]
+
+    def anomaly_map(self, X):
+        """Where each image is anomalous, and how much.
+
+        All maps are in memory, four bytes a pixel: of many large photographs ask for some at a time.
+
+        Returns
+        -------
+        maps : ndarray of shape (n, H, W), float32, or list of ndarray of shape (H, W)
+            Of the images' own size, a list when they differ in size; of the features' grid with ``backbone=None``.
+            Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
+            occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
+        """
+        now = self._now()
+        source = now._source(X)
+        maps = judge_images(now._fitted.scorer, source, np.arange(len(source))).maps
+        sizes = [source.data.size(i) for i in range(len(source))]
+        resized = (resize_map(*pair) for pair in zip(maps, sizes))
+        if len(set(sizes)) > 1:
+            return list(resized)
+        out = np.empty((len(maps), *sizes[0]), dtype=np.float32)
+        for whole, m in zip(out, resized):
+            whole[:] = m
+        return out
+
+    def explain(self, X):
+        """What each image's map is made of: codes, distances and terms of every cell.
+
+        Returns
+        -------
+        explanations : list of vqad.explain.Explanation
+            One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
+            into.
+        """
+        now = self._now()
+        return explain_images(now._fitted, now._source(X))
+
+    # ---------------------------------------------------------------- what the methods work with
+
+    def _as_it_is(self, fresh=False):
+        """A second self, which another thread that learns does not change; ``fresh`` forgets what X looked like."""
+        now = object.__new__(type(self))
+        vars(now).update({k: v for k, v in vars(self).copy().items() if not (fresh and k in FORM_OF_X)})
+        return now
+
+    def _now(self):
+        """`_as_it_is`, which all that needs a fitted detector works with; raises NotFittedError if it is not one."""
+        now = self._as_it_is()
+        check_is_fitted(now)
+        return now
+
+    def _source(self, X) -> MapSource:
+        """The maps of X, checked."""
+        engine = Engine.pick(self.device, self.precision)
+        return self._map_source(self._check_X(X, self._fitted), self._fitted.features, engine, self._fitted.map_shape)
+
+    def _map_source(self, data, features, engine, map_shape) -> MapSource:
+        # A backbone that fit has made may have been made on another machine.
+        override = {"device": engine.device, "precision": self.precision} if isinstance(self.backbone, str) else {}
+        return MapSource(
+            data, features, engine, map_shape=map_shape, memory=self.memory, n_jobs=self.n_jobs, **override
+        )
+
+    def _check_X(self, X, before):
+        """Images or features, checked, of the form that was learned ``before`` if any was."""
+        if self.backbone is None:
+            return check_features(self, X, None if before is None else before.map_shape)
+        is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")
+        if is_table and X.ndim == 2 and self.image_shape is not None:
+            X = validate_data(self, X, reset=before is None, ensure_all_finite=False, dtype=None)
+        return check_images(X, image_shape=None if self.image_shape is None else tuple(self.image_shape))
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "_fitted")
