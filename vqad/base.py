@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from vqad import fitting
 from vqad._checks import both_labels, check_category, check_groups, check_range, normal_rows, of_rows
-from vqad.backbones import backbone_strides, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
 from vqad.datasets import ImageDataset
 from vqad.engine import Engine, seeded
 from vqad.features import check_image_size, fit_features
@@ -53,6 +54,7 @@ class BaseImageDetector(Judging, OutlierMixin, BaseEstimator):
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "schedule": [StrOptions({"cosine", "constant", "step"})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "category_balance": [Interval(Real, 0, 1, closed="both")],
         "early_stopping": ["boolean"],
@@ -72,6 +74,48 @@ class BaseImageDetector(Judging, OutlierMixin, BaseEstimator):
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
+
+    def __init__(
+        self, *,
+        backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, standardize=True, gaussian=True,
+        max_iter=10, batch_size=16, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4, category_balance=0.5,
+        early_stopping=False, validation_fraction=0.1, n_iter_no_change=10, tol=1e-4, warm_start=False,
+        checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05, calibration_fraction=0.2, threshold="global",
+        device="auto", precision="auto", n_jobs=None, memory=None, random_state=None, verbose=0,
+    ):  # fmt: skip
+        self.backbone = backbone
+        self.weights = weights
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.standardize = standardize
+        self.gaussian = gaussian
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.category_balance = category_balance
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.checkpoint_dir = checkpoint_dir
+        self.contamination = contamination
+        self.false_alarm_rate = false_alarm_rate
+        self.calibration_fraction = calibration_fraction
+        self.threshold = threshold
+        self.device = device
+        self.precision = precision
+        self.n_jobs = n_jobs
+        self.memory = memory
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def _get_param_names(cls):
+        """Those of the base too, so that a detector may hand on what it takes as ``**shared``."""
+        return sorted({*super()._get_param_names(), *signature(BaseImageDetector.__init__).parameters} - {"self"})
 
     # ---------------------------------------------------------------- fitting
 

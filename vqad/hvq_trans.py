@@ -184,13 +184,16 @@ class HVQTransDetector(BaseImageDetector):
         random_state=None,
         verbose=0,
     ):
-        self.backbone = backbone
-        self.weights = weights
+        super().__init__(
+            backbone=backbone, weights=weights, image_size=image_size, image_shape=image_shape, standardize=standardize,
+            gaussian=gaussian, max_iter=max_iter, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule,
+            weight_decay=weight_decay, category_balance=category_balance, early_stopping=early_stopping,
+            validation_fraction=validation_fraction, n_iter_no_change=n_iter_no_change, tol=tol, warm_start=warm_start,
+            checkpoint_dir=checkpoint_dir, contamination=contamination, false_alarm_rate=false_alarm_rate,
+            calibration_fraction=calibration_fraction, threshold=threshold, device=device, precision=precision,
+            n_jobs=n_jobs, memory=memory, random_state=random_state, verbose=verbose,
+        )  # fmt: skip
         self.stages = stages
-        self.image_size = image_size
-        self.image_shape = image_shape
-        self.standardize = standardize
-        self.gaussian = gaussian
         self.patch_size = patch_size
         self.n_codes = n_codes
         self.d_model = d_model
@@ -200,28 +203,6 @@ class HVQTransDetector(BaseImageDetector):
         self.dropout = dropout
         self.transport = transport
         self.transport_weight = transport_weight
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.schedule = schedule
-        self.weight_decay = weight_decay
-        self.category_balance = category_balance
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.tol = tol
-        self.warm_start = warm_start
-        self.checkpoint_dir = checkpoint_dir
-        self.contamination = contamination
-        self.false_alarm_rate = false_alarm_rate
-        self.calibration_fraction = calibration_fraction
-        self.threshold = threshold
-        self.device = device
-        self.precision = precision
-        self.n_jobs = n_jobs
-        self.memory = memory
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def paper(cls, **overrides):
