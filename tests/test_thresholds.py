@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,9 +16,10 @@ from sklearn.exceptions import NotFittedError
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad._checks import split_rows
+from vqad.calibration import Learned, Seen, learn_terms, set_thresholds
 from vqad.metrics import image_f1_max
-from vqad.scoring import FAR_WEIGHT
-from vqad.thresholds import calibrate, cost_threshold, f1_threshold, recall_threshold
+from vqad.scoring import FAR_WEIGHT, fields, score_and_map, stored_images
+from vqad.thresholds import cost_threshold, f1_threshold, recall_threshold
 
 DETECTORS = [
     HVQTransDetector(
@@ -187,11 +189,13 @@ def test_labels_may_come_in_any_container(fitted, labelled, as_given):
 def test_set_threshold_changes_the_offset_and_nothing_else(fitted, labelled):
     X, y = labelled
     made = copy_of(fitted)
-    kept = {name: value for name, value in vars(made).items() if name not in ("offset_", "_offset_from")}
+    before = {**vars(made), **vars(made.fitted_), **vars(made.fitted_.thresholds)}
     made.set_threshold(X, y, "recall", recall=1.0)
     assert made.offset_ != fitted.offset_
-    assert vars(made).keys() - kept.keys() == {"offset_", "_offset_from"}
-    assert all(vars(made)[name] is value for name, value in kept.items())
+    after = {**vars(made), **vars(made.fitted_), **vars(made.fitted_.thresholds)}
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if after[name] is not value}
+    assert changed == {"_fitted", "thresholds", "offset", "origin"}
     for method in ("score_samples", "p_values", "anomaly_map"):
         np.testing.assert_array_equal(getattr(made, method)(X), getattr(fitted, method)(X))
 
@@ -295,14 +299,14 @@ def test_wrong_arguments_are_explained(fitted, labelled, wrong, match):
 
 def test_a_threshold_is_not_set_for_another_fit(fitted, labelled, monkeypatch):
     detector = copy_of(fitted)
-    judge = type(detector)._judge_data
+    judge = vqad.base.judge_images
 
-    def and_fit(self, *args, **more):
-        found = judge(self, *args, **more)
+    def and_fit(*args, **more):
+        found = judge(*args, **more)
         detector.fit(labelled[0])
         return found
 
-    monkeypatch.setattr(type(detector), "_judge_data", and_fit)
+    monkeypatch.setattr("vqad.base.judge_images", and_fit)
     with pytest.raises(RuntimeError, match="Another thread's fit ended while the threshold was set: set it again"):
         detector.set_threshold(*labelled)
     assert detector.fitted_.thresholds.origin is None
@@ -333,22 +337,21 @@ def draw_features(form, n):
 
 
 class _RememberedFields:
-    """Stands for ``_store_terms`` of a detector: what its scorer measures does not change from split to split."""
+    """Stands for ``stored_images``: what a scorer measures does not change from split to split."""
 
-    def __init__(self, detector, store, kind):
-        self.detector, self.device = detector, torch.device("cpu")
-        self.fields = detector._store_terms(store, np.arange(len(kind)), kind, self.device, detector._fields)
+    def __init__(self, scorer, store, kind, engine):
+        self.fields = stored_images(scorer, store, np.arange(len(kind)), kind, engine, fields)
 
-    def __call__(self, store, rows, category, device, compute):
-        if compute == self.detector._fields:
+    def __call__(self, scorer, store, rows, category, engine, compute):
+        if compute == fields:
             return {name: field[rows] for name, field in self.fields.items()}
-        assert compute == self.detector._judged
+        assert compute == score_and_map
         found = {"score": np.empty(len(rows)), "map": [None] * len(rows)}
         for c in np.unique(category):
             own = np.flatnonzero(category == c)
-            fields = {name: torch.from_numpy(field[rows[own]]) for name, field in self.fields.items()}
+            measured = {name: torch.from_numpy(field[rows[own]]) for name, field in self.fields.items()}
             with torch.inference_mode():
-                judged = self.detector.scorer_(fields, torch.tensor(c))
+                judged = scorer.terms(measured, torch.tensor(c))
             found["score"][own] = judged.score.numpy()
             for i, heat in zip(own, judged.map.numpy()):
                 found["map"][i] = heat
@@ -357,14 +360,15 @@ class _RememberedFields:
 
 @pytest.fixture(scope="module", params=["rows", "maps", "published"])
 def trained(request, detector):
-    """A detector trained on the first 120 of 1,500 images, and what is to be measured of all of them."""
-    X, kind = draw_features("rows" if request.param == "rows" else "maps", 1500)
+    """A detector trained on the first 120 of 800 images, and what is to be measured of all of them."""
+    X, kind = draw_features("rows" if request.param == "rows" else "maps", 800)
     made = clone(detector).set_params(gaussian=request.param != "published").fit(X[:120], category=kind[:120])
-    everything, device = np.arange(len(X)), torch.device("cpu")
-    store, descriptor = made._extract(made._check_X(X), everything, device)
-    remembered = made._store_terms = _RememberedFields(made, store, kind)
-    routed, excess = made._route(descriptor)
-    np.testing.assert_array_equal(routed, kind)
+    source, router, everything = made._source(X), made.scorer_.router, np.arange(len(X))
+    store, descriptor = source.extract(everything)
+    remembered = _RememberedFields(made.scorer_, store, kind, source.engine)
+    routed, distance = router(torch.from_numpy(descriptor))
+    excess = router.excess(routed, distance).numpy()
+    np.testing.assert_array_equal(routed.numpy(), kind)
     assert (excess > 0).mean() < 0.01
 
     def split(rng, n_held):
@@ -374,19 +378,26 @@ def trained(request, detector):
         new = np.concatenate([rows[n_held:] for rows in drawn])
         known = np.full(len(kind), -1)  # of the others nothing may be learned
         known[:120], known[held] = kind[:120], kind[held]
-        with warnings.catch_warnings():
+        learned, before = Learned(store, descriptor, known, everything[:120], held, None), made.fitted_
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             warnings.filterwarnings("ignore", message=".* are too few for false_alarm_rate")
-            calibrate(made, store, descriptor, known, everything[:120], held, device)
-        score = remembered(store, new, kind[new], device, made._judged)["score"] + FAR_WEIGHT * excess[new]
-        label = np.where(-score - made._offset_of(kind[new]) < 0, -1, 1)
-        return made.conformal_.p_values(score, kind[new]), label, kind[new], new
+            patch.setattr("vqad.calibration.stored_images", remembered)
+            scorer, judged = learn_terms(before.scorer.with_terms(None), learned, source.engine, before.seed)
+            thresholds = set_thresholds(
+                judged, Seen(), before.categories, "auto", made.false_alarm_rate, made.threshold == "category"
+            )
+        made._fitted = replace(before, scorer=scorer, held_out=judged, thresholds=thresholds)
+        score = remembered(scorer, store, new, kind[new], source.engine, score_and_map)["score"]
+        score += FAR_WEIGHT * excess[new]
+        label = np.where(-score - thresholds.offset_of(kind[new]) < 0, -1, 1)
+        return thresholds.conformal.p_values(score, kind[new]), label, kind[new], new
 
     return made, X, split
 
 
 @pytest.mark.parametrize(
     ("threshold", "n_held", "n_splits"),
-    [("global", 8, 30),
+    [("global", 8, 12),
      *(pytest.param(*pair, 100, marks=pytest.mark.slow)
        for pair in (("global", 2), ("global", 8), ("global", 40), ("category", 8), ("category", 21)))],
 )  # fmt: skip
@@ -466,7 +477,7 @@ def test_false_alarms_are_no_more_than_asked_with_as_many_channels_as_images(det
     rate, alarms = 0.1, []
     for seed in range(3):
         X = np.random.default_rng(seed).normal(size=(n + 500, 96)).astype(np.float32)
-        made = clone(detector).set_params(random_state=seed, false_alarm_rate=rate).fit(X[:n])
+        made = clone(detector).set_params(random_state=seed, false_alarm_rate=rate, batch_size=60).fit(X[:n])
         alarms.append((made.predict(X[n:]) == -1).mean())
     # Thresholds of a few held-out rows scatter: by 0.08 a fit of 60, 0.03 of 560.
     assert np.mean(alarms) < rate + (0.1 if n == 60 else 0.04)
@@ -474,11 +485,11 @@ def test_false_alarms_are_no_more_than_asked_with_as_many_channels_as_images(det
 
 def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_out(detector):
     """Of 40 images eight are held out, of which one is odd: left out, it is as odd as it would be if new."""
-    maps = np.random.default_rng(0).normal(size=(40, 8, 8, 6)).astype(np.float32)
+    maps = np.random.default_rng(0).normal(size=(40, 4, 4, 6)).astype(np.float32)
     made = clone(detector).fit(maps)
     held_out = split_rows(np.zeros(40, dtype=int), made.calibration_fraction, made.fitted_.seed)[1]
     odd = maps.copy()
-    odd[held_out[0], :4, :, 2] += 9
+    odd[held_out[0], :2, :, 2] += 9
     made.fit(odd)
     as_seen = -made.score_samples(odd[held_out])
     as_new = np.max(made.conformal_.scores_[0])
@@ -491,7 +502,7 @@ def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_ou
 
 @pytest.mark.parametrize(
     ("form", "n", "n_fits"),
-    [("maps", 2, 10), ("rows", 3, 10),
+    [("maps", 2, 6), ("rows", 3, 6),
      *(pytest.param(form, n, 40, marks=pytest.mark.slow)
        for form, n in (("maps", 2), ("maps", 3), ("rows", 4), ("maps", 8), ("rows", 8)))],
 )  # fmt: skip
