@@ -16,13 +16,8 @@ from torch import Tensor
 from vqad.nn.condition import Condition
 from vqad.nn.hierarchy import Codes, positional_encoding
 from vqad.nn.quantize import VectorQuantizer
-from vqad.nn.vq_flow import (
-    VQFlow,
-    additive_map,
-    density_map,
-    image_score,
-    multiplicative_map,
-)
+from vqad.nn.vq_flow import VQFlow
+from vqad.nn.vq_flow_output import additive_map, density_map, image_score, multiplicative_map
 
 GOLDEN = Path(__file__).parent / "data" / "vq_flow_release.npz"
 CHANNELS = (8, 12, 16, 20)
@@ -341,15 +336,15 @@ def test_what_codes_start_from_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_prepared_tables_give_the_same_maps(inference):
+def test_ready_tables_give_the_same_maps(inference):
     module, features = awake(small(hidden=6)).eval(), features_like(3)
     plain = small(hidden=6, condition_path="convolution").eval()
     plain.load_state_dict(module.state_dict())
-    prepared = module.prepared()
+    ready = module.ready()
     with torch.inference_mode(inference), torch.no_grad():
         expected = plain.anomaly_map(features)
         for _ in range(2):
-            for name, term in prepared.anomaly_map(features).items():
+            for name, term in ready.anomaly_map(features).items():
                 torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-10)
     assert module._tables is None
 
@@ -382,7 +377,7 @@ def test_an_image_is_scored_the_same_in_any_company():
 
 
 def test_categories_that_share_everything_do_not_matter():
-    module, features = small(hidden=6, n_categories=4).eval(), features_like(4)
+    module, features = small(hidden=6, n_shared=4).eval(), features_like(4)
     with torch.no_grad():
         without = module.anomaly_map(features)
         within = module.anomaly_map(features, torch.tensor([3, 1, 0, 2]))
@@ -421,7 +416,7 @@ def test_codes_start_from_the_data_and_leave_everything_else_as_it_was():
     codes = module.train()(batches[0][0]).codes
     assert codes.commitment < 0.5 * commitment_before
     assert all(len(condition.index.unique()) > 8 for condition in codes.conditions)
-    usage = module.perplexity()
+    usage = module.hierarchy.perplexity()
     assert usage.keys() == {"concept", "pattern_1", "pattern_2", "pattern_3", "pattern_4"}
     assert 1 < usage["concept"] <= 4
     assert all(4 < usage[f"pattern_{k}"] <= 16 for k in (1, 2, 3, 4))
@@ -467,7 +462,7 @@ ADDED = torch.tensor([0, 2, 1, 3, 2])
 
 def with_added(**parameters) -> VQFlow:
     """Categories 0 and 1 share everything, 2 and 3 have parts of their own that do something."""
-    module = small(hidden=6, n_categories=2, **parameters)
+    module = small(hidden=6, n_shared=2, **parameters)
     assert [module.add_category(), module.add_category()] == [2, 3]
     module.initialise_codes([(features_like(12), torch.arange(12) % 2 + 2)])
     for added in module.added_mixture:
@@ -477,12 +472,12 @@ def with_added(**parameters) -> VQFlow:
 
 
 def test_an_added_category_leaves_every_bit_of_the_others_as_it_was():
-    module, features = awake(small(hidden=6, n_categories=2)).eval(), features_like(3)
+    module, features = awake(small(hidden=6, n_shared=2)).eval(), features_like(3)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     maps = []
     for _ in range(2):
         with torch.no_grad():
-            maps.append(module.prepared().anomaly_map(features, torch.tensor([0, 1, 1])))
+            maps.append(module.ready().anomaly_map(features, torch.tensor([0, 1, 1])))
         module.add_category()
         module.initialise_codes([(features_like(6), torch.full((6,), 2)), (features_like(2), torch.full((2,), 2))])
     for name, value in before.items():
@@ -494,8 +489,8 @@ def test_an_added_category_leaves_every_bit_of_the_others_as_it_was():
 def test_the_parts_of_an_added_category_learn_and_no_other_moves():
     module, features = with_added(), features_like(8)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    parts = module.parts_of(2)
-    assert not module.parts_of(1)
+    parts = module.parts_of([2])
+    assert not module.parts_of([1])
     learning = [p for part in parts for p in part.parameters()]
     for p in module.parameters():
         p.requires_grad_(any(p is q for q in learning))
@@ -524,7 +519,7 @@ def test_the_parts_of_an_added_category_learn_and_no_other_moves():
 def test_noise_is_in_training_alone_and_in_that_of_an_added_category_too(category):
     module, features = with_added(noise=0.5), features_like(8)
     number = torch.full((8,), category)
-    for part in module.parts_of(2) if category == 2 else [module]:
+    for part in module.parts_of([2]) if category == 2 else [module]:
         part.train()
     noisy = [float(copy.deepcopy(module).loss(features, number).detach()) for _ in range(2)]
     assert noisy[0] != noisy[1]
@@ -559,8 +554,8 @@ def test_added_categories_are_looked_up_and_convolved_alike(category):
     with torch.no_grad():
         expected = plain.anomaly_map(features, category)
         looked_up = [module.anomaly_map(features, category)]
-        prepared = module.prepared()
-        looked_up += [prepared.anomaly_map(features, category) for _ in range(2)]
+        ready = module.ready()
+        looked_up += [ready.anomaly_map(features, category) for _ in range(2)]
     for maps in looked_up:
         for name, term in expected.items():
             torch.testing.assert_close(maps[name], term, rtol=1e-10, atol=1e-10)
@@ -579,7 +574,7 @@ def test_categories_of_a_batch_do_not_mix():
 def test_latents_of_added_categories_are_taken_back_to_features_and_count_their_volume():
     channels = (2, 2, 2, 4)
     sizes = {**SIZES, "d_concept": 4, "d_position": 4, "hidden": 6}
-    module = awake(VQFlow(channels, **sizes, n_categories=2).double()).eval()
+    module = awake(VQFlow(channels, **sizes, n_shared=2).double()).eval()
     module.add_category()
     for parameter in module.added_mixture.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
