@@ -13,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
+# Threads of torch wait for each other by the microsecond: on a busy machine those that spin meanwhile take most of the
+# time. It is read when torch is imported, later.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("vqad", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("vqad")

@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 
 from vqad import BackboneFeatures, HVQTransDetector
-from vqad.backbones import backbone_strides
+from vqad.nn.model import FeatureShape
 
 SMALL = HVQTransDetector(
     backbone=None, n_codes=16, d_model=16, n_layers=2, n_heads=2, dim_feedforward=16, max_iter=2,
@@ -60,14 +60,18 @@ def test_paper_gives_the_published_configuration():
 
 def test_paper_sees_272_channels_on_a_grid_of_14():
     paper = HVQTransDetector.paper()
-    options = paper._feature_options(backbone_strides(paper.backbone))
-    assert options == {"stages": (0, 1, 2, 3)}
-    paper.features_ = BackboneFeatures(paper.backbone, weights="random", image_size=224, merge=False, **options).fit()
+    options = paper.set_params(weights="random")._feature_options()
+    assert (options["stages"], options["image_size"]) == ((0, 1, 2, 3), 224)
+    assert "deep_size" not in options
+    features = BackboneFeatures(paper.backbone, merge=False, **options).fit()
     with torch.inference_mode():
-        maps = paper.features_.network_(torch.zeros(1, 3, 224, 224))
+        maps = features.network_(torch.zeros(1, 3, 224, 224))
     assert sum(m.shape[1] for m in maps) == 272
     assert tuple(maps[-1].shape[2:]) == (14, 14)
-    assert tuple(paper._arranged(maps).shape) == (1, 272, 14, 14)
+    shape = FeatureShape(tuple(m.shape[1] for m in maps), tuple(tuple(m.shape[2:]) for m in maps), features.strides_)
+    model = paper.model_class(**paper._model_config(shape, 1, 0))
+    assert (model.in_channels, model.grid) == (272, (14, 14))
+    assert tuple(model.arrange(maps).shape) == (1, 272, 14, 14)
 
 
 def test_paper_fits_when_made_small(maps):
@@ -98,7 +102,7 @@ def test_every_transport_fits_and_finds_the_spots(maps, transport, transport_wei
      ({"transport": "exact", "transport_weight": 1.0}, "has no gradient")],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, parameters, message, monkeypatch):
-    monkeypatch.setattr("vqad.base.FeatureStore", None)
+    monkeypatch.setattr("vqad.source.FeatureStore", None)
     with pytest.raises(ValueError, match=message):
         fit(maps, **parameters)
 
