@@ -65,7 +65,7 @@ class System:
         # Ours scores chunks of a fixed size, so that an image's score does not depend on its company, a core each.
         size = len(pixels) if self.plain else min(len(pixels), chunk_size(self.device, 49))
 
-        prepared = self.model.prepared()
+        prepared = self.model.ready()
 
         def some(rows):
             with torch.inference_mode(), self.autocast():

@@ -75,17 +75,18 @@ def normal_rows(y, n: int) -> np.ndarray:
     return rows
 
 
-def both_labels(y, n: int) -> np.ndarray:
-    """Labels to set a threshold by: (n,) of +1 and -1, with both among them."""
+def check_labels(y: Any, n: int) -> np.ndarray:
+    """Labels to set a threshold by: (n,) of +1 and -1, not all of them -1."""
     y = np.asarray(y)
     if y.shape != (n,):
         raise ValueError(f"y has shape {y.shape}, but X has {n} images: one label of +1 or -1 each is expected.")
     if not np.isin(y, (-1, 1)).all():
         values = ", ".join(map(repr, np.unique(y[~np.isin(y, (-1, 1))].astype(str))[:3].tolist()))
         raise ValueError(f"y must have the values +1 (normal) and -1 (anomaly); got {values} too.")
-    if len(np.unique(y)) == 1:
+    if not (y == 1).any():
         raise ValueError(
-            f"y is {int(y[0]):+d} for all {n} images: a threshold is set by normal images (+1) and anomalies (-1)."
+            f"y is -1 for all {n} images: a threshold is set by normal images (+1) and anomalies (-1), or by normal "
+            "images alone."
         )
     return y.astype(int)
 

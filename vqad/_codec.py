@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -213,6 +214,7 @@ class Reader:
         for name, content in state.items():
             is_module = _is_kind(content, "module")
             fields[name] = self.module(cls, name, content["module"]) if is_module else self.attribute(cls, content)
+        _check_kinds(cls, fields)
         self.objects[place] = made = cls(**fields)
         return made
 
@@ -283,6 +285,15 @@ def _check_attribute(owner: Any, name: str) -> None:
         raise Refused(
             f"{type(owner).__name__} has no parameter {name!r}; other attributes start or end with an underscore"
         )
+
+
+def _check_kinds(cls: type, fields: dict[str, Any]) -> None:
+    """Raise where a field of a dataclass is of another type than it says."""
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        allowed = tuple(get_origin(kind) or kind for kind in kinds)
+        if name in fields and Any not in allowed and not isinstance(fields[name], allowed):
+            raise Refused(f"its {cls.__name__} has {type(fields[name]).__name__} as {name}")
 
 
 def _requests(owner: Any, given: dict[str, dict[str, Any]]) -> MetadataRequest:

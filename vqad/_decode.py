@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import threading
@@ -24,8 +25,8 @@ _UNREADABLE = (
     RuntimeError,  # of the AVIF decoder
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -132,7 +133,10 @@ def not_there(path: str | os.PathLike[str], name: str) -> FileNotFoundError:
     return FileNotFoundError(f"{said_of(name, 'does')} not exist ({here}).")
 
 
-def readable(path: str, name: str) -> BinaryIO:
+def readable(path: str | bytes, name: str) -> BinaryIO:
+    """A file, or the bytes of one, to be read."""
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
     if not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path):
         raise not_there(path, name)  # to open a pipe would wait for its other end
     try:
@@ -142,12 +146,54 @@ def readable(path: str, name: str) -> BinaryIO:
 
 
 @contextmanager
-def opened(path: str, name: str) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong is told with the image's name."""
+def opened(path: str | bytes, name: str, *, of_any_size: bool = False) -> Iterator[Image.Image]:
+    """Open an image file, or the bytes of one; whatever goes wrong is told with the image's name.
+
+    With `of_any_size` also one over Pillow's limit, of which nothing but the header is to be read.
+    """
     # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
     # plain TIFF files that are turned by their orientation tag when it opens them by name.
-    with readable(path, name) as file, _decoding(name), Image.open(file) as image:
+    with readable(path, name) as file, _decoding(name), _image_of(file, of_any_size) as image:
         yield image
+
+
+def _image_of(file: BinaryIO, of_any_size: bool) -> Image.Image:
+    try:
+        return Image.open(file)
+    except _TOO_LARGE:
+        image = _opened_unchecked(file)
+        if of_any_size:
+            return image
+        raise _too_large(image) from None
+
+
+def _opened_unchecked(file: BinaryIO) -> Image.Image:
+    """What Image.open gives, but for its check of the size: to lift that for a moment would lift it in every thread."""
+    file.seek(0)
+    start = file.read(16)
+    for kind in Image.ID:
+        factory, accepts = Image.OPEN[kind]
+        try:
+            if accepts is None or accepts(start) is True:
+                file.seek(0)
+                return factory(file, "")
+        except _UNREADABLE:
+            continue
+    raise ValueError("it has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows")
+
+
+def _too_large(image: Image.Image) -> ValueError:
+    width, height = image.size
+    image.close()
+    return _LargerThanAllowed(
+        f"{height} x {width} pixels, {height * width:,}, and Pillow refuses so many, as a small file may be made to "
+        "fill all memory. If you trust it, set PIL.Image.MAX_IMAGE_PIXELS = None first, or pass its pixels as an "
+        "array; or crop it, or make it smaller."
+    )
+
+
+class _LargerThanAllowed(ValueError):
+    """An image over the limit that Pillow has been given."""
 
 
 @contextmanager
@@ -166,6 +212,13 @@ def loaded(image: Image.Image, name: str) -> Iterator[Image.Image]:
 def _decoding(name: str) -> Iterator[None]:
     try:
         yield
+    except _LargerThanAllowed as error:
+        raise ValueError(f"{said_of(name, 'has')} {error}") from error
+    except _TOO_LARGE as error:
+        raise ValueError(
+            f"{said_of(name, 'has')} more pixels than Pillow allows ({error}). If you trust it, set "
+            "PIL.Image.MAX_IMAGE_PIXELS = None first, or pass its pixels as an array; or crop it, or make it smaller."
+        ) from error
     except _UNREADABLE as error:
         raise ValueError(f"{said_of(name, 'is')} truncated or not an image ({error}).") from error
 
@@ -184,6 +237,15 @@ def _upright(image: Image.Image) -> Image.Image:
         image.load()  # newer Pillow turns TIFF files itself, and only then drops the tag
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def turned_by(path: str, name: str) -> tuple[int, tuple[int, int]]:
+    """Which of EXIF's orientations an image file has, 1 for none, and its height and width as they are stored."""
+    with opened(path, name, of_any_size=True) as image:
+        turn, (width, height) = _orientation(image), image.size
+        if image.format == "TIFF" and turn > 4 and upright_size(image) == (height, width):
+            height, width = width, height  # newer Pillow gives the size of the turned image
+        return turn, (height, width)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class Shared:
         "auto": the training images are taken as clean and ``offset_`` is the conformal quantile of held-out
         images at ``false_alarm_rate``. A float: that quantile of the training images' scores.
     false_alarm_rate : float, default=0.05
-        Share of normal images that may be called anomalous.
+        Share of normal images that may be called anomalous. Set after `fit` it moves the thresholds at once.
     calibration_fraction : float, default=0.2
         Share of the images, or of the groups given to `fit`, that is not trained on but sets scales and thresholds.
     threshold : {"global", "category"}, default="global"

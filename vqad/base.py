@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,15 +14,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from vqad import fitting
-from vqad._checks import both_labels, check_category, check_groups, check_range, normal_rows, of_rows
+from vqad._checks import check_category, check_groups, check_range, normal_rows, of_rows
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
 from vqad.datasets import ImageDataset
+from vqad.deciding import Deciding
 from vqad.engine import Engine, seeded
 from vqad.features import check_image_size, fit_features
 from vqad.judging import FORM_OF_X, Judging
-from vqad.scoring import judge_images
 from vqad.store import FeatureArray
-from vqad.thresholds import labelled_offset, threshold_rule
 from vqad.training import TrainingPlan
 
 # A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
@@ -34,7 +33,7 @@ NOT_OF_THE_TRAINING = {
 }  # fmt: skip
 
 
-class BaseImageDetector(Judging, OutlierMixin, BaseEstimator):
+class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
     """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
 
     A detector adds its parameters, ``model_class``, an `AnomalyModel`, and two hooks: ``_stages(strides)`` says which
@@ -231,90 +230,6 @@ class BaseImageDetector(Judging, OutlierMixin, BaseEstimator):
         label : ndarray of shape (n,), int
         """
         return self.fit(X, y, category=category, groups=groups).predict(X)
-
-    def set_threshold(self, X, y, target="f1", *, recall=0.95, miss_cost=1.0, false_alarm_cost=1.0):
-        """Set ``offset_`` by labelled images, where some defects are at hand.
-
-        With ``threshold="category"`` each category gets its own, from the images that are judged as it; categories
-        without both labels keep theirs. Scores, p-values and ``map_threshold_`` stay as they are. `fit` and
-        `partial_fit` set ``offset_`` anew.
-
-        Parameters
-        ----------
-        X : images, or features with ``backbone=None``
-            None that `fit` has seen: those it trained on score too well.
-        y : array-like of shape (n,) of +1 / -1
-            +1 normal, -1 anomaly; both must occur.
-        target : {"f1", "recall", "cost"}, default="f1"
-            What the threshold is best for: the largest F1, anomalies being the positive class; the fewest false alarms
-            with at least the share ``recall`` of the anomalies found; or the smallest total cost. Where several serve
-            equally well it is the one with the fewest false alarms. It lies midway between two scores.
-        recall : float in (0, 1], default=0.95
-            Least share of the anomalies to find, of ``target="recall"``.
-        miss_cost, false_alarm_cost : float, default=1.0
-            What one missed anomaly and one false alarm cost, of ``target="cost"``.
-
-        Returns
-        -------
-        self : object
-
-        Raises
-        ------
-        NotFittedError
-            When the detector is not fitted.
-        ValueError
-            When y has other values, only one of the two or the wrong length, or a parameter is out of its range.
-        RuntimeError
-            When meanwhile another thread fitted the detector.
-
-        Warns
-        -----
-        UserWarning
-            Of categories that keep their offset.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from vqad import HVQTransDetector
-        >>> rng = np.random.default_rng(0)
-        >>> good, bad = rng.normal(0, 1, (120, 8)), rng.normal(9, 1, (10, 8))
-        >>> detector = HVQTransDetector(backbone=None, max_iter=1, false_alarm_rate=0.1, random_state=0)
-        >>> detector = detector.fit(good[:80]).set_threshold(np.vstack([good[80:], bad]), np.repeat([1, -1], [40, 10]))
-        >>> detector.predict(bad[:3])
-        array([-1, -1, -1])
-        """
-        now = self._now()
-        rule = threshold_rule(target, recall, miss_cost, false_alarm_cost)
-        source, before = now._source(X), now._fitted
-        y = both_labels(y, len(source))
-        judged = judge_images(before.scorer, source, np.arange(len(source)), keep_maps=False)
-        per_category = self.threshold == "category"
-        old = before.thresholds
-        offset = labelled_offset(old.offset, per_category, before.categories, -judged.score, judged.category, y, rule)
-        if self._fitted.scorer is not before.scorer:
-            raise RuntimeError("Another thread's fit ended while the threshold was set: set it again.")
-        origin = f"{target} on {len(y)} labelled images"
-        self._fitted = replace(before, thresholds=replace(old, offset=offset, origin=origin))
-        return self
-
-    def rename_categories(self, names):
-        """Give the categories other labels.
-
-        Parameters
-        ----------
-        names : array-like of shape (n_categories,) of str or int
-            In the order of ``categories_``, all different.
-
-        Returns
-        -------
-        self : object
-        """
-        before = self.fitted_
-        names = check_category(names, len(before.categories))
-        if len(np.unique(names)) < len(names):
-            raise ValueError(f"names must be all different; got {names.tolist()}.")
-        self._fitted = replace(before, categories=names)
-        return self
 
     # ---------------------------------------------------------------- what the functions below are given
 

@@ -161,13 +161,16 @@ class Thresholds:
     map_threshold : float
     conformal : ConformalCalibration
         Makes p-values.
+    rate : float
+        Share of normal images that may be called anomalous, for which they were set.
     origin : str or None
-        What set the offset if `fit` did not.
+        What set the offset if no rate did.
     """
 
     offset: Any
     map_threshold: float
     conformal: ConformalCalibration
+    rate: float
     origin: str | None = None
 
     def offset_of(self, category: np.ndarray) -> Any:
@@ -276,7 +279,7 @@ def set_thresholds(
         if contamination == "auto":
             warnings.simplefilter("ignore", UserWarning)  # said of the offset already
         map_threshold = conformal_quantile(np.sort(held_out.peak), rate)
-    return Thresholds(offset if per_category else float(offset[0]), map_threshold, conformal)
+    return Thresholds(offset if per_category else float(offset[0]), map_threshold, conformal, rate)
 
 
 def _shape(field: Tensor) -> tuple[int, int, int]:

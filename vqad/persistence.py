@@ -23,6 +23,7 @@ from vqad._codec import Reader, Refused, Writer, WrongArgument, dtype_name
 from vqad._warn import warn
 from vqad.base import BaseImageDetector
 from vqad.engine import undisturbed
+from vqad.fitted import Fitted
 from vqad.registry import detector_classes
 
 FORMAT_VERSION = 1
@@ -132,7 +133,8 @@ def _decode(path: Path, metadata: dict[str, str], reader: Reader) -> BaseImageDe
             detector = reader.decode(json.loads(metadata["detector"]))
         if not isinstance(detector, BaseImageDetector):
             raise Refused("it holds no detector")
-        check_is_fitted(detector)
+        if not isinstance(vars(detector).get("_fitted"), Fitted):
+            raise Refused("its detector is not fitted")
         return detector
     except FileNotFoundError as error:
         raise FileNotFoundError(

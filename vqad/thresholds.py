@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
 from vqad._warn import warn
+from vqad.calibration import conformal_quantile
 
 _RULE_CONSTRAINTS = {
     "target": [StrOptions({"f1", "recall", "cost"})],
@@ -38,6 +39,11 @@ def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cos
         "cost": lambda score, y: cost_threshold(score, y, miss_cost, false_alarm_cost),
     }
     return rules[target]
+
+
+def quantile_rule(rate: float) -> Rule:
+    """The threshold by normal images alone: the conformal quantile of their scores at this rate of false alarms."""
+    return lambda score, y: -conformal_quantile(np.sort(-score), rate)
 
 
 def f1_threshold(score: np.ndarray, y: np.ndarray) -> float:
@@ -130,7 +136,7 @@ def labelled_offset(
     lacking = []
     for c in range(len(categories)):
         own = category == c
-        if len(np.unique(y[own])) == 2:
+        if len(np.unique(y[own])) == len(np.unique(y)):
             offsets[c] = rule(score[own], y[own])
         else:
             lacking.append(str(categories[c]))

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export):
+    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export, _add_recalibrate):
         command = add(commands)
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
@@ -155,6 +155,33 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file")
     command.add_argument(
         "--maps", type=_folder, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
+    )
+    command.add_argument(
+        "--false-alarm-rate", type=float, metavar="RATE", help="another share of false alarms than the model is set for"
+    )
+    _add_device(command)
+    return command
+
+
+def _add_recalibrate(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "recalibrate",
+        "set the thresholds of a model anew, without training",
+        "With --false-alarm-rate alone they come from the images that vqad fit held out. With DIR, a folder of new\n"
+        "normal images or one sub-folder a category, scores are standardised by these: after a change of lamp or\n"
+        "camera, normal images are normal again.\n"
+        "examples:\n"
+        "  vqad recalibrate model.safetensors --false-alarm-rate 0.01 -o strict.safetensors\n"
+        "  vqad recalibrate model.safetensors good-parts-under-the-new-lamp/ -o new.safetensors",
+    )
+    _add_model(command)
+    command.add_argument("directory", type=_name, nargs="?", metavar="DIR", help="folder of new normal images")
+    command.add_argument(
+        "-o", "--output", type=_file, required=True, metavar="MODEL", help="file to write the model to"
+    )
+    command.add_argument(
+        "--false-alarm-rate", type=float, metavar="RATE", help="share of normal images that may be called anomalous"
     )
     _add_device(command)
     return command

@@ -91,6 +91,8 @@ def score(arguments: argparse.Namespace) -> int:
         check_folder_of_maps(arguments.maps, arguments.images)
     data = check_images(paths)
     detector = _loaded(arguments)
+    if arguments.false_alarm_rate is not None:
+        detector.recalibrate(false_alarm_rate=arguments.false_alarm_rate)
     if arguments.maps is not None:
         arguments.maps.mkdir(parents=True, exist_ok=True)
     shown = [printable(path) for path in paths]
@@ -137,6 +139,25 @@ def _is_readable(data: ImageSequence, i: int) -> bool:
         complain(f"error: {one_line(error)}")
         return False
     return True
+
+
+def recalibrate(arguments: argparse.Namespace) -> int:
+    rate = arguments.false_alarm_rate
+    if rate is None and arguments.directory is None:
+        raise ValueError("nothing to do: give a folder of new normal images, --false-alarm-rate, or both.")
+    target = writable(arguments.output)
+    replaceable(target)
+    images = None if arguments.directory is None else training_images(arguments.directory)
+    spare([arguments.model, *([] if images is None else files(images))], [target])
+    detector = _loaded(arguments)
+    named = images is not None and set(images.category) <= set(detector.categories_.astype(str))
+    category = images.category if named and detector.categories_.dtype.kind == "U" else None
+    detector.recalibrate(images, category=category, false_alarm_rate=rate)
+    vqad.save(detector, target)
+    seen = "the images held out at fit" if images is None else f"{len(images)} normal images"
+    print(f"threshold {_thresholds(detector)} from {seen}, for a false-alarm rate of {detector.false_alarm_rate:g}")
+    print(f"model written to {target}")
+    return OK
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -219,6 +219,20 @@ class TermScorer(Configured):
         self.ends[category] = torch.stack(_center_and_scale(fused))
         return _left_out(fused, torch.ones_like(is_held)), combined.flatten(1).amax(1)
 
+    @torch.no_grad()
+    def rescale(self, category: int, score: Tensor) -> Tensor:
+        """Let images with these scores (n,) be the typical ones of a category from now on.
+
+        Returns
+        -------
+        score : Tensor of shape (n,)
+            Of each image as if it had taken no part.
+        """
+        center, scale = _center_and_scale(score)
+        before = self.ends[category].clone()
+        self.ends[category] = torch.stack([before[0] + before[1] * center, before[1] * scale])
+        return _left_out(score, torch.ones(len(score), dtype=torch.bool))
+
 
 def _highest(maps: Tensor, share: float) -> Tensor:
     """Mean of the highest ``share`` of the cells of maps (N, h, w), at least one, (N,) in float64."""

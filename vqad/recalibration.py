@@ -1,0 +1,92 @@
+"""Other thresholds without another training: for another rate, or from new normal images; the model stays."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from vqad._checks import known_index
+from vqad.calibration import HeldOut, Seen, set_thresholds
+from vqad.fitted import Fitted
+from vqad.fitting import Images
+from vqad.nn.terms import TermScorer
+from vqad.routing import describe
+from vqad.scoring import Scorer, by_category, score_and_map
+
+
+def at_rate(before: Fitted, contamination: Any, rate: float) -> Fitted:
+    """Thresholds for a rate of false alarms, from the images that were held out."""
+    per_category = before.thresholds.conformal.per_category
+    thresholds = set_thresholds(before.held_out, before.seen, before.categories, contamination, rate, per_category)
+    return replace(before, thresholds=thresholds)
+
+
+def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -> Fitted:
+    """Scales of scores, and thresholds, of the categories of these images; others keep what they had.
+
+    Raises
+    ------
+    ValueError
+        When a label is not known, or a category has a single image or group.
+    """
+    scorer = copy.deepcopy(before.scorer)
+    descriptor, index, score, peak = _judged(images, before)
+    if images.category is not None:
+        index = known_index(images.category, before.categories)
+        if (index < 0).any():
+            raise ValueError(
+                f"category has {images.category[index < 0][0].item()!r}, which was not learned; known are "
+                f"{before.categories.tolist()}. Use partial_fit to add categories."
+            )
+    rows = _one_of_each_group(images.groups, len(index), before.seed)
+    scorer.router.set_limits(descriptor, index, n_known=len(before.categories))
+    terms, held = cast(TermScorer, scorer.terms), before.held_out
+    for c in np.unique(index):
+        own = rows[index[rows] == c]
+        if len(own) < 2:
+            unit = "image" if images.groups is None else "group"
+            raise ValueError(
+                f"category {before.categories[c].item()!r} has 1 normal {unit} to recalibrate from: scores of at least "
+                "2 say how they differ; some dozens hold what is asked of thresholds."
+            )
+        others = HeldOut(*(each[held.category != c] for each in vars(held).values()))
+        standard = terms.rescale(int(c), torch.from_numpy(score[own])).numpy()
+        held = others.append(HeldOut(np.full(len(own), c), standard, peak[own]))
+    seen = Seen() if contamination == "auto" else Seen(held.category, held.score)
+    return at_rate(replace(before, scorer=scorer, held_out=held, seen=seen), contamination, rate)
+
+
+def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each image its descriptor, nearest category, score in that category or the given one, and highest cell."""
+    source, rows, category, _ = images
+    given = None if category is None else dict(zip(rows.tolist(), known_index(category, before.categories).tolist()))
+    ready, resident = cast(Scorer, source.engine.ready(before.scorer)), source.engine.resident(before.scorer)
+
+    def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        judged: list[tuple[np.ndarray, ...]] = []
+        for chunk, maps in source.chunks(part):
+            with torch.inference_mode():
+                descriptor = describe(maps)
+                index = resident.router(descriptor)[0].cpu().numpy()
+            if given is not None:
+                index = np.maximum([given[i] for i in chunk.tolist()], 0)
+            found = by_category(ready, maps, index, source.engine, score_and_map)
+            peak = found["map"].reshape(len(chunk), -1).max(1).astype(np.float64)
+            judged.append((descriptor.cpu().numpy(), index, found["score"].astype(np.float64), peak))
+        return judged
+
+    columns = zip(*source.side_by_side(judge, rows))
+    descriptor, index, score, peak = (np.concatenate(column) for column in columns)
+    return descriptor, index, score, peak
+
+
+def _one_of_each_group(groups: np.ndarray | None, n: int, seed: int) -> np.ndarray:
+    """Rows of which each is of a group of its own, drawn at random: more of one group say nothing of new groups."""
+    if groups is None:
+        return np.arange(n)
+    order = np.random.RandomState(seed % 2**32).permutation(n)
+    return np.sort(order[np.unique(groups[order], return_index=True)[1]])
