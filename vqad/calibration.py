@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from vqad._checks import some_of_each
@@ -96,6 +98,38 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
         )
         return float(scores[-1])
     return float(scores[max(rank, 1) - 1])
+
+
+def drift_p_value(held_out: np.ndarray, score: np.ndarray, seed: int = 0) -> float:
+    r"""P-value of "these images, in their order, are exchangeable with the ones held out", valid whenever one stops.
+
+    Each image in turn is ranked among those held out and those before it: under exchangeability the ranks, ties broken
+    at random, are independent and uniform, :math:`p_1, p_2, \dots` (Vovk, Nouretdinov, Gammerman: Testing
+    Exchangeability On-Line, ICML 2003). The mean over :math:`\epsilon` of :math:`\prod_i \epsilon p_i^{\epsilon - 1}`
+    is a martingale that grows where scores are higher than before, and by Ville's inequality reaches :math:`1/\alpha`
+    with a probability of :math:`\alpha` at most.
+
+    Parameters
+    ----------
+    held_out : ndarray of shape (m,)
+        Anomaly scores of normal images.
+    score : ndarray of shape (n,)
+        Of new ones, in the order in which they came.
+
+    Returns
+    -------
+    p : float
+        In (0, 1]; 1 without images.
+    """
+    known, rng = sorted(held_out.tolist()), np.random.RandomState(seed % 2**32)
+    log_p = np.zeros(len(score) + 1)
+    for k, s in enumerate(score.tolist(), 1):
+        first, last = bisect_left(known, s), bisect_right(known, s)
+        log_p[k] = math.log((len(known) - last + (last - first + 1) * (1.0 - rng.uniform())) / (len(known) + 1))
+        known.insert(last, s)
+    epsilon, n = np.linspace(0.05, 0.95, 19), np.arange(len(log_p))
+    log_bets = n[:, None] * np.log(epsilon) + np.cumsum(log_p)[:, None] * (epsilon - 1.0)
+    return math.exp(-max(0.0, float(logsumexp(log_bets, axis=1).max()) - math.log(len(epsilon))))
 
 
 # ---- what is learned ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from vqad._checks import check_features
+from vqad.calibration import drift_p_value
 from vqad.engine import Engine
 from vqad.explain import explain_images
 from vqad.images import check_images
@@ -98,6 +99,31 @@ class Judging:
             In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
         """
         return self.judge(X, keep_maps=False).p_value
+
+    def drift(self, X):
+        """Whether normal images still are what was learned: p-value of "nothing has changed".
+
+        It looks for scores that are higher than those of the images that `fit` held out: another lamp, a worn tool,
+        another camera. A few defects among many images do not matter, many do.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            In the order in which they were taken, none that `fit` has seen.
+
+        Returns
+        -------
+        p : float
+            In (0, 1]. It may be looked at after every image: while nothing has changed it ever falls to alpha or less
+            with a probability of alpha at most.
+
+        See Also
+        --------
+        recalibrate : Scales and thresholds from new normal images.
+        """
+        now = self._now()
+        fitted = now._fitted
+        return drift_p_value(fitted.held_out.score, now.judge(X, keep_maps=False).score, fitted.seed)
 
     def judge(self, X, *, rows=None, keep_maps=True):
         """All that is known of each image after one pass: score, threshold, p-value, label, category and map.

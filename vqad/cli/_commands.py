@@ -16,6 +16,7 @@ import numpy as np
 import vqad
 from vqad._decode import not_there
 from vqad.base import BaseImageDetector
+from vqad.calibration import drift_p_value
 from vqad.cli._arguments import DRAWN_SIDE
 from vqad.cli._files import (
     check_folder_of_maps,
@@ -100,6 +101,7 @@ def score(arguments: argparse.Namespace) -> int:
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
     heading = f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label"
     n_anomalies = n_scored = 0
+    scores: list[float] = []
     with csv_rows(arguments.csv) as write:
         for start in range(0, len(paths), ROWS_AT_ONCE):
             rows, verdicts = _judged(detector, data, range(start, min(start + ROWS_AT_ONCE, len(paths))))
@@ -111,6 +113,7 @@ def score(arguments: argparse.Namespace) -> int:
                 label = "anomaly" if verdicts.label[k] == -1 else "normal"
                 name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
                 print(f"{shown[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
+                scores.append(score)
                 write([paths[i], name, score, float(verdicts.threshold[k]), p, label])
                 if arguments.maps is not None:
                     write_image(arguments.maps / outputs[i], _drawn(detector, data, i, verdicts, k))
@@ -118,6 +121,9 @@ def score(arguments: argparse.Namespace) -> int:
             n_scored += len(rows)
     if n_scored:
         print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
+        p = drift_p_value(detector.fitted_.held_out.score, np.array(scores), 0)
+        meaning = "the images are not what was learned, or many are defective" if p < 0.01 else "nothing seems changed"
+        print(f"drift: p = {p:.2g}, {meaning}")
     return OK if n_scored == n_asked else USER_ERROR
 
 
