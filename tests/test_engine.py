@@ -1,10 +1,12 @@
-"""Where and how to compute: modules that move, and what torch keeps for the whole process."""
+"""Where and how to compute: modules on a device, and what torch keeps for the whole process."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,42 +15,74 @@ from PIL import Image
 
 import vqad._decode
 import vqad.backbones
-from vqad.engine import on_device, one_core_each, seeded, side_by_side, undisturbed
-from vqad.features import readers
+from vqad.engine import Engine, one_core_each, seeded, side_by_side, undisturbed
 from vqad.images import check_images
+from vqad.streaming import readers
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
 
 
-class Moving:
-    """Notes where it is; the first move may fail."""
+class Counted(torch.nn.Module):
+    """Notes how often something was made of it."""
 
-    def __init__(self, fails=False):
-        self.fails, self.where = fails, "cpu"
+    def __init__(self):
+        super().__init__()
+        self.weight, self.made = torch.nn.Parameter(torch.zeros(3)), []
 
-    def to(self, device):
-        if self.fails and str(device) != "cpu":
-            self.fails = False
-            raise torch.cuda.OutOfMemoryError("full")
-        self.where = str(device)
-
-
-def test_a_module_goes_back_with_the_last_of_its_users():
-    module = Moving()
-    with on_device(module, ELSEWHERE):
-        with on_device(module, ELSEWHERE):
-            assert module.where == "cuda"
-        assert module.where == "cuda"
-    assert module.where == "cpu"
+    def ready(self):
+        self.made.append(torch.nn.Linear(1, 1))
+        return self.made[-1]
 
 
-def test_a_move_that_failed_is_no_use():
-    module = Moving(fails=True)
-    with pytest.raises(torch.cuda.OutOfMemoryError), on_device(module, ELSEWHERE):
-        pass
-    with on_device(module, ELSEWHERE):
-        assert module.where == "cuda"
-    assert module.where == "cpu"
+def test_on_a_cpu_a_module_is_where_it_belongs():
+    module = Counted()
+    assert Engine(CPU).resident(module) is module
+
+
+def test_a_copy_stays_on_the_device_as_long_as_its_module_lives():
+    module, other, elsewhere = Counted(), Counted(), Engine(torch.device("meta"))
+    there = elsewhere.resident(module)
+    assert there.weight.device.type == "meta"
+    assert module.weight.device.type == "cpu"
+    assert elsewhere.resident(module) is there
+    assert elsewhere.resident(other) is not there
+    copy = weakref.ref(there)
+    del module, there
+    gc.collect()
+    assert copy() is None
+
+
+def test_a_move_that_failed_leaves_nothing(monkeypatch):
+    module, elsewhere = Counted(), Engine(torch.device("meta"))
+    with monkeypatch.context() as full:
+        full.setattr(Counted, "to", never)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            elsewhere.resident(module)
+    assert module.weight.device.type == "cpu"
+    assert elsewhere.resident(module).weight.device.type == "meta"
+
+
+def never(*args):
+    raise torch.cuda.OutOfMemoryError("full")
+
+
+def test_what_is_ready_is_made_once_for_each_device():
+    module = Counted()
+    ready = Engine(CPU).ready(module)
+    assert Engine(CPU).ready(module) is ready
+    assert Engine(CPU, torch.bfloat16).ready(module) is ready
+    assert len(module.made) == 1
+    assert Engine(torch.device("meta")).ready(module) is not ready
+
+
+def test_threads_that_ask_at_once_get_one_copy():
+    module, elsewhere, found = Counted(), Engine(torch.device("meta")), []
+    threads = [threading.Thread(target=lambda: found.append(elsewhere.resident(module))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == 1
 
 
 def test_threads_that_are_born_while_others_compute_with_one_core_each():
