@@ -14,11 +14,11 @@ from sklearn.exceptions import NotFittedError
 import vqad
 import vqad.prototypes
 from vqad import HVQTransDetector, VQFlowDetector
-from vqad.base import resize_map
 from vqad.datasets import make_textured_parts
 from vqad.explain import Explanation
 from vqad.prototypes import Prototypes
 from vqad.scoring import FAR_WEIGHT
+from vqad.verdicts import resize_map
 
 DETECTORS = [
     HVQTransDetector(
@@ -139,7 +139,7 @@ def stacked(explained, attribute):
 
 def test_terms_are_exactly_those_of_the_map_and_the_score(fitted, explained):
     """Standardised by what is known of the category, they give the map, and with their highest cells the score."""
-    scorer = fitted.scorer_
+    scorer = fitted.scorer_.terms
     for c, category in enumerate(fitted.categories_):
         own = [e for e in explained if e.category == category]
         assert len(own) > 20
@@ -170,7 +170,7 @@ def test_the_map_is_brought_to_the_size_of_the_image(on_images, parts):
 
 def test_contributions_add_up_to_the_map(fitted, explained):
     for e in explained[::7]:
-        assert e.contributions.keys() == fitted.scorer_.weight.keys() <= e.terms.keys()
+        assert e.contributions.keys() == fitted.scorer_.terms.weight.keys() <= e.terms.keys()
         assert {heat.shape for heat in e.contributions.values()} == {e.standardized.shape}
         np.testing.assert_allclose(sum(e.contributions.values()), e.standardized, rtol=1e-3, atol=1e-3)
         row, col = e.worst_cell
@@ -228,7 +228,8 @@ def test_images_of_different_sizes_are_explained_on_one_grid(on_images, parts):
 
 def encoded(fitted, X, category):
     """What the model quantises, (n, cells, D) of each codebook, one image at a time."""
-    scaled = (torch.from_numpy(X).permute(0, 3, 1, 2) - fitted.scorer_.scaling.mean_0) / fitted.scorer_.scaling.scale_0
+    scaling = fitted.scorer_.scaling
+    scaled = ((torch.from_numpy(X) - scaling.mean_0) / scaling.scale_0).permute(0, 3, 1, 2)
     out = {}
     with torch.no_grad():
         for x, c in zip(scaled[:, None], torch.from_numpy(category)[:, None]):
