@@ -74,6 +74,18 @@ class LazyArray(Lazy):
 
 # ---- one picture, one array of pixels, whatever the form -----------------------------------------
 
+
+def written(image, form="PNG"):
+    """A file in memory as it is left by writing."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **({"lossless": True} if form == "WEBP" else {}))
+    return file
+
+
+def encoded(images, form):
+    return [written(image, form).getvalue() for image in images]
+
+
 FORMS = {
     "array": lambda x, folder: x,
     "read-only array": lambda x, folder: np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape),
@@ -96,6 +108,15 @@ FORMS = {
     "array of bytes": lambda x, folder: np.array([os.fsencode(path) for path in save_all(folder, x)]),
     "object array of paths": lambda x, folder: np.array(save_all(folder, x), dtype=object),
     "TIFF paths": lambda x, folder: save_all(folder, x, ".tiff"),
+    "bytes of PNG files": lambda x, folder: encoded(x, "PNG"),
+    "bytearrays": lambda x, folder: list(map(bytearray, encoded(x, "PNG"))),
+    "views of bytes of TIFF files": lambda x, folder: tuple(map(memoryview, encoded(x, "TIFF"))),
+    "array of bytes of PNG files": lambda x, folder: np.array(encoded(x, "PNG")),
+    "array of bytes of BMP files": lambda x, folder: np.array(encoded(x, "BMP")),
+    "object array of bytes": lambda x, folder: np.array(encoded(x, "WEBP"), dtype=object),
+    "files in memory, at their end": lambda x, folder: [written(image) for image in x],
+    "open files": lambda x, folder: [path.open("rb") for path in save_all(folder, x)],
+    "lazy files": lambda x, folder: Lazy([io.BytesIO(file) for file in encoded(x, "PNG")]),
     "lazy": lambda x, folder: Lazy(x),
     "lazy paths": lambda x, folder: Lazy(save_all(folder, x)),
     "lazy array": lambda x, folder: LazyArray(x),
@@ -546,6 +567,128 @@ def test_size_of_a_file_reads_only_its_header(tmp_path, colour_images):
     assert check_images([path]).size(0) == (20, 24)
 
 
+def test_bytes_are_the_file_that_they_are_of(tmp_path, colour_images):
+    """Size, digest and warnings too; what is no image is named."""
+    [path] = save_all(tmp_path, colour_images[:1])
+    images = check_images([path, path.read_bytes(), io.BytesIO(path.read_bytes())])
+    assert len({images.digest(i) for i in range(3)}) == 1
+    assert [images.size(i) for i in range(3)] == [(20, 24)] * 3
+    assert [images.path(i) for i in range(3)] == [str(path), None, None]
+    assert torch.equal(pickle.loads(pickle.dumps(images)).load([2], (8, 8)), images.load([0], (8, 8)))
+    broken = check_images([path.read_bytes(), path.read_bytes()[:80], b"no image"])
+    for i in (1, 2):
+        with pytest.raises(ValueError, match=rf"^image {i} of X is truncated or not an image"):
+            broken.pixels(i)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(colour_images[0]).save(file, "JPEG", exif=exif)
+    assert check_images([file]).pixels(0).shape == (24, 20, 3)
+    frames = [Image.new("L", (5, 4), value) for value in (50, 200)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=r"^image 0 of X has several pages or frames"):
+        check_images([file.getvalue()]).pixels(0)
+
+
+def test_a_file_that_cannot_be_rewound_is_read_once(colour_images):
+    class Upload:
+        """What a web server gives."""
+
+        def __init__(self, content):
+            self.content = content
+
+        def read(self):
+            return self.content
+
+    class AsyncUpload(Upload):
+        async def read(self):
+            return self.content
+
+    content = written(colour_images[0]).getvalue()
+    np.testing.assert_array_equal(
+        check_images([Upload(content)]).pixels(0), (colour_images[0] / 255).astype(np.float32)
+    )
+    with pytest.raises(
+        TypeError, match=r"image 0 of X is a file, .*AsyncUpload, that gives coroutine in place of bytes"
+    ):
+        check_images([AsyncUpload(content)])
+
+
+def test_data_set_of_pairs_is_refused_with_the_way_out():
+    image = Image.new("L", (5, 5))
+    for item, way in (
+        ((image, 0), r"a tuple of PIL\.Image\.Image, int.*\[item\[0\] for item in X\].*labels as y"),
+        ({"image": image, "label": 0}, r"a dict of 'image', 'label'.*\[item\['image'\] for item in X\]"),
+        ({"label": 0, "pixels": image}, r"item\['pixels'\]"),
+        ([torch.zeros(3, 5, 5), 1], r"a list of torch\.Tensor, int"),
+        ((), "a tuple of nothing; an image is an array"),
+    ):
+        with pytest.raises(TypeError, match=rf"image 1 of X is {way}" if way[0] == "a" else way):
+            check_images(Lazy([image, item])).load([1], (8, 8))
+    rows = [[np.full((4, 3), value) for value in (0.1, 0.2)], [np.full((4, 3), value) for value in (0.3, 0.4)]]
+    assert check_images(rows).size(1) == (2, 4), "nested rows of pixels are no pairs"
+
+
+# ---- images over Pillow's limit ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "bytes"])
+def test_an_image_over_pillows_limit_is_refused_with_the_remedy_and_read_when_the_limit_is_lifted(
+    form, tmp_path, colour_images, monkeypatch
+):
+    path = tmp_path / "line"
+    Image.fromarray(colour_images[0]).save(path, "PNG" if form == "bytes" else form)
+    X = [path.read_bytes()] if form == "bytes" else [path]
+    expected = check_images(X).pixels(0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 239)
+    images = check_images(X)
+    assert images.size(0) == (20, 24)
+    for read in (images.pixels, lambda i: images.load([i], (8, 8))):
+        with pytest.raises(ValueError, match=r"has 20 x 24 pixels, 480, and .*MAX_IMAGE_PIXELS = None.*array.*crop"):
+            read(0)
+    assert images.digest(0)
+    assert Image.MAX_IMAGE_PIXELS == 239
+    for limit in (None, 480):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        np.testing.assert_array_equal(images.pixels(0), expected)
+
+
+def test_a_decoder_that_has_the_limit_itself_refuses_with_the_remedy(tmp_path, monkeypatch):
+    Image.new("L", (24, 20), 255).save(tmp_path / "a.webp")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.webp', has .* pixels.* Pillow refuses so many.*MAX_IMAGE_PIXELS = None"):
+        check_images([tmp_path / "a.webp"]).pixels(0)
+
+
+def test_a_large_image_that_is_turned_has_its_size_upright_and_a_large_mask_is_refused_too(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "a.png"):
+        Image.new("L", (24, 20), 255).save(tmp_path / name, exif=exif)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for name in ("a.jpg", "a.png"):
+        assert check_images([tmp_path / name]).size(0) == (24, 20)
+    with pytest.raises(ValueError, match=r"^mask '.*a\.png' has 20 x 24 pixels, 480, .*MAX_IMAGE_PIXELS"):
+        read_mask(str(tmp_path / "a.png"))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"b\.png', is truncated or not an image"):
+        check_images([tmp_path / "b.png"]).size(0)
+
+
+def test_pillows_warning_of_a_large_image_may_be_an_error(tmp_path, monkeypatch):
+    Image.new("L", (24, 20), 255).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # from there on it warns, from twice as many it refuses
+    images = check_images([tmp_path / "a.png"])
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert images.pixels(0).shape == (20, 24, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"a\.png', has 20 x 24 pixels, 480, .*MAX_IMAGE_PIXELS"):
+            images.pixels(0)
+        assert images.size(0) == (20, 24)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 
@@ -649,6 +792,13 @@ def test_pickled_paths_do_not_carry_pixels(tmp_path):
 
 # ---- what is refused, and how --------------------------------------------------------------------
 
+
+def closed_file():
+    file = io.BytesIO(b"\x89PNG")
+    file.close()
+    return file
+
+
 BAD_FORMS = {
     "empty list": ([], ValueError, "X is empty"),
     "empty array": (np.zeros((0, 8, 8)), ValueError, "X is empty"),
@@ -685,8 +835,36 @@ BAD_FORMS = {
     "path and number": (np.array([__file__, 3], dtype=object), TypeError, "image 1 of X is int; an image is"),
     "list with None": ([np.zeros((8, 8)), None], ValueError, "image 1 of X is missing, None: give its path, or"),
     "nan among paths": (np.array([__file__, np.nan], dtype=object), ValueError, "image 1 of X is missing, nan"),
-    "list of bytes": ([b"\x89PNG"], TypeError, "image 0 of X is bytes"),
-    "pairs": ([(np.zeros((8, 8)), 1)], ValueError, "list of tuple"),
+    "no bytes": ([b""], ValueError, "image 0 of X has no bytes"),
+    "the bytes of one image": (b"\x89PNG", ValueError, r"bytes of a single image.*\[X\]"),
+    "one open file": (io.BytesIO(b"\x89PNG"), ValueError, r"single file, _io\.BytesIO: pass a list of files, \[X\]"),
+    "closed file": ([closed_file()], ValueError, "image 0 of X is a file that cannot be read: I/O operation on closed"),
+    "file of text": ([io.StringIO("a")], TypeError, "is a file, _io.StringIO, that gives str in place of bytes.*'rb'"),
+    "base64": (["data:image/png;base64,iVBO"], ValueError, r"is a str of 26 characters.*base64\.b64decode"),
+    "long base64": (["iVBO" * 2000], ValueError, r"is a str of 8000 characters, .*base64\.b64decode"),
+    "pairs": (
+        [(np.zeros((8, 8)), 1)],
+        ValueError,
+        r"list of tuples of numpy.ndarray, int.*\[item\[0\] for item in X\]",
+    ),
+    "pairs of path and label": (
+        [("a.png", 0)],
+        ValueError,
+        r"tuples of str, int, as data sets of \(image, label\) give",
+    ),
+    "pairs of image and mask": ([[Image.new("L", (5, 5))] * 2], ValueError, r"lists of PIL.*an object whose X\[i\]"),
+    "pairs of tensors": ([(torch.zeros(8, 8, 3), torch.tensor(1))], ValueError, "tuples of torch.Tensor, torch.Tensor"),
+    "rows of a data set": (
+        [{"label": 1, "image": np.zeros((8, 8))}],
+        TypeError,
+        r"dict of 'label', 'image'.*item\['image'\]",
+    ),
+    "dict of images": ({"a": np.zeros((8, 8))}, TypeError, r"It has 'a': pass one of its values, or list\(X\.values"),
+    "loader of batches": (
+        torch.utils.data.DataLoader([1, 2]),
+        TypeError,
+        r"got torch\.utils\.data\.dataloader\.DataLoader\. Pass its images.*X\.dataset",
+    ),
 }
 
 

@@ -27,6 +27,10 @@ _UNREADABLE = (
     zlib.error,
 )
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
+_REMEDY = (
+    ", and Pillow refuses so many, as a small file may be made to fill all memory. If you trust it, set "
+    "PIL.Image.MAX_IMAGE_PIXELS = None first, or pass its pixels as an array; or crop it, or make it smaller."
+)
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -174,10 +178,11 @@ def _opened_unchecked(file: BinaryIO) -> Image.Image:
     for kind in Image.ID:
         factory, accepts = Image.OPEN[kind]
         try:
-            if accepts is None or accepts(start) is True:
+            answer = accepts is None or accepts(start)
+            if answer and not isinstance(answer, str):  # that would say why it is not
                 file.seek(0)
                 return factory(file, "")
-        except _UNREADABLE:
+        except (IndexError, TypeError, *_UNREADABLE):
             continue
     raise ValueError("it has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows")
 
@@ -185,11 +190,7 @@ def _opened_unchecked(file: BinaryIO) -> Image.Image:
 def _too_large(image: Image.Image) -> ValueError:
     width, height = image.size
     image.close()
-    return _LargerThanAllowed(
-        f"{height} x {width} pixels, {height * width:,}, and Pillow refuses so many, as a small file may be made to "
-        "fill all memory. If you trust it, set PIL.Image.MAX_IMAGE_PIXELS = None first, or pass its pixels as an "
-        "array; or crop it, or make it smaller."
-    )
+    return _LargerThanAllowed(f"{height} x {width} pixels, {height * width:,}")
 
 
 class _LargerThanAllowed(ValueError):
@@ -213,12 +214,9 @@ def _decoding(name: str) -> Iterator[None]:
     try:
         yield
     except _LargerThanAllowed as error:
-        raise ValueError(f"{said_of(name, 'has')} {error}") from error
-    except _TOO_LARGE as error:
-        raise ValueError(
-            f"{said_of(name, 'has')} more pixels than Pillow allows ({error}). If you trust it, set "
-            "PIL.Image.MAX_IMAGE_PIXELS = None first, or pass its pixels as an array; or crop it, or make it smaller."
-        ) from error
+        raise ValueError(f"{said_of(name, 'has')} {error}{_REMEDY}") from error
+    except _TOO_LARGE as error:  # of a decoder that looks itself
+        raise ValueError(f"{said_of(name, 'has')} too many pixels ({error}){_REMEDY}") from error
     except _UNREADABLE as error:
         raise ValueError(f"{said_of(name, 'is')} truncated or not an image ({error}).") from error
 
@@ -242,10 +240,10 @@ def _upright(image: Image.Image) -> Image.Image:
 def turned_by(path: str, name: str) -> tuple[int, tuple[int, int]]:
     """Which of EXIF's orientations an image file has, 1 for none, and its height and width as they are stored."""
     with opened(path, name, of_any_size=True) as image:
-        turn, (width, height) = _orientation(image), image.size
-        if image.format == "TIFF" and turn > 4 and upright_size(image) == (height, width):
-            height, width = width, height  # newer Pillow gives the size of the turned image
-        return turn, (height, width)
+        width, height = image.size
+        if image.format == "TIFF":  # newer Pillow gives the size of the turned image
+            width, height = (int(image.tag_v2[tag]) for tag in (256, 257))
+        return _orientation(image), (height, width)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -37,12 +37,15 @@ from vqad._warn import warn
 __all__ = ["ImageSequence", "check_images"]
 
 CHANNELS = (1, 3, 4)
+_BYTES = (bytes, bytearray, memoryview)
+_LONGEST_PATH = 4096
 # Pixels that are floats at a time while a large image is made smaller.
 BAND_PIXELS = 2**20
 _FORMS = (
-    "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images or file paths), "
-    "an array or Series of file paths, or a vqad.datasets collection"
+    "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images, file paths, or the bytes "
+    "of image files), an array or Series of file paths, or a vqad.datasets collection"
 )
+_ONE_FORM = "an image is an array, a PIL image, a file path, or the bytes of an image file"
 
 
 def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> ImageSequence:
@@ -57,8 +60,8 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
           alpha is dropped with a warning). Any object with numpy's ``shape``, ``dtype`` and indexing, such as
           a memmap or an HDF5 data set, is read image by image;
         - list, tuple or object array of single images of any sizes: arrays or tensors of shape (H, W) or
-          (H, W, C), PIL images and file paths;
-        - array or pandas Series of file paths;
+          (H, W, C), PIL images, file paths, and the bytes of image files, or files opened for reading them;
+        - array or pandas Series of file paths, or of bytes;
         - an object with a sequence of file paths as attribute ``paths``, as `vqad.datasets.ImageDataset` has;
         - any other object with ``len(X)`` and ``X[i]``, where ``X[i]`` is a single image in one of these
           forms and is asked for whenever it is needed;
@@ -82,6 +85,7 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
     if isinstance(X, ImageSequence):
         return X
     _reject_single_image(X)
+    _reject_pairs(X)
     if hasattr(X, "paths") and not hasattr(X, "iloc"):
         X = list(X.paths)
     if isinstance(X, torch.Tensor):
@@ -111,7 +115,8 @@ class ImageSequence:
     Parameters
     ----------
     items : indexable
-        ``items[i]`` is a single image: an array or tensor (H, W) or (H, W, C), a PIL image, or a path (str).
+        ``items[i]`` is a single image: an array or tensor (H, W) or (H, W, C), a PIL image, a path (str), or the bytes
+        of a file.
     indices : ndarray of int
         Which items, in which order.
     """
@@ -151,10 +156,10 @@ class ImageSequence:
         return ImageSequence(self._items, self._indices[indices], self._said)
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image `i` in pixels, upright; of a file only the header is read."""
+        """Height and width of image `i` in pixels, upright; of a file only the header is read, however large it is."""
         item, name = self._item(i), self.name(i)
-        if isinstance(item, str):
-            with opened(item, name) as image:
+        if isinstance(item, (str, bytes)):
+            with opened(item, name, of_any_size=True) as image:
                 return upright_size(image)
         if isinstance(item, Image.Image):
             with loaded(item, name) as image:
@@ -180,7 +185,7 @@ class ImageSequence:
     def digest(self, i: int) -> str:
         """SHA-256 of what image `i` is made from: the bytes of its file, or its array. Nothing is decoded."""
         item, name = self._item(i), self.name(i)
-        if isinstance(item, str):
+        if isinstance(item, (str, bytes)):
             with readable(item, name) as file:
                 return hashlib.sha256(file.read()).hexdigest()
         if isinstance(item, Image.Image):
@@ -214,7 +219,7 @@ class ImageSequence:
     def _raw(self, i: int) -> np.ndarray:
         """Image `i` as it is stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
         item, name = self._item(i), self.name(i)
-        if isinstance(item, str):
+        if isinstance(item, (str, bytes)):
             with opened(item, name) as image:
                 if is_narrowed(image):
                     self._warn_once(name, "16 bits a channel, of which 8 are read: pass arrays of uint16 for all 16.")
@@ -254,6 +259,10 @@ class ImageSequence:
         # Lists and arrays were checked by check_images; what a lazy object gives is seen only here.
         return item if isinstance(self._items, list) or _is_array(self._items) else _check_item(item, origin)
 
+    def warn_once(self, i: int, what: str) -> None:
+        """Warn of what image `i` has, unless another of this X had the same."""
+        self._warn_once(self.name(i), what)
+
     def _warn_once(self, name: str, what: str) -> None:
         if what not in self._said:
             self._said.add(what)
@@ -284,6 +293,37 @@ def _reject_single_image(X: Any) -> None:
         raise ValueError(f"X is a single path, {os.fspath(X)!r}: pass a list of paths, [path].")
     if isinstance(X, Image.Image):
         raise ValueError("X is a single PIL image: pass a list of images, [image].")
+    if isinstance(X, _BYTES):
+        raise ValueError("X is the bytes of a single image: pass a list of them, [X].")
+    if _is_file(X) and not hasattr(X, "__getitem__"):
+        raise ValueError(f"X is a single file, {_kind(X)}: pass a list of files, [X].")
+
+
+def _reject_pairs(X: Any) -> None:
+    """Raise for a list of (image, label): a list of tuples would be taken for rows of numbers."""
+    first = X[0] if isinstance(X, (list, tuple)) and X else None
+    if not isinstance(first, (list, tuple)) or not first or not _looks_like_an_image(first[0]):
+        return
+    shapes = {getattr(value, "shape", None) for value in first}
+    if len(shapes) > 1 or None in shapes:  # else these may be rows of pixels
+        raise ValueError(f"X is a list of {_kind(first)}s {_of_several(first)}")
+
+
+def _looks_like_an_image(value: Any) -> bool:
+    is_one = isinstance(value, (str, os.PathLike, Image.Image, *_BYTES)) or _is_file(value)
+    return is_one or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim >= 2)
+
+
+def _of_several(item: Any) -> str:
+    """Of what an item of several values is, and how to give the image in it alone."""
+    held = ", ".join(map(repr, item) if isinstance(item, dict) else map(_kind, item))
+    first = "0"
+    if isinstance(item, dict):
+        first = next((repr(key) for key, value in item.items() if _looks_like_an_image(value)), "'image'")
+    return (
+        f"of {held}, as data sets of (image, label) give; {_ONE_FORM}: pass [item[{first}] for item in X], or an "
+        "object whose X[i] is the image alone, and labels as y."
+    )
 
 
 def _as_known_form(X: Any) -> Any:
@@ -293,10 +333,18 @@ def _as_known_form(X: Any) -> Any:
     if hasattr(X, "__array__"):
         return np.asarray(X)
     is_sized = hasattr(X, "__len__") and hasattr(X, "__getitem__")
-    if not is_sized or hasattr(X, "keys") or isinstance(X, (bytes, bytearray)):
-        hint = " Use list(X)." if hasattr(X, "__iter__") and not isinstance(X, (bytes, bytearray)) else ""
-        raise TypeError(f"X must be {_FORMS}; got {_kind(X)}.{hint}")
+    if not is_sized or hasattr(X, "keys"):
+        raise TypeError(f"X must be {_FORMS}; got {_kind(X)}.{_way_to_a_list(X)}")
     return X
+
+
+def _way_to_a_list(X: Any) -> str:
+    if hasattr(X, "keys"):
+        names = ", ".join(map(repr, list(X.keys())[:5]))
+        return f" It has {names}: pass one of its values, or list(X.values())." if hasattr(X, "values") else ""
+    if hasattr(X, "dataset"):  # torch's DataLoader, whose items are batches
+        return " Pass its images: a list of them, or X.dataset if that gives images without labels."
+    return " Use list(X)." if hasattr(X, "__iter__") else ""
 
 
 def _stack_if_rows(X: list[Any]) -> Any:
@@ -305,7 +353,7 @@ def _stack_if_rows(X: list[Any]) -> Any:
     def is_row(item: Any) -> bool:
         return isinstance(item, (list, tuple, numbers.Number)) or getattr(item, "ndim", None) in (0, 1)
 
-    if not X or isinstance(X[0], (str, os.PathLike)) or not is_row(X[0]):
+    if not X or isinstance(X[0], (str, os.PathLike, *_BYTES)) or not is_row(X[0]):
         return X
     try:
         return np.asarray(X)
@@ -317,8 +365,15 @@ def _stack_if_rows(X: list[Any]) -> Any:
 
 def _items_of_1d(X: Any) -> list[Any]:
     """List the items of a 1-D array of paths or images."""
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
-        return [os.fsdecode(path) for path in X.tolist()] if X.dtype.kind == "S" else X.tolist()
+    if isinstance(X, np.ndarray) and X.dtype.kind == "S":
+        # A path has no zero byte, nor is any so long. Numpy drops the zeros at the end, which some files have.
+        is_file = [b"\0" in item or len(item) > _LONGEST_PATH for item in X.tolist()]
+        return [
+            item.ljust(X.dtype.itemsize, b"\0") if whole else os.fsdecode(item)
+            for item, whole in zip(X.tolist(), is_file)
+        ]
+    if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
+        return X.tolist()
     raise ValueError(
         f"X has one dimension, shape {tuple(X.shape)} and dtype {X.dtype}; X must be {_FORMS}. "
         "For one flattened image pass X[None] and image_shape=(H, W)."
@@ -381,26 +436,33 @@ def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
 
 
 def _check_item(item: Any, i: int) -> Any:
-    """Check what can be known of one image without reading its pixels; paths become str."""
+    """Check what can be known of one image without reading its pixels; paths become str, open files their bytes."""
     if isinstance(item, (str, os.PathLike)):
         path = os.fspath(item)
         name = f"image {i} of X, path {path!r}"
         if not os.path.isfile(path):
             if os.path.isdir(path):
                 raise _folder_error(name, path)
+            if len(path) > _LONGEST_PATH or str(path).startswith("data:"):
+                raise ValueError(
+                    f"image {i} of X is a str of {len(path)} characters, {path[:40]!r}..., and no path: if it is an "
+                    "image in base64 pass its bytes, base64.b64decode(text), without what precedes the comma."
+                )
             raise not_there(path, name)
         return str(path)
     name = f"image {i} of X"
+    if isinstance(item, _BYTES) or _is_file(item):
+        return _bytes_of(item, name)
     if is_missing(item):
         raise ValueError(f"{name} is missing, {item}: give its path, or leave it out.")
     if isinstance(item, Image.Image):
         _check_shape((item.height, item.width), name, f"(H, W); got {item.height} x {item.width}", "")
         return item
-    if isinstance(item, (list, tuple)):
-        raise TypeError(f"{name} is a {_kind(item)}; an image is an array, a PIL image or a file path.")
+    if isinstance(item, (list, tuple, dict)):
+        raise TypeError(f"{name} is a {_kind(item)} " + (_of_several(item) if item else f"of nothing; {_ONE_FORM}."))
     if not isinstance(item, (np.ndarray, torch.Tensor)):
         if not hasattr(item, "__array__") or isinstance(item, np.generic):
-            raise TypeError(f"{name} is {_kind(item)}; an image is an array, a PIL image or a file path.")
+            raise TypeError(f"{name} is {_kind(item)}; {_ONE_FORM}.")
         item = np.asarray(item)
     _check_shape(
         tuple(item.shape),
@@ -410,6 +472,32 @@ def _check_item(item: Any, i: int) -> Any:
     )
     check_dtype(item.dtype, name)
     return item.detach() if isinstance(item, torch.Tensor) else item
+
+
+def _is_file(item: Any) -> bool:
+    return callable(getattr(item, "read", None)) and not hasattr(item, "__array__")
+
+
+def _bytes_of(item: Any, name: str) -> bytes:
+    """The bytes of an image file, given so or as a file that is open: all of that, from its beginning."""
+    if not isinstance(item, _BYTES):
+        try:
+            if callable(getattr(item, "seek", None)) and getattr(item, "seekable", lambda: True)():
+                item.seek(0)
+            read = item.read()
+        except (OSError, ValueError) as error:  # closed, or opened for writing alone
+            raise ValueError(f"{name} is a file that cannot be read: {error}.") from error
+        if not isinstance(read, _BYTES):
+            if hasattr(read, "close"):  # a coroutine: it would complain that nobody waits for it
+                read.close()
+            raise TypeError(
+                f"{name} is a file, {_kind(item)}, that gives {_kind(read)} in place of bytes: open it with mode 'rb', "
+                "or pass the bytes themselves."
+            )
+        item = read
+    if len(item) == 0:
+        raise ValueError(f"{name} has no bytes: an image file is expected.")
+    return bytes(item)
 
 
 def _check_shape(shape: tuple[int, ...], name: str, expected: str, channels_last: str) -> None:
