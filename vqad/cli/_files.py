@@ -41,7 +41,10 @@ def known_images(folder: str) -> tuple[ImageDataset, bool]:
 
 def files(images: ImageDataset | None) -> list[str]:
     """What is read of a collection: images and masks."""
-    return [] if images is None else [*images.paths, *filter(None, images.mask_paths)]
+    if images is None:
+        return []
+    masks = [(path,) if isinstance(path, str) else path for path in images.mask_paths if path is not None]
+    return [*images.paths, *(path for paths in masks for path in paths)]
 
 
 def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:

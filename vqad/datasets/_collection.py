@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vqad._checks import check_none_missing, is_missing
-from vqad._decode import read_mask
+from vqad._decode import read_mask, turned_by
 from vqad.images import ImageSequence
 
 
@@ -30,8 +30,9 @@ class ImageDataset:
         Kind of object of each image.
     defect : array-like of str, shape (n,), default=None
         Kind of defect. None: "good" for normal images and "defect" for others.
-    mask_paths : sequence, array or Series of (path-like or None), length n, default=None
-        Image files that are black where there is no defect. None: not known.
+    mask_paths : sequence, array or Series of (path-like, tuple of path-like or None), length n, default=None
+        Image files that are black where there is no defect, of one image several if it has several defects. None: not
+        known.
 
     Attributes
     ----------
@@ -39,7 +40,7 @@ class ImageDataset:
         File paths, as str.
     target : ndarray of shape (n,), int
     category, defect : ndarray of shape (n,), str
-    mask_paths : list of (str or None)
+    mask_paths : list of (str, tuple of str or None)
     shape : tuple
         ``(n,)``: to scikit-learn it looks like an array of n images.
     """
@@ -54,7 +55,7 @@ class ImageDataset:
         target: Any = None,
         category: Any = "images",
         defect: Any = None,
-        mask_paths: Sequence[str | os.PathLike[str] | None] | np.ndarray | None = None,
+        mask_paths: Sequence[Any] | np.ndarray | None = None,
     ) -> None:
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"paths must be a sequence of file paths; got the single path {os.fspath(paths)!r}.")
@@ -73,7 +74,7 @@ class ImageDataset:
             defect = np.where(self.target == 1, "good", "defect")
         self.defect = np.asarray(defect, dtype=str)
         masks = [None] * n if mask_paths is None or len(mask_paths) == 0 else mask_paths
-        self.mask_paths = [None if is_missing(path) else os.fspath(path) for path in masks]
+        self.mask_paths = [_paths_of_mask(path) for path in masks]
         for column in ImageDataset._columns:
             if len(getattr(self, column)) != n:
                 raise ValueError(f"{column} has {len(getattr(self, column))} entries for {n} paths.")
@@ -133,7 +134,7 @@ class ImageDataset:
         return made(**{name: [*getattr(self, name), *getattr(other, name)] for name in made._columns})
 
     def mask(self, i: int) -> np.ndarray | None:
-        """Read the defect mask of image `i`.
+        """Read the defect mask of image `i`; of several files, what any of them marks.
 
         Returns
         -------
@@ -144,15 +145,41 @@ class ImageDataset:
         Raises
         ------
         ValueError
-            If the mask has another size than the image.
+            If the mask has another size than the image, as also one that was drawn on the pixels of a photograph before
+            its EXIF tag turned them.
+
+        Warns
+        -----
+        UserWarning
+            Of images that their EXIF tag turns to the same size, and a mask without such a tag: nothing tells whether
+            it was drawn before or after.
         """
         i = operator.index(i)
-        path = self.mask_paths[i]
-        if path is None:
+        paths = self.mask_paths[i]
+        if paths is None:
             return np.zeros(self._images.size(i), dtype=bool) if self.target[i] == 1 else None
-        mask, size = read_mask(path), self._images.size(i)
+        size = self._images.size(i)
+        paths = (paths,) if isinstance(paths, str) else paths
+        return np.logical_or.reduce([self._one_mask(i, path, size) for path in paths])
+
+    def _one_mask(self, i: int, path: str, size: tuple[int, int]) -> np.ndarray:
+        mask = read_mask(path)
+        turn, stored = turned_by(self.paths[i], self._images.name(i))
         if mask.shape != size:
-            raise ValueError(f"mask {path!r} has shape {mask.shape}, but {self._images.name(i)}, has {size}.")
+            why = "."
+            if turn != 1 and mask.shape == stored:
+                why = (
+                    f": its EXIF orientation, {turn}, turns it, and the mask was drawn on the pixels as they are "
+                    f"stored, {stored}. Save the image without the tag, or the mask turned as "
+                    "PIL.ImageOps.exif_transpose turns the image."
+                )
+            raise ValueError(f"mask {path!r} has shape {mask.shape}, but {self._images.name(i)}, has {size}{why}")
+        if turn != 1 and stored == size and turned_by(path, f"mask {path!r}")[0] == 1:
+            self._images.warn_once(
+                i,
+                f"an EXIF orientation, {turn}, that turns or mirrors it, and its mask has none: the mask is taken as "
+                "drawn on the upright image. If it was drawn on the pixels as they are stored, turn it alike.",
+            )
         return mask
 
     def masks(self, indices: Any = None) -> list[np.ndarray | None]:
@@ -173,3 +200,9 @@ class ImageDataset:
                 f"{int(has_mask[here].sum())} masks"
             )
         return "\n".join(lines)
+
+
+def _paths_of_mask(given: Any) -> str | tuple[str, ...] | None:
+    if isinstance(given, (list, tuple)):
+        return tuple(map(os.fspath, given)) or None
+    return None if is_missing(given) else os.fspath(given)

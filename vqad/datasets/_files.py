@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from vqad._decode import not_there
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    )
+# Asked for even where this Pillow cannot read them, so that reading says so.
+_ALWAYS = frozenset(
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 )
+# Pillow has their names, and reads them with the help of other programs alone.
+_NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
+# What lies in folders of images and is none.
+_TEXTS = ".txt .md .rst .csv .tsv .json .jsonl .xml .yaml .yml .toml .pdf .html .htm .log .doc .docx .xls .xlsx .ods"
+_OTHERS = ".db .ini .py .ipynb .sh .bat .lnk .url .zip .gz .xz .bz2 .tar .tgz .7z .rar .md5 .sha256 .pkl .pyb"
+_COMPANIONS = frozenset((*_TEXTS.split(), *_OTHERS.split()))
+_DOCUMENTS = re.compile(
+    r"readme|licen[cs]e|copying|notice|authors|changelog|makefile|md5sums?|sha256sums?", re.IGNORECASE
+)
+
+
+def image_suffixes() -> frozenset[str]:
+    """What names of image files may end with: all that Pillow reads, with the plug-ins that it has now."""
+    Image.init()
+    return _ALWAYS | {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NO_PICTURES
+    }
 
 
 def natural_key(path: Path) -> list[tuple[int, str]]:
@@ -32,27 +41,37 @@ def natural_key(path: Path) -> list[tuple[int, str]]:
     return [(int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", path.name)]
 
 
-def image_files(folder: Path, *, recursive: bool = False, within: Path | None = None) -> list[Path]:
+def image_files(
+    folder: Path, *, recursive: bool = False, within: Path | None = None, others: list[Path] | None = None
+) -> list[Path]:
     """List the image files of a folder in natural order; hidden files and folders are skipped.
 
     With `recursive`, the files of a folder come before those of its subfolders, and these before those of links to
     folders. Each folder is read once; a link that leads to another place in `within`, by default `folder`, is not
-    followed. A broken link is listed: what it leads to was to be an image.
+    followed. A broken link is listed: what it leads to was to be an image. To `others` go the files whose names are
+    those of no images, and of no text or table either.
     """
     top = folder.resolve()
-    return _listed(folder, recursive, (folder if within is None else within).resolve(), {top, *top.parents})
+    others = [] if others is None else others
+    return _listed(folder, recursive, (folder if within is None else within).resolve(), {top, *top.parents}, others)
 
 
-def _listed(folder: Path, recursive: bool, root: Path, seen: set[Path]) -> list[Path]:
-    entries = _visible(folder)
-    images = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES]
+def _listed(folder: Path, recursive: bool, root: Path, seen: set[Path], others: list[Path]) -> list[Path]:
+    entries, suffixes = _visible(folder), image_suffixes()
+    images = [path for path in entries if path.suffix.lower() in suffixes]
     files = [path for path in images if path.is_file() or not path.exists()]
+    others += [path for path in entries if path.suffix.lower() not in suffixes and _may_be_an_image(path)]
     for path in sorted(subfolders(folder), key=Path.is_symlink) if recursive else []:
         real = path.resolve()
         if real not in seen and not (path.is_symlink() and _is_shown(real, root)):
             seen.add(real)
-            files += _listed(path, True, root, seen)
+            files += _listed(path, True, root, seen, others)
     return files
+
+
+def _may_be_an_image(path: Path) -> bool:
+    is_text = path.suffix.lower() in _COMPANIONS or (not path.suffix and _DOCUMENTS.match(path.name))
+    return not is_text and path.is_file()
 
 
 def _is_shown(path: Path, root: Path) -> bool:
@@ -84,9 +103,23 @@ def describe(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+def some_of(paths: Sequence[Path], folder: Path) -> str:
+    """The first paths of many as they are in a folder, and how many more there are."""
+    listed = ", ".join(Path(os.path.relpath(path, folder)).as_posix() for path in paths[:5])
+    return listed + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def left_out(others: Sequence[Path], folder: Path) -> str:
+    """Say which files were not taken for images."""
+    n = f"{len(others)} file{'' if len(others) == 1 else 's'}"
+    return f"{n} whose suffix is that of no image format that Pillow reads, left out here: {some_of(others, folder)}"
+
+
 def no_images(root: str | os.PathLike[str]) -> ValueError:
-    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-    return ValueError(f"root {str(root)!r} has no images ({suffixes}); it contains {describe(Path(root))}.")
+    return ValueError(
+        f"root {str(root)!r} has no images (.png, .jpg, .tif, .bmp and other suffixes that Pillow reads); it contains "
+        f"{describe(Path(root))}."
+    )
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -1,37 +1,155 @@
-"""Which layouts say by themselves what is normal and what is defective."""
+"""Which layouts say by themselves what is normal and what is defective; and which folders are named so by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vqad.datasets import mvtec, visa
+from vqad._warn import warn
+from vqad.datasets import _by_names, _categories, _words, ksdd2, mvtec, visa
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import existing_folder, image_files, no_images
-from vqad.datasets.mvtec import find_categories, load_mvtec
-from vqad.datasets.visa import is_visa, load_visa
+from vqad.datasets._files import existing_folder, image_files, left_out, no_images, some_of, subfolders
+
+# The first that a folder has is taken: the layout of MVTec AD is what others have and more.
+LAYOUTS: tuple[tuple[Callable[[Path], bool], Callable[..., ImageDataset]], ...] = (
+    (lambda folder: _categories.has_layout(folder, _categories.MVTEC_AD_2), mvtec.load_mvtec_ad2),
+    (lambda folder: _categories.has_layout(folder, _categories.MVTEC_LOCO), mvtec.load_mvtec_loco),
+    (lambda folder: _categories.has_layout(folder, _categories.MVTEC_AD), mvtec.load_mvtec),
+    (visa.is_visa, visa.load_visa),
+    (ksdd2.is_ksdd2, ksdd2.load_ksdd2),
+)
 
 
 def loader_of(folder: Path) -> Callable[..., ImageDataset] | None:
-    """`load_mvtec` or `load_visa` where a folder has that layout; None for other folders, and for what is none."""
+    """A loader that knows what is normal in a folder, by its layout or by names; None for others, and for no folder."""
+    if loader := loader_of_layout(folder):
+        return loader
+    return _by_names.load_by_names if folder.is_dir() and _by_names.is_labelled(folder) else None
+
+
+def loader_of_layout(folder: Path) -> Callable[..., ImageDataset] | None:
+    """The loader of the layout that a folder has; None for other folders, and for what is none."""
     if folder.is_dir():
-        if find_categories(folder):
-            return load_mvtec
-        if is_visa(folder):
-            return load_visa
+        for has_layout, loader in LAYOUTS:
+            if has_layout(folder):
+                return loader
     return None
 
 
 def images_but_masks(root: Path) -> list[Path]:
-    """All images of a folder, at any depth and of whatever layout; masks are none."""
+    """All images of a folder, at any depth and of whatever layout; masks are none.
+
+    A warning names the masks that only their names tell, and files that are no images by theirs.
+    """
     masks: dict[Path, bool] = {existing_folder(root): False}
+    by_name: list[Path] = []
+    others: list[Path] = []
 
     def has_masks(folder: Path) -> bool:
         if folder not in masks:
-            masks[folder] = mvtec.is_masks(folder) or visa.is_masks(folder) or has_masks(folder.parent)
+            masks[folder] = _categories.is_masks(folder) or visa.is_masks(folder) or has_masks(folder.parent)
+            if not masks[folder] and _is_called_masks(folder):
+                masks[folder] = True
+                by_name.append(folder)
         return masks[folder]
 
-    images = [path for path in image_files(root, recursive=True) if not has_masks(path.parent)]
+    images = [path for path in image_files(root, recursive=True, others=others) if not has_masks(path.parent)]
+    beside = set(masks_beside(images))
+    images = [path for path in images if path not in beside]
     if not images:
         raise no_images(root)
+    said = []
+    if left := [*by_name, *sorted(beside)]:
+        said.append(f"masks by their names, left out here: {some_of(left, root)}")
+    if others:
+        said.append(left_out(others, root))
+    if said:
+        warn(f"{str(root)!r} has {'; and '.join(said)}.")
     return images
+
+
+def check_names(folder: Path, images: Sequence[Path], target: int) -> None:
+    """Raise ValueError where names say that not all images of a folder are of one kind; warn where they may say so.
+
+    `images` are the files in it, at any depth.
+    """
+    for above, counts in _folders_beside_each_other(folder, images).items():
+        said = _words.telling(counts)
+        if set(said.values()) - ({_words.ANOMALOUS} if target == -1 else set()):
+            raise _labelled_by_hand(above, said, counts)
+        doubtful = [name for name in counts if target == 1 and _words.is_doubtful(name)]
+        if doubtful:
+            warn(
+                f"root {str(above)!r} has folders named {', '.join(map(repr, doubtful))}, which are taken for "
+                "categories of normal images: leave them out if they have defects, masks or images to test with."
+            )
+    if beside := masks_beside(images):
+        raise ValueError(
+            f"root {str(folder)!r} has {len(beside)} of {len(images)} images named as masks of others, such as "
+            f"{beside[0].name!r} of {_words.image_of_mask(beside[0].stem)!r}, and masks are no normal images: give "
+            "lists or patterns of images and masks to vqad.datasets.load_labelled."
+        )
+    _check_names_of_files(folder, images, target)
+
+
+def masks_beside(images: Sequence[Path]) -> list[Path]:
+    """Those images that are named as masks of others in their folder, such as ``012_GT.png`` beside ``012.png``."""
+    known = {(path.parent, path.stem) for path in images}
+    beside = []
+    for path in images:
+        name = _words.image_of_mask(path.stem)
+        if name != path.stem and (path.parent, name) in known:
+            beside.append(path)
+    return beside
+
+
+def _is_called_masks(folder: Path) -> bool:
+    if not _words.is_masks(folder.name):
+        return False
+    return _words.telling(path.name for path in subfolders(folder.parent)).get(folder.name) == _words.MASKS
+
+
+def _folders_beside_each_other(folder: Path, images: Sequence[Path]) -> dict[Path, Counter[str]]:
+    """Of each folder that has some, the number of images in each folder in it, at any depth."""
+    counts: dict[Path, Counter[str]] = {}
+    for path in images:
+        above = folder
+        for part in path.relative_to(folder).parts[:-1]:
+            counts.setdefault(above, Counter())[part] += 1
+            above = above / part
+    return counts
+
+
+def _labelled_by_hand(folder: Path, said: dict[str, str], counts: Counter[str]) -> ValueError:
+    listed = ", ".join(f"{name} ({counts[name]} images)" for name in counts if name in said)
+    text = f"root {str(folder)!r} has folders whose names say that not all are normal images: {listed}."
+    of = {kind: [os.path.join(folder, name) for name in counts if said.get(name) == kind] for kind in said.values()}
+    first = next((of[kind][0] for kind in (_words.NORMAL, _words.TRAIN) if kind in of), None)
+    text += " Give that of normal images alone" + (f", such as {first!r}" if first else "")
+    given = [
+        f"{kind}={of[kind] if len(of[kind]) > 1 else of[kind][0]!r}"
+        for kind in (_words.NORMAL, _words.ANOMALOUS, _words.MASKS)
+        if kind in of
+    ]
+    if given:
+        text += f"; with labels and masks: vqad.datasets.load_labelled({', '.join(given)})"
+    return ValueError(f"{text}.")
+
+
+def _check_names_of_files(folder: Path, images: Sequence[Path], target: int) -> None:
+    kinds = {path: _words.kind_of_file(path.stem) for path in images}
+    normal = [path for path, kind in kinds.items() if kind == _words.NORMAL]
+    anomalous = [path for path, kind in kinds.items() if kind == _words.ANOMALOUS]
+    if normal and anomalous:
+        raise ValueError(
+            f"root {str(folder)!r} has images whose names say that not all are normal: {len(normal)} such as "
+            f"{normal[0].name!r}, {len(anomalous)} such as {anomalous[0].name!r}. Give lists or patterns of the one "
+            "and the other to vqad.datasets.load_labelled."
+        )
+    if anomalous and target == 1:
+        warn(
+            f"root {str(folder)!r} has {len(anomalous)} images whose names say that they are not normal, and all are "
+            f"taken for normal: {some_of(anomalous, folder)}."
+        )

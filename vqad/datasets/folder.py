@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from vqad._warn import warn
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import existing_folder, image_files, no_images, subfolders
-from vqad.datasets._layouts import loader_of
+from vqad.datasets._files import existing_folder, image_files, left_out, no_images, subfolders
+from vqad.datasets._layouts import check_names, loader_of_layout
 
 
 def load_folder(
@@ -37,33 +38,39 @@ def load_folder(
     Raises
     ------
     ValueError
-        If there are no images, or the folder or one in it has the layout of MVTec AD or VisA, whose masks are no
-        normal images.
+        If there are no images; if the folder or one in it has a layout that another loader reads; or if names tell that
+        not all images are of one kind: folders, at any depth, called OK and NG, good and bad, train and test, masks and
+        the like, or files called ``012_mask`` beside ``012``, or good and bad. `load_labelled` is for those.
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
 
     Warns
     -----
     UserWarning
-        Of subfolders without an image.
+        Of subfolders without an image; of files left out that are no images by their names; of names that may say that
+        images are not normal, or may be those of products.
     """
     folder = existing_folder(root)
     for inside in [folder, *subfolders(folder)] if recursive else []:
-        if loader := loader_of(inside):
+        if loader := loader_of_layout(inside):
             raise ValueError(
                 f"root {str(inside)!r} has a layout that vqad.datasets.{loader.__name__} reads: load it with that, "
                 "which tells defects and masks from normal images."
             )
-    paths = image_files(folder)
+    others: list[Path] = []
+    paths = image_files(folder, others=others)
     categories = [folder.resolve().name] * len(paths)
     empty = []
     for subfolder in subfolders(folder) if recursive else []:
-        inside = image_files(subfolder, recursive=True, within=folder)
+        inside = image_files(subfolder, recursive=True, within=folder, others=others)
         paths += inside
         categories += [subfolder.name] * len(inside)
         empty += [] if inside else [subfolder.name]
     if not paths:
         raise no_images(root)
-    if empty:
-        warn(f"root {str(root)!r} has subfolders without an image, which are no categories: {', '.join(empty)}.")
+    said = [f"subfolders without an image, which are no categories: {', '.join(empty)}"] if empty else []
+    said += [left_out(others, folder)] if others else []
+    if said:
+        warn(f"root {str(root)!r} has {'; and '.join(said)}.")
+    check_names(folder, paths, target)
     return ImageDataset(paths, target=[target] * len(paths), category=category or categories)

@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from vqad._warn import warn
+from vqad.datasets._categories import SPLITS
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import describe, existing_folder, natural_key
-from vqad.datasets.mvtec import SPLITS
+from vqad.datasets._files import describe, existing_folder, image_files, left_out, natural_key, some_of
 
 TABLE = Path("split_csv", "1cls.csv")
 COLUMNS = ("object", "split", "label", "image", "mask")
@@ -47,6 +48,11 @@ def load_visa(
     FileNotFoundError, NotADirectoryError
         If `root` is no folder.
 
+    Warns
+    -----
+    UserWarning
+        Of images that lie in the folders of the objects and are not in the table.
+
     References
     ----------
     Zou, Jeong, Pemula, Zhang & Dabeer, "SPot-the-Difference Self-Supervised Pre-training for Anomaly Detection and
@@ -69,6 +75,7 @@ def load_visa(
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"root {str(root)!r} has no category {unknown}; it has {found}.")
+    _warn_of_left_out(folder, names, {row["image"] for row in rows})
     wanted = [row for row in rows if row["object"] in names and split in (row["split"], "all")]
     if not wanted:
         raise ValueError(f"root {str(root)!r} has no images for split={split!r} in the categories {names}.")
@@ -79,6 +86,27 @@ def load_visa(
         category=[row["object"] for row in wanted],
         mask_paths=[folder / row["mask"] if row["mask"] else None for row in wanted],
     )
+
+
+def _warn_of_left_out(folder: Path, names: Sequence[str], listed: set[str]) -> None:
+    others: list[Path] = []
+    unlisted = [
+        path
+        for name in names
+        for kind in (folder / name / "Data" / "Images" / kind for kind in ("Normal", "Anomaly"))
+        if kind.is_dir()
+        for path in image_files(kind, others=others)
+        if path.relative_to(folder).as_posix() not in listed
+    ]
+    said = []
+    if unlisted:
+        said.append(
+            f"{len(unlisted)} images that are not in {TABLE.as_posix()}, left out here: {some_of(unlisted, folder)}"
+        )
+    if others:
+        said.append(left_out(others, folder))
+    if said:
+        warn(f"root {str(folder)!r} has {'; and '.join(said)}.")
 
 
 def is_visa(folder: Path) -> bool:
