@@ -31,6 +31,15 @@ from vqad.training import TrainingLog
 # detectors: dataclasses are made of their fields, others without arguments and then given their attributes. A name is
 # never imported. What a former version wrote must stay here for ever.
 PARTS = (Fitted, HeldOut, Seen, Thresholds, History, TrainingLog, BackboneFeatures, ConformalCalibration, Prototypes)
+# Of every field of a dataclass the types that it may have: read here, since reading them evaluates their text.
+ALLOWED = {
+    cls: {
+        name: tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+        for name, hint in get_type_hints(cls).items()
+    }
+    for cls in PARTS
+    if is_dataclass(cls)
+}
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 # Weights that cannot be found again without drawing or downloading them: they are always written.
 UNFINDABLE = ("random", "hub")
@@ -289,9 +298,7 @@ def _check_attribute(owner: Any, name: str) -> None:
 
 def _check_kinds(cls: type, fields: dict[str, Any]) -> None:
     """Raise where a field of a dataclass is of another type than it says."""
-    for name, hint in get_type_hints(cls).items():
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        allowed = tuple(get_origin(kind) or kind for kind in kinds)
+    for name, allowed in ALLOWED[cls].items():
         if name in fields and Any not in allowed and not isinstance(fields[name], allowed):
             raise Refused(f"its {cls.__name__} has {type(fields[name]).__name__} as {name}")
 
