@@ -105,9 +105,13 @@ def drift_p_value(held_out: np.ndarray, score: np.ndarray, seed: int = 0) -> flo
 
     Each image in turn is ranked among those held out and those before it: under exchangeability the ranks, ties broken
     at random, are independent and uniform, :math:`p_1, p_2, \dots` (Vovk, Nouretdinov, Gammerman: Testing
-    Exchangeability On-Line, ICML 2003). The mean over :math:`\epsilon` of :math:`\prod_i \epsilon p_i^{\epsilon - 1}`
-    is a martingale that grows where scores are higher than before, and by Ville's inequality reaches :math:`1/\alpha`
-    with a probability of :math:`\alpha` at most.
+    Exchangeability On-Line, ICML 2003). Bets on them are martingales:
+
+    .. math:: \prod_i \epsilon p_i^{\epsilon - 1}, \qquad \prod_i (1 - w + w \, [p_i \le q_i] / q_i), \quad
+              q_i = \frac{i + 4}{m + i + 4}.
+
+    The first grows where scores rise a little, the second where new images lie above all that were held out. Their mean
+    over :math:`\epsilon` and w reaches :math:`1/\alpha` with a probability of :math:`\alpha` at most (Ville).
 
     Parameters
     ----------
@@ -127,9 +131,13 @@ def drift_p_value(held_out: np.ndarray, score: np.ndarray, seed: int = 0) -> flo
         first, last = bisect_left(known, s), bisect_right(known, s)
         log_p[k] = math.log((len(known) - last + (last - first + 1) * (1.0 - rng.uniform())) / (len(known) + 1))
         known.insert(last, s)
-    epsilon, n = np.linspace(0.05, 0.95, 19), np.arange(len(log_p))
-    log_bets = n[:, None] * np.log(epsilon) + np.cumsum(log_p)[:, None] * (epsilon - 1.0)
-    return math.exp(-max(0.0, float(logsumexp(log_bets, axis=1).max()) - math.log(len(epsilon))))
+    n, epsilon, share = np.arange(len(log_p))[:, None], np.linspace(0.05, 0.95, 19), np.linspace(0.05, 0.95, 19)
+    powers = n * np.log(epsilon) + np.cumsum(log_p)[:, None] * (epsilon - 1.0)
+    top = (n + 4) / (len(held_out) + n + 4)
+    odds = 1.0 - share + share / top * (log_p[:, None] <= np.log(top))
+    steps = np.cumsum(np.where(n > 0, np.log(odds), 0.0), axis=0)
+    log_bets = np.concatenate([powers, steps], axis=1)
+    return math.exp(-max(0.0, float(logsumexp(log_bets, axis=1).max()) - math.log(log_bets.shape[1])))
 
 
 # ---- what is learned ---------------------------------------------------------------------------------
