@@ -19,7 +19,7 @@ class Shared:
         Height and width in pixels that the backbone sees. Its coarsest stage sees a view of 7/9 of that.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
-    max_iter : int, default=10
+    max_iter : int, default=5
         Passes over the training images.
     weight_decay : float, default=1e-4
         Of AdamW.

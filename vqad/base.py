@@ -77,7 +77,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
     def __init__(
         self, *,
         backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, standardize=True, gaussian=True,
-        max_iter=10, batch_size=16, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4, category_balance=0.5,
+        max_iter=5, batch_size=16, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4, category_balance=0.5,
         early_stopping=False, validation_fraction=0.1, n_iter_no_change=10, tol=1e-4, warm_start=False,
         checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05, calibration_fraction=0.2, threshold="global",
         device="auto", precision="auto", n_jobs=None, memory=None, random_state=None, verbose=0,

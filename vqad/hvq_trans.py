@@ -161,7 +161,7 @@ class HVQTransDetector(BaseImageDetector):
         dropout=0.0,
         transport="nearest",
         transport_weight=0.0,
-        max_iter=10,
+        max_iter=5,
         batch_size=16,
         learning_rate=1e-3,
         schedule="cosine",

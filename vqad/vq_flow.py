@@ -158,7 +158,7 @@ class VQFlowDetector(BaseImageDetector):
         n_blocks=(2, 3, 4),
         hidden=64,
         clamp=1.9,
-        max_iter=10,
+        max_iter=5,
         batch_size=8,
         learning_rate=2e-3,
         schedule="cosine",
