@@ -11,7 +11,6 @@ import tempfile
 import threading
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +39,8 @@ from vqad.datasets import make_textured_parts
 from vqad.engine import chunk_size, pad_chunk, side_by_side
 from vqad.images import check_images
 from vqad.nn.fields import merge_maps
+from vqad.nn.hvq_trans import HVQTrans
+from vqad.nn.model import FeatureShape
 from vqad.store import FeatureStore
 
 CPU = torch.device("cpu")
@@ -451,8 +452,8 @@ def test_what_a_channel_of_large_values_differs_by_does_not_outweigh_the_others(
     maps[:, 1] = 1.7e9 + 1000 * maps[:, 1]
     store = FeatureStore(40)
     store.write(np.arange(40), [maps])
-    mean, scale = vqad.store.channel_statistics(store, np.arange(40), True)
-    assert ((maps[:, 1] - mean[0][0, 1]) / scale[0][0, 1]).abs().max() < 5
+    mean, scale = vqad.store.channel_statistics(store, np.arange(40))
+    assert ((maps[:, 1] - mean[0][1]) / scale[0][1]).abs().max() < 5
 
 
 @pytest.mark.parametrize("units", [1.0, 1e-4, 1e3])
@@ -460,9 +461,9 @@ def test_a_channel_is_scaled_whatever_the_units_of_the_others(units):
     maps = torch.randn(40, 3, 4, 4) * torch.tensor([1.0, units, 0.0]).view(1, 3, 1, 1) + 2 * units
     store = FeatureStore(40)
     store.write(np.arange(40), [maps])
-    mean, scale = vqad.store.channel_statistics(store, np.arange(40), True)
-    torch.testing.assert_close(scale[0].flatten(), torch.tensor([1.0, units, 1.0]), rtol=0.1, atol=0)
-    torch.testing.assert_close(mean[0].flatten(), torch.full((3,), 2 * units), rtol=0.1, atol=0.1)
+    mean, scale = vqad.store.channel_statistics(store, np.arange(40))
+    torch.testing.assert_close(scale[0].float(), torch.tensor([1.0, units, 1.0]), rtol=0.1, atol=0)
+    torch.testing.assert_close(mean[0].float(), torch.full((3,), 2 * units), rtol=0.1, atol=0.1)
 
 
 def test_an_interrupted_pass_leaves_no_thread():
@@ -621,11 +622,12 @@ def test_the_digest_leaves_out_what_was_resampled():
         ((12, 12, 12, 17, 17, 17), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (2, 3, 4, 5)),
     ],
 )
-def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow):
+def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow, monkeypatch):
     assert default_stages(strides) == of_features
-    assert HVQTransDetector()._feature_options(strides)["stages"] == of_hvq_trans
-    assert VQFlowDetector()._feature_options(strides)["stages"] == of_vq_flow
-    assert HVQTransDetector(stages=[1])._feature_options(strides)["stages"] == [1]
+    monkeypatch.setattr("vqad.base.backbone_strides", lambda name: strides)
+    assert HVQTransDetector()._feature_options()["stages"] == of_hvq_trans
+    assert VQFlowDetector()._feature_options()["stages"] == of_vq_flow
+    assert HVQTransDetector(stages=[1])._feature_options()["stages"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -643,23 +645,32 @@ def test_stages_by_default(strides, of_features, of_hvq_trans, of_vq_flow):
 def test_hvq_trans_rebuilds_stages_on_a_grid_for_its_patches(strides, parameters, grid):
     """Of 64 pixels a side; a smaller view, where there is one, is not among them."""
     maps = [torch.randn(2, 3, 64 // s, 64 // s) for s in strides]
-    for extra, deep_size in (([], None), ([torch.randn(2, 5, 2, 2)], (64, 64))):
-        made = HVQTransDetector(**parameters)
-        made.features_ = SimpleNamespace(strides_=(*strides, *[32] * len(extra)), deep_size_=deep_size)
-        if len(maps) + len(extra) > 1:
-            assert made._arranged([*maps, *extra]).shape == (2, 3 * len(maps), grid, grid)
+    for extra in ([], [torch.randn(2, 5, 2, 2)]):
+        given = [*maps, *extra]
+        shape = FeatureShape(
+            tuple(m.shape[1] for m in given), tuple((m.shape[2], m.shape[3]) for m in given),
+            (*strides, *[32] * len(extra)), bool(extra),
+        )  # fmt: skip
+        model = HVQTrans(**HVQTransDetector(d_model=16, n_codes=4, **parameters)._model_config(shape, 1, 0))
+        assert (model.in_channels, model.grid) == (3 * len(maps), (grid, grid))
+        if len(given) > 1:
+            assert model.arrange(given).shape == (2, 3 * len(maps), grid, grid)
 
 
 @pytest.mark.parametrize(
     ("size", "deep"),
     [(288, (224, 224)), (224, (160, 160)), (64, (64, 64)), (32, (32, 32)), (300, (224, 224)), ((288, 576), (224, 448))],
 )
-def test_the_smaller_view_is_of_seven_ninths_and_whole_cells(size, deep):
+def test_the_smaller_view_is_of_seven_ninths_and_whole_cells(size, deep, monkeypatch):
+    def options(strides, made):
+        monkeypatch.setattr("vqad.base.backbone_strides", lambda name: strides)
+        return made._feature_options()
+
     for kind in (HVQTransDetector, VQFlowDetector):
-        assert kind(image_size=size)._feature_options((2, 4, 8, 16, 32))["deep_size"] == deep
-        assert "deep_size" not in kind(image_size=size)._feature_options((16,) * 12)
-        assert "deep_size" not in kind.paper(image_size=size)._feature_options((4, 8, 16, 32))
-    assert "deep_size" not in HVQTransDetector(stages=(2, 3, 4))._feature_options((2, 4, 8, 16, 32))
+        assert options((2, 4, 8, 16, 32), kind(image_size=size))["deep_size"] == deep
+        assert "deep_size" not in options((16,) * 12, kind(image_size=size))
+        assert "deep_size" not in options((4, 8, 16, 32), kind.paper(image_size=size))
+    assert "deep_size" not in options((2, 4, 8, 16, 32), HVQTransDetector(stages=(2, 3, 4)))
 
 
 def test_strides_of_all_stages():
@@ -668,9 +679,10 @@ def test_strides_of_all_stages():
     assert backbone_strides("vit_tiny_patch16_224") == (16,) * 12
 
 
-def test_a_backbone_with_few_stages_is_too_few_for_vq_flow():
+def test_a_backbone_with_few_stages_is_too_few_for_vq_flow(monkeypatch):
+    monkeypatch.setattr("vqad.base.backbone_strides", lambda name: (4, 8, 16))
     with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(0, 1, 2\)"):
-        VQFlowDetector()._feature_options((4, 8, 16))
+        VQFlowDetector()._feature_options()
 
 
 @pytest.mark.parametrize("kind", [HVQTransDetector, VQFlowDetector])
@@ -717,7 +729,7 @@ def test_maps_have_the_grid_and_the_channels_that_are_told(name):
     assert [m.shape[-1] for m in maps] == list(features.channels_) == features.network_.feature_info.channels()
     assert [m.shape[1:3] for m in maps] == [(-(-224 // s), -(-224 // s)) for s in features.strides_]
     for kind in (HVQTransDetector, VQFlowDetector):  # a network of any kind makes what they ask for
-        options = kind(image_size=224)._feature_options(backbone_strides(name))
+        options = kind(backbone=name, image_size=224)._feature_options()
         of_detector = BackboneFeatures(name, weights="random", image_size=224, merge=False, **options).fit()
         assert len(of_detector.channels_) == len(of_detector.strides_) == len(of_detector.shapes_)
 
