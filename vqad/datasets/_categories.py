@@ -237,7 +237,7 @@ def _is_category(folder: Path, layout: Layout) -> bool:
 # ---- what is not read ----------------------------------------------------------------------------
 
 
-def warn_of_unpaired(where: str, folder: Path, images: Sequence[Path], masks: Sequence[Path]) -> None:
+def warn_of_unpaired(where: str, folder: Path | None, images: Sequence[Path], masks: Sequence[Path]) -> None:
     """Warn of images of defects without a mask, and of masks without an image."""
     said = []
     if n := len(images):

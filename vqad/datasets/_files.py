@@ -103,13 +103,13 @@ def describe(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def some_of(paths: Sequence[Path], folder: Path) -> str:
-    """The first paths of many as they are in a folder, and how many more there are."""
-    listed = ", ".join(Path(os.path.relpath(path, folder)).as_posix() for path in paths[:5])
+def some_of(paths: Sequence[Path], folder: Path | None) -> str:
+    """The first paths of many, as they are in a folder if there is one, and how many more there are."""
+    listed = ", ".join(Path(path if folder is None else os.path.relpath(path, folder)).as_posix() for path in paths[:5])
     return listed + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def left_out(others: Sequence[Path], folder: Path) -> str:
+def left_out(others: Sequence[Path], folder: Path | None) -> str:
     """Say which files were not taken for images."""
     n = f"{len(others)} file{'' if len(others) == 1 else 's'}"
     return f"{n} whose suffix is that of no image format that Pillow reads, left out here: {some_of(others, folder)}"

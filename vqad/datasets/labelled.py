@@ -93,7 +93,7 @@ def _listed(places: Places, name: str) -> Found:
             raise ValueError(f"{name} has {str(twice[0])!r} twice: give each image once.")
         found |= inside
     if others:
-        warn(f"{name} has {left_out(others, Path())}.")
+        warn(f"{name} has {left_out(others, None)}.")
     return found
 
 
@@ -145,7 +145,7 @@ def _masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list
     of_normal = {path.stem.casefold() for path in normal}
     alone = []
     for mask in marks:
-        name, folder = _belongs_to(mask, by_stem)
+        name, folder = _belongs_to(mask, by_stem.keys() | of_normal)
         owners = by_stem.get(name, [])
         if len(owners) > 1:
             owners = _only_in(folder, owners, images, mask)
@@ -155,7 +155,7 @@ def _masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list
             alone.append(mask)
     without = [path for path, mask in zip(images, found) if not mask]
     if alone or (any(found) and without):
-        warn_of_unpaired("the images and masks given have", Path(), without, alone)
+        warn_of_unpaired("the images and masks given have", None, without, alone)
     return [mask[0] if len(mask) == 1 else mask or None for mask in found]
 
 
