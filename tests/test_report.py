@@ -5,6 +5,7 @@ import copy
 import io
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,8 +137,9 @@ def test_n_images_of_one_shows_the_most_anomalous(detector, parts, tmp_path):
 
 
 def test_known_labels_bring_metrics_and_mark_what_was_judged_wrong(detector, parts, tmp_path):
-    halving = copy.deepcopy(detector)
-    halving.offset_ = float(np.median(detector.score_samples(parts.images)))
+    halving, median = copy.copy(detector), float(np.median(detector.score_samples(parts.images)))
+    thresholds = replace(detector.fitted_.thresholds, offset=median)
+    halving._fitted = replace(detector.fitted_, thresholds=thresholds)
     y = -halving.predict(parts.images)
     page = written(tmp_path, halving, parts.images, y=y, n_images=len(y))
     assert page.count('class="wrong"') == len(y)
@@ -153,17 +155,21 @@ def test_the_page_says_what_the_threshold_keeps(parts, tmp_path, threshold):
     normal = parts.target == 1
     few = HVQTransDetector(**TINY, threshold=threshold).set_params(false_alarm_rate=0.01)
     few.fit(parts.images[normal], category=parts.category[normal])
+    X, y = parts.images[10:], parts.target[10:]
     n_fewest = min(map(len, few.conformal_.scores_))
-    page = written(tmp_path, few.set_params(false_alarm_rate=0.5), parts.images)
+    page = written(tmp_path, few, X, n_images=1)
     assert f"at most {100 / (n_fewest + 1):.3g} %" in page
-    few.set_threshold(parts.images, parts.target, "recall")
-    over = [
-        (1 + (own > limit).sum()) / (len(own) + 1)
-        for own, limit in zip(few.conformal_.scores_, np.atleast_1d(-few.offset_))
-    ]
-    page = written(tmp_path, few, parts.images)
-    assert "recall on 20 labelled images" in page
-    assert f"at most {100 * max(over):.3g} %" in page
+    few.false_alarm_rate = 0.5  # of which the threshold knows nothing
+    assert f"at most {100 / (n_fewest + 1):.3g} %" in written(tmp_path, few, X, n_images=1)
+    for change in (lambda: few.set_params(false_alarm_rate=0.6), lambda: few.set_threshold(X, y, "recall")):
+        change()
+        over = [
+            (1 + (own > limit).sum()) / (len(own) + 1)
+            for own, limit in zip(few.conformal_.scores_, np.atleast_1d(-few.offset_))
+        ]
+        page = written(tmp_path, few, X, n_images=1)
+        assert f"at most {100 * max(over):.3g} %" in page
+    assert f"recall on {len(X)} labelled images" in page
 
 
 def test_categories_may_have_any_name(detector, parts, tmp_path):
@@ -175,12 +181,12 @@ def test_categories_may_have_any_name(detector, parts, tmp_path):
 def test_scores_at_hand_are_not_computed_again(detector, parts, tmp_path, monkeypatch):
     verdicts = judge(detector, parts.images)
     expected = written(tmp_path, detector, parts.images)
-    monkeypatch.setattr(type(detector), "_judge_data", None)
+    monkeypatch.setattr(type(detector), "judge", None)
     assert written(tmp_path, detector, parts.images, verdicts=verdicts) == expected
 
 
 def test_a_page_that_cannot_be_written_is_told_before_images_are_judged(detector, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(detector), "_judge_data", None)
+    monkeypatch.setattr(type(detector), "judge", None)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_report(tmp_path / "nodir" / "page.html", detector, parts.images)
     with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):

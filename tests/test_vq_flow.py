@@ -11,10 +11,11 @@ from sklearn.utils._param_validation import InvalidParameterError
 
 import vqad
 from vqad import BackboneFeatures, VQFlowDetector
-from vqad.backbones import backbone_strides, load_backbone
+from vqad.backbones import load_backbone
 from vqad.datasets import make_textured_parts
 from vqad.metrics import image_auroc
-from vqad.nn.vq_flow import VQFlow, resize
+from vqad.nn.vq_flow import VQFlow
+from vqad.nn.vq_flow_output import resize
 
 SMALL = VQFlowDetector(
     backbone=None, n_concepts=4, n_patterns=8, d_concept=8, d_position=4, n_blocks=(1, 1, 1), hidden=8, max_iter=20,
@@ -64,9 +65,10 @@ def test_paper_gives_the_published_configuration():
 
 
 def test_paper_sees_four_stages_of_convnext():
-    paper = VQFlowDetector.paper()
-    options = paper._feature_options(backbone_strides("convnextv2_atto"))
-    assert options == {"stages": (0, 1, 2, 3)}
+    paper = VQFlowDetector.paper(backbone="convnextv2_atto")
+    options = paper._feature_options()
+    assert (options["stages"], options["image_size"]) == ((0, 1, 2, 3), 384)
+    assert "deep_size" not in options
     network = load_backbone("convnextv2_atto", "random", options["stages"])
     with torch.inference_mode():
         maps = network(torch.zeros(1, 3, 64, 64))
@@ -93,13 +95,14 @@ def test_training_raises_the_likelihood(fitted):
     assert curve[-1] < curve[0] - 0.2
 
 
-def test_labels_do_not_enter_the_flows(maps, fitted):
+def test_labels_do_not_enter_the_flows(maps):
     """Every parameter and code is the same whatever the images are called; only the scales of the scores differ."""
-    found = fitted.predict_category(maps[:40])
+    found_by_itself = fit(maps, max_iter=2)
+    found = found_by_itself.predict_category(maps[:40])
     assert sorted(set(found)) == [0, 1]
-    labelled = clone(SMALL).fit(maps[:40], category=np.array(["a", "b"])[found])
+    labelled = clone(found_by_itself).fit(maps[:40], category=np.array(["a", "b"])[found])
     assert labelled.categories_.tolist() == ["a", "b"]
-    ours, theirs = fitted.model_.state_dict(), labelled.model_.state_dict()
+    ours, theirs = found_by_itself.model_.state_dict(), labelled.model_.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -114,7 +117,7 @@ def test_concepts_tell_the_kinds_of_object_apart(maps, fitted):
 def assembled(detector, maps):
     """Maps (n, h, w, C), one or some, as the model takes them."""
     maps = maps if isinstance(maps, list) else [maps]
-    return detector._assembled([torch.from_numpy(m).movedim(3, 1) for m in maps])
+    return detector.scorer_.model_input([torch.from_numpy(m).movedim(3, 1) for m in maps])
 
 
 def test_map_terms_add_up_to_the_density(maps, fitted):
@@ -132,9 +135,9 @@ def test_what_is_measured_are_the_coarsest_latents_or_the_published_terms(maps, 
     features, category = assembled(fitted, maps[:2]), torch.zeros(2, dtype=torch.long)
     terms = fitted.model_.anomaly_map(features)
     with torch.no_grad():
-        (latent,) = fitted._model_fields(fitted.model_, features, category).values()
+        (latent,) = fitted.model_.fields(features, category, True).values()
         torch.testing.assert_close(latent, fitted.model_(features).latents.z[-1])
-        published = clone(fitted).set_params(gaussian=False)._model_fields(fitted.model_, features, category)
+        published = fitted.model_.fields(features, category, False)
     assert list(published) == [f"log_likelihood_{k}" for k in (1, 2, 3)]
     torch.testing.assert_close(published["log_likelihood_1"], terms["log_likelihood_1"])
     for k in (2, 3):
@@ -164,20 +167,21 @@ def test_inverse_on_real_features():
         torch.testing.assert_close(again, stage, rtol=1e-4, atol=1e-4)
 
 
-def test_backbone_that_merges_its_stages_is_refused():
+def test_a_backbone_that_merges_its_stages_gives_the_finest_of_a_pyramid():
     backbone = BackboneFeatures(weights="random", image_size=64, merge=True)
-    parts = make_textured_parts(4, 0, image_size=64, random_state=0)
-    with pytest.raises(ValueError, match=r"VQFlowDetector takes a BackboneFeatures with merge=False"):
-        clone(SMALL).set_params(backbone=backbone).fit(parts.images)
+    parts = make_textured_parts(12, 0, image_size=64, random_state=0)
+    made = clone(SMALL).set_params(backbone=backbone, max_iter=1, false_alarm_rate=0.4).fit(parts.images)
+    assert made.model_.channels == (sum(made.features_.channels_),) * 4
+    assert np.isfinite(made.score_samples(parts.images)).all()
 
 
 def test_parameters_reach_the_model(maps):
-    made = fit(maps, clamp=0.7, feature_noise=0.1, hidden=5, n_blocks=(1, 2, 1), n_concepts=3, n_patterns=7)
+    made = fit(maps, max_iter=1, clamp=0.7, feature_noise=0.1, hidden=5, n_blocks=(1, 2, 1), n_concepts=3, n_patterns=7)
     model = made.model_
     assert {block.clamp for flow in model.scale_flow for block in flow.blocks} == {0.7}
     assert [len(flow.blocks) for flow in model.scale_flow] == [1, 2, 1]
     assert (model.hierarchy.concept_codebook.n_codes, model.hierarchy.pattern_codebook[0].n_codes) == (3, 7)
-    assert model.noise.std == 0.1
+    assert model.noise == model.noisy.std == 0.1
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_parameters_of_the_model_are_checked(maps, name, value):
     ],
 )
 def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, parameters, message, monkeypatch):
-    monkeypatch.setattr("vqad.base.FeatureStore", None)
+    monkeypatch.setattr("vqad.source.FeatureStore", None)
     with pytest.raises(ValueError, match=message):
         fit(maps, **parameters)
 
@@ -270,10 +274,10 @@ def untrained(detector, monkeypatch):
     """What learns routing and thresholds of a new category alone."""
 
     def share(self, n, batches):
-        self._n_first = self.model_.n_categories = self.model_.n_categories + n
+        self.n_shared += n
 
-    monkeypatch.setattr(VQFlowDetector, "_add_categories", share)
-    monkeypatch.setattr(VQFlowDetector, "_parts_of", lambda *args: [])
+    monkeypatch.setattr(VQFlow, "extend", share)
+    monkeypatch.setattr(VQFlow, "parts_of", lambda *args: [])
     maps, kind = kinds_of_maps(60, 1)
     return copy.deepcopy(detector).partial_fit(maps[kind == "c"], category=kind[kind == "c"])
 
@@ -327,7 +331,7 @@ def test_a_model_with_added_categories_is_kept(of_three, way, tmp_path):
     else:
         again = pickle.loads(pickle.dumps(of_three))
     np.testing.assert_array_equal(again.score_samples(maps), of_three.score_samples(maps))
-    again.partial_fit(maps[kind == "c"], category=np.full(10, "d"))
+    again.set_params(max_iter=1).partial_fit(maps[kind == "c"], category=np.full(10, "d"))
     assert again.model_.n_added == 2
     np.testing.assert_array_equal(again.score_samples(maps[kind == "a"]), of_three.score_samples(maps[kind == "a"]))
 
@@ -349,9 +353,9 @@ def test_noise_keeps_the_density_of_few_images_from_falling_to_nothing_between_t
 
     def loss_of_others(noise):
         detector = clone(SMALL).set_params(feature_noise=noise, max_iter=150, false_alarm_rate=0.5).fit(maps[:10])
-        mean, scale = detector.scorer_.scaling.mean_0, detector.scorer_.scaling.scale_0
         with torch.no_grad():
-            return np.mean([float(detector.model_.loss((m - mean) / scale)) for m in unseen]), detector.loss_curve_[-1]
+            losses = [float(detector.model_.loss(detector.scorer_.model_input([m]))) for m in unseen]
+        return np.mean(losses), detector.loss_curve_[-1]
 
     (without, without_seen), (with_noise, with_noise_seen) = loss_of_others(0.0), loss_of_others(0.3)
     assert without_seen < with_noise_seen
