@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
-from vqad import fitting
+from vqad import extending, fitting
 from vqad._checks import check_category, check_groups, check_range, normal_rows, of_rows
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
 from vqad.datasets import ImageDataset
@@ -219,7 +219,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         fitting.check_labels(category, groups, settings, before, warm=False)
         source = now._map_source(data, before.features, Engine.pick(self.device, self.precision), before.map_shape)
         images = fitting.Images(source, rows, category, groups)
-        self._take(now, fitting.extend(images, settings, self._draw_seed(), before))
+        self._take(now, extending.extend(images, settings, self._draw_seed(), before))
         return self
 
     def fit_predict(self, X, y=None, *, category=None, groups=None):

@@ -1,9 +1,4 @@
-"""Learning: from images and settings to what is fitted, anew, warm, or more on top of it. Knows no estimator.
-
-In `extend` what the categories share stays as it is: the backbone, the scale of the features, the space that
-images are routed in, the weights that all categories use, the spread that their scores are pulled to. So nothing moves
-for a category that no new image belongs to.
-"""
+"""Learning all categories at once, anew or warm: images and settings to what is fitted. Knows no estimator."""
 
 from __future__ import annotations
 
@@ -25,7 +20,7 @@ from vqad.engine import Engine, seeded
 from vqad.fitted import Fitted, History
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
-from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
+from vqad.routing import CategoryRouter
 from vqad.scoring import Scaling, Scorer
 from vqad.source import MapSource
 from vqad.store import FeatureStore, ScaledFeatures, TrainingBatches, channel_statistics
@@ -131,7 +126,7 @@ def check_labels(
     names, index = np.unique(category, return_inverse=True)
     _, held_out = hold_out(index, settings.calibration_fraction, 0, groups)
     if len(held_out):  # else thresholds come from what is trained on
-        _check_each_held_out(settings, np.delete(names, np.unique(index[held_out])), groups)
+        check_each_held_out(settings, np.delete(names, np.unique(index[held_out])), groups)
 
 
 def _open_checkpoint(
@@ -181,14 +176,16 @@ def _fit(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
     )  # fmt: skip
-    batches = _batches(store, scorer, index, train, settings)
+    batches = batches_of(store, scorer, index, train, settings)
     if before is not None:
         _take_over(model, before.scorer.model)
     elif checkpoint is None or checkpoint.state is None:
-        model.start(_batches(store, scorer, index, some, settings))
-    log = _train(store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint)
+        model.start(batches_of(store, scorer, index, some, settings))
+    log = train_model(
+        store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint
+    )
     model.settle(batches)
-    learned = Learned(store, descriptor, _used(index, train, validation, held_out), train, held_out, groups)
+    learned = Learned(store, descriptor, used_of(index, train, validation, held_out), train, held_out, groups)
     scorer, held = learn_terms(scorer, learned, source.engine, seed)
     seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
     if checkpoint is not None and not log.interrupted:
@@ -200,7 +197,7 @@ def _fit(
         scorer=scorer,
         held_out=held,
         seen=seen,
-        thresholds=_thresholds(held, seen, categories, settings),
+        thresholds=thresholds_of(held, seen, categories, settings),
         prototypes=add_prototypes(Prototypes(), scorer, store, index, source, images.rows),
         history=(History() if before is None else before.history).append(log),
         n_images=len(index),
@@ -208,7 +205,7 @@ def _fit(
     )
 
 
-def _thresholds(held: Any, seen: Seen, categories: np.ndarray, settings: Settings) -> Any:
+def thresholds_of(held: Any, seen: Seen, categories: np.ndarray, settings: Settings) -> Any:
     return set_thresholds(
         held, seen, categories, settings.contamination, settings.false_alarm_rate, settings.per_category
     )
@@ -224,12 +221,12 @@ def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool) -> 
     return scaling
 
 
-def _batches(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
+def batches_of(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
     scaled = ScaledFeatures(store, scorer.model_input)
     return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
 
 
-def _train(
+def train_model(
     store: FeatureStore,
     scorer: Scorer,
     index: np.ndarray,
@@ -263,7 +260,7 @@ def _split(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
     train, held_out = split_rows(index, settings.calibration_fraction, seed, groups)
-    _check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
+    check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
     _warn_of_unused(len(index), len(train) + len(held_out))
     warn_of_single_images(categories, index, groups)
     if not settings.plan.early_stopping:
@@ -275,7 +272,7 @@ def _split(
     return train[keep], train[chosen], held_out
 
 
-def _used(index: np.ndarray, *used: np.ndarray | None) -> np.ndarray:
+def used_of(index: np.ndarray, *used: np.ndarray | None) -> np.ndarray:
     """The categories of images of which use is made; -1 for others of a group of which one is held out."""
     rows = np.concatenate([each for each in used if each is not None])
     return np.where(np.isin(np.arange(len(index)), rows), index, -1)
@@ -290,7 +287,7 @@ def _warn_of_unused(n: int, n_used: int) -> None:
         )
 
 
-def _check_each_held_out(settings: Settings, alone: np.ndarray, groups: np.ndarray | None) -> None:
+def check_each_held_out(settings: Settings, alone: np.ndarray, groups: np.ndarray | None) -> None:
     """Raise where categories are to have thresholds of their own, and those named ``alone`` have no held-out image."""
     if settings.per_category and len(alone):
         units = "images" if groups is None else "groups"
@@ -322,127 +319,3 @@ def _take_over(model: AnomalyModel, before: AnomalyModel) -> None:
             "warm_start=True goes on with the model of the last fit, but images or parameters now ask for a model of "
             f"another shape: {str(error).splitlines()[-1].strip()} Use warm_start=False."
         ) from error
-
-
-# ---- more on top of it -------------------------------------------------------------------------------
-
-
-def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
-    """Learn more images of known categories, or categories that were never seen."""
-    source, rows, category, groups = images
-    with seeded(seed, source.engine.device):
-        store, descriptor = source.extract(rows, settings.verbose)
-        scorer = copy.deepcopy(before.scorer)
-        index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
-        placed, n_known = np.flatnonzero(index >= 0), len(before.categories)
-        after = replace(before, scorer=scorer, categories=categories, n_images=before.n_images + len(placed))
-        if len(placed):
-            scorer.router.set_limits(descriptor[placed], index[placed], n_known)
-            train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
-            history = _train_more(store, scorer, index, train, n_known, settings, source.engine, before.history)
-            after = replace(after, history=history)
-            if len(held_out):
-                learned = Learned(store, descriptor, _used(index, train, held_out), train, held_out, groups)
-                after = _calibrate_more(after, learned, settings, source.engine)
-        prototypes = add_prototypes(before.prototypes, after.scorer, store, index, source, rows)
-        return replace(after, prototypes=prototypes)
-
-
-def _place(
-    router: CategoryRouter,
-    categories: np.ndarray,
-    descriptor: np.ndarray,
-    category: np.ndarray | None,
-    groups: np.ndarray | None,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Category of every image, -1 for images that are left out; and all categories, of which the router learns new."""
-    is_placed = np.ones(len(descriptor), dtype=bool)
-    if category is None:
-        nearest, distance = router(torch.from_numpy(descriptor))
-        category, far = categories[nearest.numpy()], (router.excess(nearest, distance) > 0).numpy()
-        own = of_rows(groups, far)
-        n_apart = far.sum() if own is None else len(np.unique(own))
-        if n_apart >= MIN_CATEGORY_SIZE:
-            new = new_labels(router.kinds_among(descriptor[far], seed, own), categories)
-            category = category.astype(np.result_type(category, new))
-            category[far] = new
-            names = ", ".join(map(repr, np.unique(new).tolist()))
-            warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
-        elif far.any():
-            is_placed = ~far
-            of = "" if own is None else f" of {n_apart} groups"
-            warn(
-                f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
-                "they are left out. Give their category to have them learned."
-            )
-    index = known_index(category, categories)
-    if (index < 0).any():
-        labels, number = np.unique(category[index < 0], return_inverse=True)
-        router.add(descriptor[index < 0], number)
-        index[index < 0] = len(categories) + number
-        categories = np.append(categories, labels)
-    return np.where(is_placed, index, -1), categories
-
-
-def _split_more(
-    settings: Settings,
-    categories: np.ndarray,
-    index: np.ndarray,
-    groups: np.ndarray | None,
-    placed: np.ndarray,
-    n_known: int,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
-    known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
-    train, held_out = [], []
-    for rows, split in ((known, hold_out), (new, split_rows)):
-        if len(rows):
-            keep, chosen = split(index[rows], settings.calibration_fraction, seed, of_rows(groups, rows))
-            train.append(rows[keep])
-            held_out.append(rows[chosen])
-    train_rows, held_rows = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
-    _check_each_held_out(settings, categories[np.setdiff1d(index[new], index[held_rows])], groups)
-    warn_of_single_images(categories, index[new], of_rows(groups, new))
-    return train_rows, held_rows
-
-
-def _train_more(
-    store: FeatureStore,
-    scorer: Scorer,
-    index: np.ndarray,
-    train: np.ndarray,
-    n_known: int,
-    settings: Settings,
-    engine: Engine,
-    history: History,
-) -> History:
-    """One pass over the images of known categories, ``max_iter`` over those of new ones."""
-    model, is_new = scorer.model, index[train] >= n_known
-    if is_new.any():
-        batches = _batches(store, scorer, np.maximum(index, 0), train[is_new], settings)
-        model.extend(scorer.router.n_categories - n_known, batches)
-    for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
-        learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
-        rows = rows[np.isin(index[rows], learning)]
-        if len(rows):
-            log = _train(store, scorer, index, rows, settings, engine, categories=learning, n_passes=n_passes)
-            history = history.append(log)
-            if log.interrupted and not is_last:
-                raise KeyboardInterrupt  # rather than keep a category that was never trained
-    if is_new.any():
-        model.settle(batches)
-    return history
-
-
-def _calibrate_more(after: Fitted, learned: Learned, settings: Settings, engine: Engine) -> Fitted:
-    """Scales of new categories; thresholds of all."""
-    scorer, held = learn_terms(after.scorer, learned, engine, after.seed)
-    held, seen = after.held_out.append(held), after.seen
-    if settings.contamination != "auto":
-        # Of before it was asked for there are those held out.
-        seen = seen if len(seen.score) else Seen(after.held_out.category, after.held_out.score)
-        seen = seen.append(score_seen(scorer, learned, engine))
-    thresholds = _thresholds(held, seen, after.categories, settings)
-    return replace(after, scorer=scorer, held_out=held, seen=seen, thresholds=thresholds)

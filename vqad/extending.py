@@ -1,0 +1,175 @@
+"""Learning more on top of what was learned: images of known categories, or new categories. Knows no estimator.
+
+What the categories share stays as it is: the backbone, the scale of the features, the space that images are routed in,
+the weights that all categories use, the spread that their scores are pulled to. So nothing moves for a category that no
+new image belongs to.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vqad._checks import hold_out, known_index, of_rows, split_rows, warn_of_single_images
+from vqad._warn import warn
+from vqad.calibration import Learned, Seen, learn_terms, score_seen
+from vqad.engine import Engine, seeded
+from vqad.fitted import Fitted, History
+from vqad.fitting import Images, Settings, batches_of, check_each_held_out, thresholds_of, train_model, used_of
+from vqad.prototypes import add_prototypes
+from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
+from vqad.scoring import Scorer, score_and_map, stored_images
+from vqad.store import FeatureStore
+
+# Images of a known category so many standard deviations above its threshold, in the median, are of something else.
+STRANGE = 10.0
+
+
+def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
+    """Learn more images of known categories, or categories that were never seen."""
+    source, rows, category, groups = images
+    with seeded(seed, source.engine.device):
+        store, descriptor = source.extract(rows, settings.verbose)
+        scorer = copy.deepcopy(before.scorer)
+        index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
+        index = _without_strange(before, store, index, source.engine)
+        placed, n_known = np.flatnonzero(index >= 0), len(before.categories)
+        after = replace(before, scorer=scorer, categories=categories, n_images=before.n_images + len(placed))
+        if len(placed):
+            scorer.router.set_limits(descriptor[placed], index[placed], n_known)
+            train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
+            history = _train_more(store, scorer, index, train, n_known, settings, source.engine, before.history)
+            after = replace(after, history=history)
+            if len(held_out):
+                learned = Learned(store, descriptor, used_of(index, train, held_out), train, held_out, groups)
+                after = _calibrate_more(after, learned, settings, source.engine)
+        prototypes = add_prototypes(before.prototypes, after.scorer, store, index, source, rows)
+        return replace(after, prototypes=prototypes)
+
+
+def _place(
+    router: CategoryRouter,
+    categories: np.ndarray,
+    descriptor: np.ndarray,
+    category: np.ndarray | None,
+    groups: np.ndarray | None,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Category of every image, -1 for images that are left out; and all categories, of which the router learns new."""
+    is_placed = np.ones(len(descriptor), dtype=bool)
+    if category is None:
+        nearest, distance = router(torch.from_numpy(descriptor))
+        category, far = categories[nearest.numpy()], (router.excess(nearest, distance) > 0).numpy()
+        own = of_rows(groups, far)
+        n_apart = far.sum() if own is None else len(np.unique(own))
+        if n_apart >= MIN_CATEGORY_SIZE:
+            new = new_labels(router.kinds_among(descriptor[far], seed, own), categories)
+            category = category.astype(np.result_type(category, new))
+            category[far] = new
+            names = ", ".join(map(repr, np.unique(new).tolist()))
+            warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
+        elif far.any():
+            is_placed = ~far
+            of = "" if own is None else f" of {n_apart} groups"
+            warn(
+                f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
+                "they are left out. Give their category to have them learned."
+            )
+    index = known_index(category, categories)
+    if (index < 0).any():
+        labels, number = np.unique(category[index < 0], return_inverse=True)
+        router.add(descriptor[index < 0], number)
+        index[index < 0] = len(categories) + number
+        categories = np.append(categories, labels)
+    return np.where(is_placed, index, -1), categories
+
+
+def _without_strange(before: Fitted, store: FeatureStore, index: np.ndarray, engine: Engine) -> np.ndarray:
+    """Categories of images, -1 for those of known ones that look like nothing that was learned of these.
+
+    Thresholds that let such images pass, as of another lamp, would let defects pass too.
+    """
+    known = np.flatnonzero((index >= 0) & (index < len(before.categories)))
+    if not len(known):
+        return index
+    score = stored_images(before.scorer, store, known, index[known], engine, score_and_map)["score"]
+    threshold, index = -np.broadcast_to(before.thresholds.offset, len(before.categories)), index.copy()
+    for c in np.unique(index[known]):
+        own = index[known] == c
+        typical = float(np.median(score[own]))
+        if typical > threshold[c] + STRANGE:
+            name = before.categories[c].item()
+            warn(
+                f"{own.sum()} images of category {name!r} are left out: their scores, {typical:.1f} in the median, "
+                f"are so far above the threshold, {threshold[c]:.1f}, that a detector that calls them normal would "
+                "find no defects any more. If another lamp or camera is to stay, fit on images of both, give them a "
+                "category of their own, or take recalibrate."
+            )
+            index[known[own]] = -1
+    return index
+
+
+def _split_more(
+    settings: Settings,
+    categories: np.ndarray,
+    index: np.ndarray,
+    groups: np.ndarray | None,
+    placed: np.ndarray,
+    n_known: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
+    known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
+    train, held_out = [], []
+    for rows, split in ((known, hold_out), (new, split_rows)):
+        if len(rows):
+            keep, chosen = split(index[rows], settings.calibration_fraction, seed, of_rows(groups, rows))
+            train.append(rows[keep])
+            held_out.append(rows[chosen])
+    train_rows, held_rows = np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
+    check_each_held_out(settings, categories[np.setdiff1d(index[new], index[held_rows])], groups)
+    warn_of_single_images(categories, index[new], of_rows(groups, new))
+    return train_rows, held_rows
+
+
+def _train_more(
+    store: FeatureStore,
+    scorer: Scorer,
+    index: np.ndarray,
+    train: np.ndarray,
+    n_known: int,
+    settings: Settings,
+    engine: Engine,
+    history: History,
+) -> History:
+    """One pass over the images of known categories, ``max_iter`` over those of new ones."""
+    model, is_new = scorer.model, index[train] >= n_known
+    if is_new.any():
+        batches = batches_of(store, scorer, np.maximum(index, 0), train[is_new], settings)
+        model.extend(scorer.router.n_categories - n_known, batches)
+    for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
+        learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
+        rows = rows[np.isin(index[rows], learning)]
+        if len(rows):
+            log = train_model(store, scorer, index, rows, settings, engine, categories=learning, n_passes=n_passes)
+            history = history.append(log)
+            if log.interrupted and not is_last:
+                raise KeyboardInterrupt  # rather than keep a category that was never trained
+    if is_new.any():
+        model.settle(batches)
+    return history
+
+
+def _calibrate_more(after: Fitted, learned: Learned, settings: Settings, engine: Engine) -> Fitted:
+    """Scales of new categories; thresholds of all."""
+    scorer, held = learn_terms(after.scorer, learned, engine, after.seed)
+    held, seen = after.held_out.append(held), after.seen
+    if settings.contamination != "auto":
+        # Of before it was asked for there are those held out.
+        seen = seen if len(seen.score) else Seen(after.held_out.category, after.held_out.score)
+        seen = seen.append(score_seen(scorer, learned, engine))
+    thresholds = thresholds_of(held, seen, after.categories, settings)
+    return replace(after, scorer=scorer, held_out=held, seen=seen, thresholds=thresholds)
