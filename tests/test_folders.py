@@ -362,6 +362,8 @@ def mvtec_with(root, images, masks):
         (["dent/0.png", "dent/1.png"], ["dent/0_GT.png", "dent/1-mask.png"], None),
         (["dent/0.png", "Hole/1.png"], ["Dent/0.png", "hole/1.png"], None),
         (["dent/0.png", "dent/1.png"], [], None),
+        (["label/0.png", "mask/1.png"], ["label/0.png", "mask/1_mask.png"], None),  # kinds of defects too
+        (["label/0.png", "dent/1.png"], [], None),
         (["dent/0.png", "hole/0.png"], ["dent/0.png", "hole/0.png", "good/000.png"], None),
         (
             ["dent/0.png", "dent/1.png"],

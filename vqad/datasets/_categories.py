@@ -137,7 +137,7 @@ def has_layout(folder: Path, layout: Layout) -> bool:
 def is_masks(folder: Path) -> bool:
     """Whether a folder is the one that has the masks of a category."""
     return _words.is_masks(folder.name) and any(
-        _is_category(above, layout)
+        _is_category(above, layout) and folder in _mask_folders(above, _named(above, layout.test))
         for above in (folder.parent, folder.parent.parent)
         for layout in (MVTEC_AD, MVTEC_AD_2)
     )
@@ -181,9 +181,10 @@ def _normal_rows(folder: Path, split: Sequence[str], category: str) -> list[_Row
 
 def _test_rows(folder: Path, layout: Layout, category: str, unpaired: _Unpaired) -> list[_Row]:
     tests = _named(folder, layout.test)
-    kinds = [kind for test in tests for kind in subfolders(test) if not _words.is_masks(kind.name)]
+    places = _mask_folders(folder, tests)
+    kinds = [kind for test in tests for kind in subfolders(test) if kind not in places]
     defects = [kind for kind in kinds if not _words.is_normal(kind.name)]
-    masks = _masks_by_kind(folder, tests, [kind.name for kind in defects], unpaired)
+    masks = _masks_by_kind(places, [kind.name for kind in defects], unpaired)
     rows: list[_Row] = []
     for kind in kinds:
         images = image_files(kind)
@@ -198,12 +199,21 @@ def _test_rows(folder: Path, layout: Layout, category: str, unpaired: _Unpaired)
     return rows
 
 
-def _masks_by_kind(
-    folder: Path, tests: Sequence[Path], defects: Sequence[str], unpaired: _Unpaired
-) -> dict[str, dict[str, Mask]]:
+def _mask_folders(folder: Path, tests: Sequence[Path]) -> list[Path]:
+    """The folders of masks of a category: one whose name is sure, else one beside the test images, else one with them.
+
+    A folder with these that is called label or mask may as well be a kind of defect, which has masks elsewhere.
+    """
+    beside = [path for path in subfolders(folder) if _words.is_masks(path.name)]
+    inside = [path for test in tests for path in subfolders(test) if _words.is_masks(path.name)]
+    sure = [path for path in (*beside, *inside) if _words.kind_of(path.name) == _words.MASKS]
+    return sure or beside or [path for path in inside if _words.plain(path.name) in ("mask", "masks")]
+
+
+def _masks_by_kind(places: Sequence[Path], defects: Sequence[str], unpaired: _Unpaired) -> dict[str, dict[str, Mask]]:
     """The masks of each kind of defect, by its name in small letters; those of no kind have no image."""
     by_kind: dict[str, dict[str, Mask]] = {name.casefold(): {} for name in defects}
-    for place in (place for above in (folder, *tests) for place in subfolders(above) if _words.is_masks(place.name)):
+    for place in places:
         inside = {path.name.casefold(): path for path in subfolders(place)}
         if len(by_kind) == 1 and not inside:  # of one kind: it needs no folder
             next(iter(by_kind.values())).update(masks_in(place))
@@ -275,16 +285,17 @@ def _beside(folder: Path, found: dict[str, Path], others: list[Path]) -> list[Pa
 def _astray(folder: Path, layout: Layout) -> list[Path]:
     """Images that lie in a category, but in none of the folders that are read: beside these, or in folders in them."""
     tests = _named(folder, layout.test)
+    places = _mask_folders(folder, tests)
     splits = _named(folder, (*layout.train, *layout.validation)) + tests
     beside = [image for each in (folder, *splits) for image in image_files(each)]
     for kind in (kind for split in splits for kind in subfolders(split)):
-        if kind.parent in tests and _words.is_masks(kind.name):
+        if kind in places:
             continue
         is_read = kind.parent in tests or _words.is_normal(kind.name)
         for inner in subfolders(kind) if is_read else [kind]:
             beside += image_files(inner, recursive=True)
-    known = [*splits, *_named(folder, layout.unlabelled)]
+    known = [*splits, *places, *_named(folder, layout.unlabelled)]
     for path in subfolders(folder):
-        if path not in known and not _words.is_masks(path.name) and image_files(path, recursive=True):
+        if path not in known and image_files(path, recursive=True):
             beside.append(path)
     return beside

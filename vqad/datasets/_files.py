@@ -11,9 +11,9 @@ from PIL import Image
 
 from vqad._decode import not_there
 
-# Asked for even where this Pillow cannot read them, so that reading says so.
+# Asked for even where this Pillow cannot read them, so that reading says so; .mpo is read as JPEG.
 _ALWAYS = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 )
 # Pillow has their names, and reads them with the help of other programs alone.
 _NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
@@ -82,7 +82,9 @@ def _is_shown(path: Path, root: Path) -> bool:
 def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder in natural order, without hidden ones and links to it or further up."""
     above = {folder.resolve(), *folder.resolve().parents}
-    return [p for p in _visible(folder) if p.is_dir() and not (p.is_symlink() and p.resolve() in above)]
+    with os.scandir(folder) as entries:  # which asks the disk for links alone, in folders of many images
+        found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return [p for p in sorted(found, key=natural_key) if not (p.is_symlink() and p.resolve() in above)]
 
 
 def existing_folder(root: str | os.PathLike[str]) -> Path:
