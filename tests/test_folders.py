@@ -240,6 +240,26 @@ def test_masks_that_are_only_called_so_are_left_out_of_scoring_and_named(tmp_pat
     assert "masks by their names, left out here: MASK." in said[0]
 
 
+@pytest.mark.parametrize(
+    ("names", "left", "is_said"),
+    [
+        (("images", "masks"), ["masks"], True),
+        (("line/img", "line/label"), ["line/label"], True),
+        (("good", "scratch", "GT"), ["GT"], True),
+        (("bolt", "ground_truth"), [], True),
+        (("bolt", "Masks"), [], False),
+        (("bolt", "ground_truth", "Masks"), [], True),
+    ],
+)
+def test_scoring_leaves_out_masks_of_images_beside_them_alone(names, left, is_said, tmp_path):
+    fill(tmp_path, dict.fromkeys(names, 2))
+    (scored, _), said = said_by(images_to_score, [str(tmp_path)])
+    assert inside(scored, tmp_path) == sorted(set(names) - set(left))
+    assert len(said) == is_said
+    for name in left:
+        assert f"left out here: {name}." in said[0]
+
+
 def test_words_of_names():
     for name, kind in (("OK", "normal"), ("good parts", "normal"), ("NG 2", "anomalous"), ("Ground-Truth", "masks")):
         assert _words.kind_of(name) == kind

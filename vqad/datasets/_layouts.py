@@ -41,7 +41,7 @@ def loader_of_layout(folder: Path) -> Callable[..., ImageDataset] | None:
 def images_but_masks(root: Path) -> list[Path]:
     """All images of a folder, at any depth and of whatever layout; masks are none.
 
-    A warning names the masks that only their names tell, and files that are no images by theirs.
+    A warning names the masks that only their names tell, left out or not, and files that are no images by theirs.
     """
     masks: dict[Path, bool] = {existing_folder(root): False}
     by_name: list[Path] = []
@@ -63,6 +63,11 @@ def images_but_masks(root: Path) -> list[Path]:
     said = []
     if left := [*by_name, *sorted(beside)]:
         said.append(f"masks by their names, left out here: {some_of(left, root)}")
+    above = {parent for path in images for parent in path.parents if parent != root and parent.is_relative_to(root)}
+    if taken := sorted(path for path in above if _words.kind_of(path.name) == _words.MASKS):
+        said.append(
+            f"folders named as those of masks, taken for images as nothing tells of what: {some_of(taken, root)}"
+        )
     if others:
         said.append(left_out(others, root))
     if said:
@@ -108,7 +113,7 @@ def masks_beside(images: Sequence[Path]) -> list[Path]:
 def _is_called_masks(folder: Path) -> bool:
     if not _words.is_masks(folder.name):
         return False
-    return _words.telling(path.name for path in subfolders(folder.parent)).get(folder.name) == _words.MASKS
+    return folder.name in _words.masks_among([path.name for path in subfolders(folder.parent)])
 
 
 def _folders_beside_each_other(folder: Path, images: Sequence[Path]) -> dict[Path, Counter[str]]:

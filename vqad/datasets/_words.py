@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 NORMAL, ANOMALOUS, MASKS, TRAIN, TEST = "normal", "anomalous", "masks", "train", "test"
 
@@ -73,6 +73,13 @@ def telling(names: Iterable[str]) -> dict[str, str]:
         said |= {name: ANOMALOUS for name in names if name not in said}
     kinds = set(said.values())
     return said if kinds & {ANOMALOUS, MASKS} or (TEST in kinds and kinds & {TRAIN, NORMAL}) else {}
+
+
+def masks_among(names: Sequence[str]) -> list[str]:
+    """Which of the folders beside each other have masks: of images that lie in others of them, as their names say."""
+    said = telling(names)
+    is_known = any(map(_is_images, names)) or set(said.values()) - {MASKS}
+    return [name for name, kind in said.items() if kind == MASKS and is_known]
 
 
 def is_doubtful(name: str) -> bool:
