@@ -19,8 +19,10 @@ from conftest import save_png
 
 import vqad.cli._commands
 import vqad.demo
+import vqad.registry
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad._yardstick import GaussianYardstick
+from vqad.calibration import drift_p_value
 from vqad.cli import main
 from vqad.cli._files import groups_of
 from vqad.datasets import load_elpv, load_mvtec, load_visa, make_textured_parts
@@ -217,6 +219,7 @@ def test_nothing_is_written_over_the_model_or_an_image(folders, model, tmp_path,
     mask, learned = (next((tmp_path / "mvtec").rglob(f"{part}/*/*.png")) for part in ("ground_truth", "train"))
     kept = image.with_name(f"{image.stem}_map.png")
     shutil.copy(image, kept)
+    shutil.copy(next((tmp_path / "mvtec").rglob(f"{image.stem}_mask.png")), mask.with_name(f"{kept.stem}_mask.png"))
     before = {path: path.read_bytes() for path in (model, image, kept, mask, learned)}
     for target in (model, image):
         for command in (
@@ -246,7 +249,7 @@ def test_a_file_may_have_any_name(folders, model, tmp_path, capsys):
         shutil.copy(image, os.path.join(os.fsencode(tmp_path), name))
     assert main(["score", str(model), str(tmp_path), "--csv", str(tmp_path / "scores.csv")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5
+    assert len(printed) == 6
     assert any("two\\nlines.png" in line for line in printed)
     table = (tmp_path / "scores.csv").read_bytes()
     assert all(name in table for name in names)
@@ -287,7 +290,7 @@ def test_score_judges_all_images_of_a_folder_but_masks(folders, model, tmp_path,
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / name)
     assert main(["score", str(model), str(tmp_path)]) == 0
-    printed = capsys.readouterr().out.splitlines()[1:-1]
+    printed = capsys.readouterr().out.splitlines()[1:-2]
     assert sorted(line.split()[0] for line in printed) == sorted(str(tmp_path / name) for name in wanted)
 
 
@@ -320,10 +323,12 @@ def test_score_says_what_the_detector_says(folders, model, tmp_path, capsys):
     np.testing.assert_array_equal([float(row["p_value"]) for row in rows], detector.p_values(paths))
     assert [row["category"] for row in rows] == list(detector.predict_category(paths))
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(paths) + 2
+    assert len(printed) == len(paths) + 3
     for path, line in zip(paths, printed[1:]):
         assert line.startswith(path)
-    assert printed[-1].startswith(f"{(labels == -1).sum()} of {len(paths)} images are anomalous")
+    assert printed[-2].startswith(f"{(labels == -1).sum()} of {len(paths)} images are anomalous")
+    p = drift_p_value(detector.fitted_.held_out.score, -detector.score_samples(paths), 0)
+    assert printed[-1].startswith(f"drift: p = {p:.2g}, ")
 
 
 def test_every_image_gets_its_own_map_at_its_own_size(model, tmp_path):
@@ -340,8 +345,12 @@ def test_every_image_gets_its_own_map_at_its_own_size(model, tmp_path):
     assert sorted(sizes) == [(48, 64), (48, 64), (48, 64), (64, 64)]
 
 
-def test_the_help_names_the_detectors_that_there_are():
-    assert set(vqad.cli._arguments.DETECTOR_NAMES) == set(vqad.demo.DETECTORS)
+def test_the_help_names_the_detectors_that_there_are(monkeypatch, capsys):
+    monkeypatch.setitem(vqad.registry._DETECTORS, "of-ones-own", HVQTransDetector)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "{hvq-trans,vq-flow,of-ones-own}" in capsys.readouterr().out
+    assert vqad.registry.detector_classes() == [HVQTransDetector, VQFlowDetector, HVQTransDetector]
 
 
 def test_maps_of_large_images_are_drawn_smaller(model, tmp_path, monkeypatch):
@@ -367,7 +376,7 @@ def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, caps
         assert re.match(rf"vqad: error: image {i} of X, path '.*{name}\.png', is truncated", line)
     with open(table, newline="", encoding="utf-8") as file:
         assert [Path(row["path"]).name for row in csv.DictReader(file)] == ["a.png", "e.png"]
-    assert len(said.out.splitlines()) == 4
+    assert len(said.out.splitlines()) == 5
     assert " of 2 images are anomalous" in said.out
     assert sorted(path.name for path in maps.iterdir()) == ["a_map.png", "e_map.png"]
     assert main(["score", str(model), str(tmp_path / "new" / "b.png")]) == 2
@@ -384,8 +393,12 @@ def test_an_error_of_no_image_stops(folders, model, capsys):
 def test_a_model_of_another_device_works_on_the_one_that_is_here(folders, model, tmp_path):
     elsewhere = tmp_path / "model.safetensors"
     vqad.save(vqad.load(model).set_params(device="meta"), elsewhere)
-    root, page = str(folders / "mvtec"), str(tmp_path / "page.html")
-    for command, *rest in (["score", root], ["evaluate", root, "--no-pixels"], ["report", root, "-o", page]):
+    root, page, bad = str(folders / "mvtec"), str(tmp_path / "page.html"), str(folders / "bad" / "disc")
+    for command, *rest in (
+        ["score", bad],
+        ["evaluate", root, "--no-pixels"],
+        ["report", root, "-o", page],
+    ):
         assert main([command, str(elsewhere), *rest]) == 0
         assert main([command, str(elsewhere), *rest, "--device", "cpu"]) == 0
 

@@ -83,8 +83,12 @@ def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder in natural order, without hidden ones and links to it or further up."""
     above = {folder.resolve(), *folder.resolve().parents}
     with os.scandir(folder) as entries:  # which asks the disk for links alone, in folders of many images
-        found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
     return [p for p in sorted(found, key=natural_key) if not (p.is_symlink() and p.resolve() in above)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 
 
 def existing_folder(root: str | os.PathLike[str]) -> Path:
