@@ -394,7 +394,7 @@ def test_labelled_images_and_masks_that_do_not_match_are_counted(remove, add, sa
     else:
         with pytest.warns(UserWarning, match=f"the images and masks given {said}"):
             load_labelled(parts / "OK", parts / "NG", parts / "MASK")
-    load_labelled(parts / "OK", parts / "NG")
+    assert marked(load_labelled(parts / "OK", parts / "NG", None))[-1] is None
 
 
 def test_labelled_images_errors_say_what_to_do(parts):

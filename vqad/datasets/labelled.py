@@ -14,7 +14,7 @@ from vqad.datasets._categories import warn_of_unpaired
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import image_files, image_suffixes, left_out, natural_key
 
-Places = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Places = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 
 
 def load_labelled(
@@ -82,7 +82,7 @@ Found = dict[Path, Path | None]
 
 
 def _listed(places: Places, name: str) -> Found:
-    given = [places] if isinstance(places, (str, os.PathLike)) else list(places)
+    given = [places] if isinstance(places, (str, os.PathLike)) else [] if places is None else list(places)
     found: Found = {}
     others: list[Path] = []
     for place in given:
