@@ -19,8 +19,8 @@ import vqad.calibration
 import vqad.checkpoint
 import vqad.fitting
 from vqad import HVQTransDetector
-from vqad._checks import some_of_each
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.splitting import some_of_each
 from vqad.training import Trainer
 
 SMALL = HVQTransDetector(

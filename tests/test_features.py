@@ -35,6 +35,7 @@ from vqad.backbones import (
     load_backbone,
     state_digest,
 )
+from vqad.batches import channel_statistics
 from vqad.datasets import make_textured_parts
 from vqad.engine import chunk_size, pad_chunk, side_by_side
 from vqad.images import check_images
@@ -452,7 +453,7 @@ def test_what_a_channel_of_large_values_differs_by_does_not_outweigh_the_others(
     maps[:, 1] = 1.7e9 + 1000 * maps[:, 1]
     store = FeatureStore(40)
     store.write(np.arange(40), [maps])
-    mean, scale = vqad.store.channel_statistics(store, np.arange(40))
+    mean, scale = channel_statistics(store, np.arange(40))
     assert ((maps[:, 1] - mean[0][1]) / scale[0][1]).abs().max() < 5
 
 
@@ -461,7 +462,7 @@ def test_a_channel_is_scaled_whatever_the_units_of_the_others(units):
     maps = torch.randn(40, 3, 4, 4) * torch.tensor([1.0, units, 0.0]).view(1, 3, 1, 1) + 2 * units
     store = FeatureStore(40)
     store.write(np.arange(40), [maps])
-    mean, scale = vqad.store.channel_statistics(store, np.arange(40))
+    mean, scale = channel_statistics(store, np.arange(40))
     torch.testing.assert_close(scale[0].float(), torch.tensor([1.0, units, 1.0]), rtol=0.1, atol=0)
     torch.testing.assert_close(mean[0].float(), torch.full((3,), 2 * units), rtol=0.1, atol=0.1)
 

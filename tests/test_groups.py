@@ -14,8 +14,9 @@ from sklearn.model_selection import cross_validate
 
 import vqad.fitting
 from vqad import HVQTransDetector
-from vqad._checks import check_groups, hold_out
+from vqad._checks import check_groups
 from vqad.model_selection import InlierKFold, image_auroc_scorer
+from vqad.splitting import hold_out
 
 SMALL = HVQTransDetector(
     backbone=None, n_codes=8, d_model=16, n_layers=1, n_heads=2, dim_feedforward=16, max_iter=1, batch_size=60,

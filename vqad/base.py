@@ -14,13 +14,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from vqad import extending, fitting
-from vqad._checks import check_category, check_groups, check_range, normal_rows, of_rows
+from vqad._checks import check_category, check_groups, check_range, normal_rows
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
 from vqad.datasets import ImageDataset
 from vqad.deciding import Deciding
 from vqad.engine import Engine, seeded
 from vqad.features import check_image_size, fit_features
 from vqad.judging import FORM_OF_X, Judging
+from vqad.splitting import of_rows
 from vqad.store import FeatureArray
 from vqad.training import TrainingPlan
 

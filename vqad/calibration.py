@@ -14,10 +14,10 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from vqad._checks import some_of_each
 from vqad._warn import warn
 from vqad.engine import Engine, side_by_side
 from vqad.scoring import FAR_WEIGHT, Scorer, fields, score_and_map, stored_images
+from vqad.splitting import some_of_each
 from vqad.store import FeatureStore
 
 # Images whose maps are put together at a time.

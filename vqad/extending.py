@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vqad._checks import hold_out, known_index, of_rows, split_rows, warn_of_single_images
+from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.calibration import Learned, Seen, learn_terms, score_seen
 from vqad.engine import Engine, seeded
@@ -22,6 +22,7 @@ from vqad.fitting import Images, Settings, batches_of, check_each_held_out, thre
 from vqad.prototypes import add_prototypes
 from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
 from vqad.scoring import Scorer, score_and_map, stored_images
+from vqad.splitting import hold_out, of_rows, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
 
 # Images of a known category so many standard deviations above its threshold, in the median, are of something else.

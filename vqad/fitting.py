@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vqad._checks import hold_out, known_index, of_rows, some_of_each, split_rows, warn_of_single_images
+from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.backbones import state_digest
+from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.engine import Engine, seeded
@@ -23,7 +24,8 @@ from vqad.prototypes import Prototypes, add_prototypes
 from vqad.routing import CategoryRouter
 from vqad.scoring import Scaling, Scorer
 from vqad.source import MapSource
-from vqad.store import FeatureStore, ScaledFeatures, TrainingBatches, channel_statistics
+from vqad.splitting import hold_out, of_rows, some_of_each, split_rows, warn_of_single_images
+from vqad.store import FeatureStore
 from vqad.training import Trainer, TrainingLog, TrainingPlan
 
 # Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
