@@ -15,10 +15,10 @@ from sklearn.exceptions import NotFittedError
 
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
-from vqad._checks import split_rows
 from vqad.calibration import Learned, Seen, learn_terms, set_thresholds
 from vqad.metrics import image_f1_max
 from vqad.scoring import FAR_WEIGHT, fields, score_and_map, stored_images
+from vqad.splitting import split_rows
 from vqad.thresholds import cost_threshold, f1_threshold, recall_threshold
 
 DETECTORS = [
@@ -398,8 +398,9 @@ def trained(request, detector):
 @pytest.mark.parametrize(
     ("threshold", "n_held", "n_splits"),
     [("global", 8, 12),
-     *(pytest.param(*pair, 100, marks=pytest.mark.slow)
-       for pair in (("global", 2), ("global", 8), ("global", 40), ("category", 8), ("category", 21)))],
+     *(pytest.param(*case, marks=pytest.mark.slow)
+       for case in (("global", 2, 50), ("global", 8, 50), ("global", 40, 50), ("category", 8, 50),
+                    ("category", 21, 100)))],
 )  # fmt: skip
 def test_false_alarms_over_many_splits_are_no_more_than_asked(trained, threshold, n_held, n_splits):
     """The scorer learns from the very images that set the threshold, with each left out of what it is judged by."""
