@@ -731,7 +731,7 @@ def test_maps_have_the_grid_and_the_channels_that_are_told(name):
     assert [m.shape[1:3] for m in maps] == [(-(-224 // s), -(-224 // s)) for s in features.strides_]
     for kind in (HVQTransDetector, VQFlowDetector):  # a network of any kind makes what they ask for
         options = kind(backbone=name, image_size=224)._feature_options()
-        of_detector = BackboneFeatures(name, weights="random", image_size=224, merge=False, **options).fit()
+        of_detector = BackboneFeatures(name, merge=False, **{**options, "weights": "random"}).fit()
         assert len(of_detector.channels_) == len(of_detector.strides_) == len(of_detector.shapes_)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.model_selection import cross_validate
 
-import vqad.fitting
+import vqad.extending
 from vqad import HVQTransDetector
 from vqad._checks import check_groups
 from vqad.model_selection import InlierKFold, image_auroc_scorer
@@ -211,10 +211,10 @@ def test_early_stopping_watches_groups_that_are_not_trained_on():
 def test_partial_fit_holds_out_groups_too(monkeypatch):
     X, piece, kind = draw_pieces(20, 4, 0)
     made, seen = clone(SMALL).fit(X, category=kind, groups=piece), []
-    learn_terms = vqad.fitting.learn_terms
-    monkeypatch.setattr("vqad.fitting.learn_terms", lambda *args: seen.append(args[1]) or learn_terms(*args))
+    learn_terms = vqad.extending.learn_terms
+    monkeypatch.setattr("vqad.extending.learn_terms", lambda *args: seen.append(args[1]) or learn_terms(*args))
     more, piece, kind = draw_pieces(10, 4, 1)
-    kind = kind + 1  # one that is known, and a new one
+    kind = np.where(kind == 1, 1, 2)  # one that is known, and a new one
     made.partial_fit(more, category=kind, groups=piece)
     (learned,) = seen
     index, train, held = learned.category, learned.train, learned.held_out

@@ -107,7 +107,7 @@ OF_ROWS = [(HVQTransOfRows, DETECTORS[0]), (VQFlowOfRows, DETECTORS[1])]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "detector"), OF_ROWS, ids=[kind.__name__ for kind, _ in OF_ROWS])
+@pytest.mark.parametrize(("kind", "detector"), OF_ROWS[:1], ids=["HVQTransOfRows"])
 def test_scikit_learns_own_checks_of_flattened_images(kind, detector):
     tiny = {"n_codes": 4, "d_model": 8, "n_heads": 2, "dim_feedforward": 8, "n_concepts": 2, "n_patterns": 4}
     parameters = {**detector.get_params(deep=False), "backbone": Thumbnails(2), "image_shape": (1, 1)}

@@ -103,6 +103,6 @@ def test_the_command_fits_it(tmp_path):
     for k, image in enumerate(parts.images):
         Image.fromarray(image).save(folder / f"{k}.png")
     model = str(tmp_path / "m.safetensors")
-    wanted = ["--detector", "nearest-code", "--image-size", "64", "--set", "max_iter=1"]
+    wanted = ["--detector", "nearest-code", "--image-size", "64", "--max-iter", "1"]
     assert main(["fit", str(folder), "-o", model, *wanted]) == 0
     assert type(vqad.load(model)) is NearestCodeDetector
