@@ -31,8 +31,7 @@ from .quantize import VectorQuantizer
 from .stages import pooled_stages
 from .vq_flow_output import Latents, VQFlowOutput, resize
 
-# Coupling blocks that an added category has of its own in each stage.
-_ADDED_BLOCKS = 2
+_ADDED_BLOCKS = 2  # of an added category's own flow in each stage
 
 
 class VQFlow(AnomalyModel):
@@ -67,8 +66,7 @@ class VQFlow(AnomalyModel):
     revive_threshold : float
         See :class:`vqad.nn.quantize.VectorQuantizer`; the release does not revive codes: 0.
     condition_path : {"table", "convolution"}
-        How the condition reaches the subnets: looked up by code, or written out and convolved. The same
-        numbers; the second is for comparison and for export.
+        How the condition reaches the subnets: looked up by code, or written out and convolved, for comparison.
     noise : float
         Standard deviation of the noise that training adds to each number of the pooled stages, see
         :class:`vqad.nn.noise.GaussianNoise`; the release adds none: 0.
