@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
 from .quantize import VectorQuantizer
@@ -137,8 +136,8 @@ class AnomalyModel(Configured, ABC):
         """What serves these categories and no others, and can go on learning for them."""
         return []
 
-    def group_of(self, category: np.ndarray) -> np.ndarray:
-        """Which group of its codebooks' codes an image of a category has; by default each category has its own."""
+    def group_of(self, category: Any) -> Any:
+        """Which group of its codebooks' codes an image of a category has, (n,) of int; each category has its own."""
         return category
 
     def ready(self) -> nn.Module:

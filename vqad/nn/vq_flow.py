@@ -16,9 +16,8 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -307,10 +306,9 @@ class VQFlow(AnomalyModel):
         parts = [part for g in own for part in (self.added_flow[g], self.added_mixture[g])]
         return [self.noisy, *self.hierarchy.codebooks(), *parts]
 
-    def group_of(self, category: np.ndarray) -> np.ndarray:
+    def group_of(self, category: Any) -> Any:
         """The categories that share everything share the first group."""
-        group: np.ndarray = np.maximum(category - self.n_shared + 1, 0)
-        return group
+        return (category - self.n_shared + 1).clip(0)
 
     def check_export(self) -> None:
         """Refuse categories with flows of their own."""
