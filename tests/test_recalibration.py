@@ -74,8 +74,9 @@ def test_a_rate_that_is_set_after_fit_counts_at_once_and_is_what_a_saved_model_s
 
 def test_a_rate_out_of_range_is_told_at_fit_as_any_parameter(made):
     before = made.offset_
-    made.set_params(false_alarm_rate=2.0)
-    assert made.offset_ == before
+    for wrong in ("half", None, 2.0):
+        made.set_params(false_alarm_rate=wrong)
+        assert made.offset_ == before
     with pytest.raises(ValueError, match="false_alarm_rate"):
         made.recalibrate()
     with pytest.raises(ValueError, match="false_alarm_rate"):

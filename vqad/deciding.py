@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 
@@ -24,8 +25,9 @@ class Deciding:
         self : object
         """
         super().set_params(**params)
-        if "false_alarm_rate" in params and self.__sklearn_is_fitted__() and 0 < self.false_alarm_rate < 1:
-            self._fitted = recalibration.at_rate(self._fitted, self.contamination, self.false_alarm_rate)
+        rate = params.get("false_alarm_rate")
+        if isinstance(rate, Real) and 0 < rate < 1 and self.__sklearn_is_fitted__():
+            self._fitted = recalibration.at_rate(self._fitted, self.contamination, rate)
         return self
 
     def set_threshold(self, X, y, target="f1", *, recall=0.95, miss_cost=1.0, false_alarm_cost=1.0):

@@ -121,7 +121,7 @@ def score(arguments: argparse.Namespace) -> int:
             n_scored += len(rows)
     if n_scored:
         print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
-        p = drift_p_value(detector.fitted_.held_out.score, np.array(scores), 0)
+        p = drift_p_value(detector.fitted_.held_out.score, np.array(scores), detector.fitted_.seed)
         meaning = "the images are not what was learned, or many are defective" if p < 0.01 else "nothing seems changed"
         print(f"drift: p = {p:.2g}, {meaning}")
     return OK if n_scored == n_asked else USER_ERROR
