@@ -200,6 +200,17 @@ def join_pool(threads: int) -> None:
     compute_with(1)
 
 
+@contextmanager
+def at_most_threads(threads: int | None) -> Iterator[None]:
+    """Let what this thread starts side by side take no more threads than that, whatever torch is set to; None: any."""
+    before = getattr(_HERE, "limit", None)
+    _HERE.limit = threads
+    try:
+        yield
+    finally:
+        _HERE.limit = before
+
+
 def threads_beside() -> int:
     """How many threads of a pool do what this one does, itself included."""
     return getattr(_HERE, "threads", 1)
@@ -274,6 +285,7 @@ def side_by_side(
     keep_freed_memory()
     least = chunk if chunk == 1 else _LEAST_CHUNKS * chunk
     with one_core_each() as threads:
+        threads = min(threads, getattr(_HERE, "limit", None) or threads)
         n_parts = max(1, min(len(rows) // least, max(threads, math.ceil(len(rows) / (_PART * chunk)))))
         for held in _in_threads(holding_warnings(work), np.array_split(rows, n_parts), threads):
             yield from release_warnings(held)

@@ -121,9 +121,12 @@ class ImageSequence:
         Which items, in which order.
     """
 
-    def __init__(self, items: Any, indices: np.ndarray, _said: set[str] | None = None) -> None:
+    def __init__(
+        self, items: Any, indices: np.ndarray, _said: set[str] | None = None, _numbers: np.ndarray | None = None
+    ) -> None:
         self._items = items
         self._indices = indices
+        self._numbers = indices if _numbers is None else _numbers
         # Shared with every subset, so that one X warns once.
         self._said = set() if _said is None else _said
 
@@ -141,7 +144,7 @@ class ImageSequence:
     def name(self, i: int) -> str:
         """Name of image `i` in the caller's terms, such as ``image 17 of X, path 'a.png'``."""
         path = self.path(i)
-        return f"image {int(self._indices[i])} of X" + ("" if path is None else f", path {path!r}")
+        return f"image {int(self._numbers[i])} of X" + ("" if path is None else f", path {path!r}")
 
     def path(self, i: int) -> str | None:
         """The file of image `i`, if it came as one."""
@@ -153,7 +156,13 @@ class ImageSequence:
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices.astype(np.intp) if indices.size == 0 else indices
-        return ImageSequence(self._items, self._indices[indices], self._said)
+        return ImageSequence(self._items, self._indices[indices], self._said, self._numbers[indices])
+
+    def part(self, indices: Any) -> ImageSequence:
+        """As `subset`, with nothing in it but these images, to be sent to a process that may be in another folder."""
+        items = [self._items[int(place)] for place in self._indices[indices]]
+        items = [os.path.abspath(item) if isinstance(item, str) else item for item in items]
+        return ImageSequence(items, np.arange(len(items)), set(self._said), self._numbers[indices])
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of image `i` in pixels, upright; of a file only the header is read, however large it is."""
@@ -262,6 +271,14 @@ class ImageSequence:
     def warn_once(self, i: int, what: str) -> None:
         """Warn of what image `i` has, unless another of this X had the same."""
         self._warn_once(self.name(i), what)
+
+    def is_news(self, message: str) -> bool:
+        """Whether a warning that another process had of some of these images was not said of others before."""
+        what = message.rpartition(" has ")[2]
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
 
     def _warn_once(self, name: str, what: str) -> None:
         if what not in self._said:
