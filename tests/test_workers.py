@@ -96,16 +96,15 @@ def seen(monkeypatch):
 
 @on_engines
 def test_workers_say_what_one_process_says(engine, detector, paths, seen):
-    scores, maps = detector.score_samples(paths), detector.anomaly_map(paths)
+    verdicts, maps = detector.judge(paths, keep_maps=False), detector.anomaly_map(paths)
     with joblib.parallel_config(**engine):
-        np.testing.assert_array_equal(detector.score_samples(paths), scores)
-        first = len(seen)
         np.testing.assert_array_equal(detector.anomaly_map(paths), maps)
-        labels, p = detector.predict(paths), detector.p_values(paths)
+        first = len(seen)
+        found = detector.judge(paths, keep_maps=False)
     assert 1 < first < len(seen)
     assert not any(done.worker.endswith(f" {os.getpid()}") for done in seen)
-    np.testing.assert_array_equal(labels, detector.predict(paths))
-    np.testing.assert_array_equal(p, detector.p_values(paths))
+    for name in ("score", "p_value", "label", "category", "threshold"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(verdicts, name))
     opened = {done.worker: done.n_opened for done in seen}
     assert max(opened.values()) == 1, opened
 

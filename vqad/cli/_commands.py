@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import vqad
-from vqad._decode import not_there
 from vqad.base import BaseImageDetector
-from vqad.calibration import drift_p_value
-from vqad.cli._arguments import DRAWN_SIDE
 from vqad.cli._files import (
-    check_folder_of_maps,
-    csv_rows,
     files,
     groups_of,
-    images_to_score,
     known_images,
     spare,
     training_images,
     writable,
-    write_image,
 )
-from vqad.cli._messages import INTERRUPTED, OK, USER_ERROR, complain, one_line, printable
+from vqad.cli._messages import INTERRUPTED, OK
+from vqad.cli._models import loaded, thresholds_of
+from vqad.cli._scoring import score as score
 from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import FULL, QUICK, run_demo
-from vqad.images import ImageSequence, check_images
+from vqad.images import check_images
 from vqad.metrics import evaluate as measure
 from vqad.persistence import replaceable
 from vqad.registry import detector_class
-from vqad.report import Verdicts, judge, overlay, write_report
+from vqad.report import judge, write_report
 
 # Images that are scored, and then told of, together.
 ROWS_AT_ONCE = 32
@@ -69,82 +63,9 @@ def fit(arguments: argparse.Namespace) -> int:
     found = [str(name) for name in detector.categories_]
     n_passes, seconds = detector.n_iter_, time.monotonic() - started
     print(f"{len(found)} {'category' if len(found) == 1 else 'categories'}: {', '.join(found)}")
-    print(f"{n_passes} pass{'' if n_passes == 1 else 'es'} in {seconds:.0f} s; threshold {_thresholds(detector)}")
+    print(f"{n_passes} pass{'' if n_passes == 1 else 'es'} in {seconds:.0f} s; threshold {thresholds_of(detector)}")
     print(f"model written to {target}")
     return INTERRUPTED if detector.training_log_.interrupted else OK
-
-
-def score(arguments: argparse.Namespace) -> int:
-    paths, outputs = images_to_score(arguments.images)
-    n_asked, named = len(paths), set(arguments.images)
-    broken = {path for path in paths if path not in named and not os.path.isfile(path)}  # links that folders have
-    for path in sorted(broken):
-        complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
-    outputs = [output for path, output in zip(paths, outputs) if path not in broken]
-    paths = [path for path in paths if path not in broken]
-    if not paths:
-        return USER_ERROR
-    drawn = [] if arguments.maps is None else [arguments.maps / output for output in outputs]
-    spare([arguments.model, *paths], [arguments.csv, *drawn])
-    if arguments.csv is not None:
-        writable(arguments.csv)
-    if arguments.maps is not None:
-        check_folder_of_maps(arguments.maps, arguments.images)
-    data = check_images(paths)
-    detector = _loaded(arguments)
-    if arguments.false_alarm_rate is not None:
-        detector.recalibrate(false_alarm_rate=arguments.false_alarm_rate)
-    if arguments.maps is not None:
-        arguments.maps.mkdir(parents=True, exist_ok=True)
-    shown = [printable(path) for path in paths]
-    wide = max(len("path"), *map(len, shown))
-    kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
-    heading = f"{'path':<{wide}}  {'category':<{kind}}  {'score':>8}  {'p-value':>7}  label"
-    n_anomalies = n_scored = 0
-    scores: list[float] = []
-    with csv_rows(arguments.csv) as write:
-        for start in range(0, len(paths), ROWS_AT_ONCE):
-            rows, verdicts = _judged(detector, data, range(start, min(start + ROWS_AT_ONCE, len(paths))))
-            if verdicts is None:
-                continue
-            if not n_scored:
-                print(heading)
-            for k, i in enumerate(rows):
-                label = "anomaly" if verdicts.label[k] == -1 else "normal"
-                name, score, p = verdicts.category[k], float(verdicts.score[k]), float(verdicts.p_value[k])
-                print(f"{shown[i]:<{wide}}  {name!s:<{kind}}  {score:8.3f}  {p:7.4f}  {label}", flush=True)
-                scores.append(score)
-                write([paths[i], name, score, float(verdicts.threshold[k]), p, label])
-                if arguments.maps is not None:
-                    write_image(arguments.maps / outputs[i], _drawn(detector, data, i, verdicts, k))
-            n_anomalies += int((verdicts.label == -1).sum())
-            n_scored += len(rows)
-    if n_scored:
-        print(f"{n_anomalies} of {n_scored} images are anomalous (scores over {_thresholds(detector)})")
-        p = drift_p_value(detector.fitted_.held_out.score, np.array(scores), detector.fitted_.seed)
-        meaning = "the images are not what was learned, or many are defective" if p < 0.01 else "nothing seems changed"
-        print(f"drift: p = {p:.2g}, {meaning}")
-    return OK if n_scored == n_asked else USER_ERROR
-
-
-def _judged(detector: BaseImageDetector, data: ImageSequence, rows: range) -> tuple[Sequence[int], Verdicts | None]:
-    """What is said of those images that can be read, and which these are; complain of the others."""
-    try:
-        return rows, judge(detector, data, rows)
-    except (ValueError, OSError):
-        readable = [i for i in rows if _is_readable(data, i)]
-        if len(readable) == len(rows):
-            raise
-        return readable, judge(detector, data, readable) if readable else None
-
-
-def _is_readable(data: ImageSequence, i: int) -> bool:
-    try:
-        data.load([i], (1, 1))
-    except (ValueError, OSError) as error:
-        complain(f"error: {one_line(error)}")
-        return False
-    return True
 
 
 def recalibrate(arguments: argparse.Namespace) -> int:
@@ -155,13 +76,13 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     replaceable(target)
     images = None if arguments.directory is None else training_images(arguments.directory)
     spare([arguments.model, *([] if images is None else files(images))], [target])
-    detector = _loaded(arguments)
+    detector = loaded(arguments)
     named = images is not None and set(images.category) <= set(detector.categories_.astype(str))
     category = images.category if named and detector.categories_.dtype.kind == "U" else None
     detector.recalibrate(images, category=category, false_alarm_rate=rate)
     vqad.save(detector, target)
     seen = "the images held out at fit" if images is None else f"{len(images)} normal images"
-    print(f"threshold {_thresholds(detector)} from {seen}, for a false-alarm rate of {detector.false_alarm_rate:g}")
+    print(f"threshold {thresholds_of(detector)} from {seen}, for a false-alarm rate of {detector.false_alarm_rate:g}")
     print(f"model written to {target}")
     return OK
 
@@ -170,7 +91,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
     target = None if arguments.json is None else writable(arguments.json)
     spare([arguments.model, *files(images)], [target])
-    detector = _loaded(arguments)
+    detector = loaded(arguments)
     verdicts = judge(detector, images)
     data = check_images(images)
     pixels: dict[str, Any] = {}
@@ -196,7 +117,7 @@ def report(arguments: argparse.Namespace) -> int:
     images, truth = known_images(arguments.directory)
     target = writable(arguments.output)
     spare([arguments.model, *files(images)], [target])
-    detector = _loaded(arguments)
+    detector = loaded(arguments)
     page = write_report(
         target,
         detector,
@@ -264,31 +185,6 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
     detector = detector_class(arguments.detector)(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
     detector.set_params(**given, **more)
     return detector
-
-
-def _loaded(arguments: argparse.Namespace) -> BaseImageDetector:
-    """The model, to work on the device of this machine that was asked for, not on the one it was fitted on."""
-    detector: BaseImageDetector = vqad.load(arguments.model)
-    detector.set_params(device=arguments.device)
-    return detector
-
-
-def _thresholds(detector: BaseImageDetector) -> str:
-    values = [f"{-value:.3f}" for value in np.atleast_1d(detector.offset_)]
-    if len(values) > 1:
-        values = [f"{name} {value}" for name, value in zip(detector.categories_, values)]
-    return ", ".join(values)
-
-
-# ---- maps and masks ------------------------------------------------------------------------------
-
-
-def _drawn(detector: BaseImageDetector, data: ImageSequence, i: int, verdicts: Verdicts, k: int) -> Any:
-    size = data.size(i)
-    shrink = min(1.0, DRAWN_SIDE / max(size))
-    size = max(1, round(shrink * size[0])), max(1, round(shrink * size[1]))
-    pixels = data.load([i], size)[0].permute(1, 2, 0).numpy()
-    return overlay(pixels, verdicts.anomaly_map(k, size), detector.map_threshold_)
 
 
 class _Lazy:
