@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fields import merge_maps
+from .fields import averaged, merge_maps
 from .groups import Groups
 from .hvq_trans_output import HVQTransOutput, Level
 from .model import AnomalyModel, Batches, Term
@@ -199,8 +199,9 @@ class HVQTrans(AnomalyModel):
             ``transport_J``: as in :meth:`anomaly_map`.
         """
         error, costs = self._missed(features, category, range(self.n_layers + 1))
-        averaged = F.avg_pool2d(error, 3, 1, 1, count_include_pad=False)
-        return {"error": averaged if self.patch_size == 1 else F.avg_pool2d(averaged, self.patch_size), **costs}
+        # Channels last, which a CPU averages ten times faster.
+        smooth = averaged(error.contiguous(memory_format=torch.channels_last))
+        return {"error": smooth if self.patch_size == 1 else F.avg_pool2d(smooth, self.patch_size), **costs}
 
     def _missed(self, features: Tensor, category: Tensor, levels: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """What the decoder misses, (N, C, h, w), and the transport's costs on the grid of the features."""
