@@ -20,6 +20,9 @@ from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
 
+REVIVE_EVERY = 16
+"""Steps between two looks for codes that are not used."""
+
 Features = Tensor | Sequence[Tensor]
 
 
@@ -94,8 +97,7 @@ class TrainingLog:
     perplexity : list of float
         Mean number of codes in effective use after every pass.
     interrupted : bool
-        Whether Ctrl-C ended the training. Weights are as they were after the last finished step; codes may have moved
-        in the step that was cut short.
+        Whether Ctrl-C ended the training. All is as it was after the last finished step.
     """
 
     loss_curve: list[float] = field(default_factory=list)
@@ -184,6 +186,8 @@ class Trainer:
                 )
             finally:
                 self.model.eval()
+                for codebook in codebooks(self.model):
+                    codebook.forget()
             run.best.restore(self.model)
         run.log.seconds += time.monotonic() - started
         return run.log
@@ -224,6 +228,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
             run.optimizer.step()
             run.schedule.step()
+            for codebook in codebooks(self.model):
+                codebook.step(revive=run.schedule.last_epoch % REVIVE_EVERY == 0)
             run.n_done += len(indices)
             if checkpoint is not None and run.n_done < len(order) and checkpoint.due(after_pass=False):
                 checkpoint.write(run.state(self.batch_size))
@@ -237,8 +243,8 @@ class Trainer:
 
     def _backward(self, indices: Tensor) -> Tensor:
         """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
-        before = self._moving_buffers() if self._may_run_out() else []
         while True:
+            before = self._running_statistics()
             try:
                 total = torch.zeros((), device=self.device)
                 for part in torch.split(indices, self.batch_size):
@@ -251,14 +257,20 @@ class Trainer:
                     raise
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
-            for buffer, value in before:  # what the parts that did fit have moved the codes by
+            for buffer, value in before:  # what the parts that did fit have moved them by
                 buffer.copy_(value)
+            for codebook in codebooks(self.model):
+                codebook.forget()
+
+    def _running_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that a forward pass moves, and copies of them where a pass may fail for lack of memory."""
+        if not self._may_run_out():
+            return []
+        norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return [(b, b.clone()) for norm in norms for b in norm.buffers()]
 
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
-
-    def _moving_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(b, b.clone()) for part in self.parts for b in part.buffers()]
 
     def _halve_batch(self) -> None:
         self.batch_size = max(1, self.batch_size // 2)
@@ -268,7 +280,7 @@ class Trainer:
         batch = self.source.batch(indices)
         on_device = [f.to(self.device, non_blocking=True) for f in ([batch] if isinstance(batch, Tensor) else batch)]
         features = on_device[0] if isinstance(batch, Tensor) else on_device
-        category = self.category[indices].to(self.device)
+        category = self.category[indices]  # which is read on the host
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = cast(Trainable, self.model).loss(features, category)
         return loss
@@ -318,9 +330,14 @@ def one_pass(category: Tensor, balance: float) -> Tensor:
     return torch.cat(drawn)[torch.randperm(n)]
 
 
+def codebooks(model: nn.Module) -> list[VectorQuantizer]:
+    """All codebooks of a model."""
+    return [m for m in model.modules() if isinstance(m, VectorQuantizer)]
+
+
 def codebook_perplexity(model: nn.Module) -> float:
     """Effective number of codes in use, the mean over all codebooks of a model."""
-    books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
+    books = [codebook.perplexity().flatten() for codebook in codebooks(model)]
     return float(torch.cat(books).mean()) if books else float("nan")
 
 
