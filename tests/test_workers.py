@@ -140,7 +140,7 @@ def test_workers_that_die_over_and_over_end_the_work(monkeypatch):
         yield
 
     monkeypatch.setattr(vqad.workers, "_run", run)
-    with pytest.warns(RuntimeWarning, match="BrokenProcessPool"), pytest.raises(BrokenProcessPool):
+    with pytest.warns(UserWarning, match="BrokenProcessPool"), pytest.raises(BrokenProcessPool):
         list(map_in_order(abs, range(3), 2))
     assert tried == [[0, 1, 2]] * 3
 

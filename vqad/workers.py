@@ -171,7 +171,7 @@ def map_in_order(work: Callable[[Any], Done], parts: Iterable[Any], n_jobs: int 
             failures += 1
             if not _is_of_a_worker(error) or failures >= _FAILURES:
                 raise
-            warn(f"A worker was lost ({type(error).__name__}): what it had is given to others.", RuntimeWarning)
+            warn(f"A worker was lost ({type(error).__name__}): what it had is given to others.")
 
 
 def _run(work: Callable[[Any], Done], parts: Iterator[Any], n_jobs: int | None) -> Generator[Done, None, None]:
