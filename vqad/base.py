@@ -16,11 +16,13 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from vqad import extending, fitting
 from vqad._checks import check_category, check_groups, check_range, normal_rows
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
+from vqad.collective import agreed
 from vqad.datasets import ImageDataset
 from vqad.deciding import Deciding
-from vqad.engine import Engine, seeded
+from vqad.engine import Engine, learning
 from vqad.features import check_image_size, fit_features
 from vqad.judging import FORM_OF_X, Judging
+from vqad.nn.draws import drawing
 from vqad.splitting import of_rows
 from vqad.store import FeatureArray
 from vqad.training import TrainingPlan
@@ -165,7 +167,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         seed = self._draw_seed()
         features = None if before is None else before.features
         if before is None and self.backbone is not None:
-            with seeded(seed, engine.device):
+            with learning(seed, engine.device), drawing():
                 features = fit_features(self.backbone, data, rows, **self._feature_options())
         source = self._map_source(data, features, engine, None if before is None else before.map_shape)
         images = fitting.Images(source, rows, category, groups)
@@ -235,7 +237,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
     # ---------------------------------------------------------------- what the functions below are given
 
     def _draw_seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        return agreed(int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max)))
 
     def _take(self, learner, fitted) -> None:
         """Have what was learned, all at once: another thread sees all of it or nothing."""

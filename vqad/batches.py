@@ -25,6 +25,10 @@ class ScaledFeatures:
     def batch(self, indices: Sequence[int] | Tensor) -> Any:
         return self.assemble(self.store.batch(indices))
 
+    def own_batch(self, indices: Sequence[int] | Tensor) -> Any:
+        """Of images that this process has of those that several share."""
+        return self.assemble(self.store.own_batch(indices))
+
 
 class TrainingBatches:
     """Training batches as a collection that can be gone through again."""

@@ -1,4 +1,4 @@
-"""BatchScorer: what ray.data, dask.bag and Spark map over batches of image files."""
+"""BatchScorer, what ray.data, dask.bag and Spark map over batches of image files; learning_together, for torchrun."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from vqad.collective import Crew, learning_together
 from vqad.engine import at_most_threads
 from vqad.images import ImageSequence
 from vqad.persistence import load, read_checksum
 from vqad.verdicts import verdicts_of
 from vqad.workers import judge_readable, opened
+
+__all__ = ["COLUMNS", "BatchScorer", "Crew", "learning_together"]
 
 COLUMNS = ("path", "category", "anomaly_score", "threshold", "p_value", "label", "error")
 

@@ -16,9 +16,10 @@ import torch
 from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.calibration import Learned, Seen, learn_terms, score_seen
-from vqad.engine import Engine, seeded
+from vqad.engine import Engine, learning
 from vqad.fitted import Fitted, History
 from vqad.fitting import Images, Settings, batches_of, check_each_held_out, thresholds_of, train_model, used_of
+from vqad.nn.draws import drawing
 from vqad.prototypes import add_prototypes
 from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
 from vqad.scoring import Scorer, score_and_map, stored_images
@@ -32,8 +33,9 @@ STRANGE = 10.0
 def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
     """Learn more images of known categories, or categories that were never seen."""
     source, rows, category, groups = images
-    with seeded(seed, source.engine.device):
-        store, descriptor = source.extract(rows, settings.verbose)
+    with learning(seed, source.engine.device):
+        with source.drawing():
+            store, descriptor = source.extract(rows, settings.verbose)
         scorer = copy.deepcopy(before.scorer)
         index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
         index = _without_strange(before, store, index, source.engine)
@@ -150,7 +152,8 @@ def _train_more(
     model, is_new = scorer.model, index[train] >= n_known
     if is_new.any():
         batches = batches_of(store, scorer, np.maximum(index, 0), train[is_new], settings)
-        model.extend(scorer.router.n_categories - n_known, batches)
+        with drawing():
+            model.extend(scorer.router.n_categories - n_known, batches)
     for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
@@ -160,7 +163,8 @@ def _train_more(
             if log.interrupted and not is_last:
                 raise KeyboardInterrupt  # rather than keep a category that was never trained
     if is_new.any():
-        model.settle(batches)
+        with drawing():
+            model.settle(batches)
     return history
 
 

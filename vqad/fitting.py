@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vqad import collective
 from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.backbones import state_digest
 from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
-from vqad.engine import Engine, seeded
+from vqad.engine import Engine, learning
 from vqad.fitted import Fitted, History
+from vqad.nn.draws import drawing
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
 from vqad.routing import CategoryRouter
@@ -96,11 +98,11 @@ class Images(NamedTuple):
 def fit(images: Images, settings: Settings, seed: int, before: Fitted | None = None) -> Fitted:
     """Learn all that is to be known, anew, or warm from what was learned before."""
     engine = images.source.engine
-    with seeded(seed, engine.device):
+    with learning(seed, engine.device), images.source.drawing():
         store, descriptor = images.source.extract(images.rows, settings.verbose)
     checkpoint = _open_checkpoint(images, store, settings, seed, before)
     seed = seed if checkpoint is None else checkpoint.seed
-    with seeded(seed, engine.device):
+    with learning(seed, engine.device):
         fitted = _fit(images, store, descriptor, settings, seed, checkpoint, before)
     if checkpoint is not None and not settings.is_seeded and not fitted.history.log.interrupted:
         checkpoint.remove()  # the next fit is another one
@@ -133,7 +135,7 @@ def check_labels(
 
 def _open_checkpoint(
     images: Images, store: FeatureStore, settings: Settings, seed: int, before: Fitted | None
-) -> Checkpoint | None:
+) -> Checkpoint | collective.SharedCheckpoint | None:
     """The checkpoint of this very training, which is known by its features, parameters and start."""
     if settings.checkpoint_dir is None:
         return None
@@ -145,7 +147,10 @@ def _open_checkpoint(
     name = fingerprint(
         sorted(settings.training.items()), start, labels, engine.device.type, engine.dtype, drawn, store.digest()
     )
-    return Checkpoint(settings.checkpoint_dir, name, seed)
+    crew = collective.crew()
+    if crew is None:
+        return Checkpoint(settings.checkpoint_dir, name, seed)
+    return collective.SharedCheckpoint(settings.checkpoint_dir, name, seed, crew)
 
 
 def _fit(
@@ -154,7 +159,7 @@ def _fit(
     descriptor: np.ndarray,
     settings: Settings,
     seed: int,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | collective.SharedCheckpoint | None,
     before: Fitted | None,
 ) -> Fitted:
     source, _, category, groups = images
@@ -173,7 +178,8 @@ def _fit(
         tuple(m.shape[1] for m in store.maps), tuple((m.shape[2], m.shape[3]) for m in store.maps),
         source.strides, source.has_deep_view,
     )  # fmt: skip
-    model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
+    with drawing():
+        model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
     scorer = Scorer(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
@@ -182,11 +188,13 @@ def _fit(
     if before is not None:
         _take_over(model, before.scorer.model)
     elif checkpoint is None or checkpoint.state is None:
-        model.start(batches_of(store, scorer, index, some, settings))
+        with drawing():
+            model.start(batches_of(store, scorer, index, some, settings))
     log = train_model(
         store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint
     )
-    model.settle(batches)
+    with drawing():
+        model.settle(batches)
     learned = Learned(store, descriptor, used_of(index, train, validation, held_out), train, held_out, groups)
     scorer, held = learn_terms(scorer, learned, source.engine, seed)
     seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
@@ -239,7 +247,7 @@ def train_model(
     categories: list[int] | None = None,
     n_passes: int | None = None,
     validation: np.ndarray | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | collective.SharedCheckpoint | None = None,
 ) -> TrainingLog:
     """Train the model, or the parts of it that serve these categories alone."""
     plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vqad import collective
 from vqad._warn import warn
+from vqad.batches import ScaledFeatures
 from vqad.checkpoint import Checkpoint
+from vqad.collective import SharedCheckpoint
+from vqad.nn.draws import drawing, random_state, set_random_state
 from vqad.nn.quantize import VectorQuantizer
+from vqad.nn.ranks import is_shared, summed
 
 logger = logging.getLogger("vqad")
 
@@ -24,6 +29,7 @@ REVIVE_EVERY = 16
 """Steps between two looks for codes that are not used."""
 
 Features = Tensor | Sequence[Tensor]
+AnyCheckpoint = Checkpoint | SharedCheckpoint
 
 
 class Trainable(Protocol):
@@ -148,7 +154,9 @@ class Trainer:
         self.parts = [model] if parts is None else list(parts)
         self.batch_size = plan.batch_size
 
-    def fit(self, train: Tensor, validation: Tensor | None = None, checkpoint: Checkpoint | None = None) -> TrainingLog:
+    def fit(
+        self, train: Tensor, validation: Tensor | None = None, checkpoint: AnyCheckpoint | None = None
+    ) -> TrainingLog:
         """Train on the images ``train``, watch the loss on the images ``validation``.
 
         Parameters
@@ -167,7 +175,7 @@ class Trainer:
             In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
-        with _moved(self.model, self.device), _frozen(self.model, self.parts):
+        with _moved(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -192,7 +200,7 @@ class Trainer:
         run.log.seconds += time.monotonic() - started
         return run.log
 
-    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: Checkpoint | None) -> None:
+    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: AnyCheckpoint | None) -> None:
         plan, log = self.plan, run.log
         bar = tqdm(total=plan.max_iter, initial=log.n_iter, desc="training", unit="pass", disable=not plan.verbose)
         with bar:
@@ -216,25 +224,39 @@ class Trainer:
                 if checkpoint is not None and checkpoint.due(after_pass=True):
                     checkpoint.write(run.state(self.batch_size))
 
-    def _one_pass(self, run: _Run, train: Tensor, checkpoint: Checkpoint | None) -> float:
+    def _one_pass(self, run: _Run, train: Tensor, checkpoint: AnyCheckpoint | None) -> float:
         """Train on every image once, or on those that are left of a pass that a kill cut short."""
         self._set_training_mode()
         if run.order is None:
-            run.start_pass(train, self.category)
+            with drawing():
+                run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
-        for indices in torch.split(order[run.n_done :], self.plan.batch_size):
+        for indices in self._batches(order[run.n_done :]):
             run.optimizer.zero_grad(set_to_none=True)
-            run.total += self._backward(indices) * len(indices)
+            with nullcontext() if getattr(self.model, "draws_apart", False) else drawing():
+                run.total += summed(self._backward(indices)) * len(indices)
+            _sum_gradients(self.model)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
             run.optimizer.step()
             run.schedule.step()
-            for codebook in codebooks(self.model):
-                codebook.step(revive=run.schedule.last_epoch % REVIVE_EVERY == 0)
+            revive = run.schedule.last_epoch % REVIVE_EVERY == 0
+            with drawing() if revive else nullcontext():
+                for codebook in codebooks(self.model):
+                    codebook.step(revive)
             run.n_done += len(indices)
             if checkpoint is not None and run.n_done < len(order) and checkpoint.due(after_pass=False):
                 checkpoint.write(run.state(self.batch_size))
         run.order = None
         return float(run.total) / len(train)
+
+    def _batches(self, order: Tensor) -> Sequence[Tensor]:
+        crew, size = collective.crew(), self.plan.batch_size
+        return torch.split(order, size) if crew is None else collective.batches_of_all(order, size, crew)
+
+    def _own(self, indices: Tensor) -> Tensor:
+        """What this process has of some images."""
+        crew = collective.crew()
+        return indices if crew is None else crew.own(indices)
 
     def _set_training_mode(self) -> None:
         self.model.eval()
@@ -247,14 +269,17 @@ class Trainer:
             before = self._running_statistics()
             try:
                 total = torch.zeros((), device=self.device)
-                for part in torch.split(indices, self.batch_size):
+                for part in torch.split(self._own(indices), self.batch_size):
                     loss = self._loss(part) * (len(part) / len(indices))
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
-                return total
+                fits = True
             except torch.cuda.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
+                fits = False
+            if not self._any_ran_out(fits):
+                return total
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
             for buffer, value in before:  # what the parts that did fit have moved them by
@@ -269,6 +294,12 @@ class Trainer:
         norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [(b, b.clone()) for norm in norms for b in norm.buffers()]
 
+    def _any_ran_out(self, fits: bool) -> bool:
+        """Whether this process, or another that learns with it, had too little memory."""
+        if not self._may_run_out() or collective.crew() is None:
+            return not fits
+        return bool(summed(torch.tensor([0.0 if fits else 1.0])).item())
+
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
 
@@ -277,7 +308,8 @@ class Trainer:
         warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
 
     def _loss(self, indices: Tensor) -> Tensor:
-        batch = self.source.batch(indices)
+        alone = collective.crew() is None
+        batch = self.source.batch(indices) if alone else cast(ScaledFeatures, self.source).own_batch(indices)
         on_device = [f.to(self.device, non_blocking=True) for f in ([batch] if isinstance(batch, Tensor) else batch)]
         features = on_device[0] if isinstance(batch, Tensor) else on_device
         category = self.category[indices]  # which is read on the host
@@ -290,10 +322,10 @@ class Trainer:
         """Mean loss of some images in evaluation mode."""
         self.model.eval()
         try:
-            total = 0.0
-            for part in torch.split(indices, self.batch_size):
+            total, own = torch.zeros((), dtype=torch.float64), self._own(indices)
+            for part in torch.split(own, self.batch_size) if len(own) else ():
                 total += float(self._loss(part)) * len(part)
-            return total / len(indices)
+            return float(summed(total)) / len(indices)
         except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
@@ -328,6 +360,18 @@ def one_pass(category: Tensor, balance: float) -> Tensor:
         rounds = [own[torch.randperm(len(own))] for _ in range(-(-count // len(own)))]
         drawn.append(torch.cat(rounds)[:count])
     return torch.cat(drawn)[torch.randperm(n)]
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Give each parameter the gradient of all processes; none where no image of the batch had to do with it."""
+    if not is_shared():
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    has = summed(torch.tensor([float(p.grad is not None) for p in learning]))
+    learning = [p for p, n in zip(learning, has.tolist()) if n]
+    total = summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]))
+    for p, grad in zip(learning, torch.split(total, [p.numel() for p in learning])):
+        p.grad = grad.view_as(p)
 
 
 def codebooks(model: nn.Module) -> list[VectorQuantizer]:
@@ -408,7 +452,8 @@ class _Run:
         self.total = torch.zeros((), device=device)
 
     def start_pass(self, train: Tensor, category: Tensor) -> None:
-        self.order = train[one_pass(category[train], self.plan.category_balance)]
+        crew, order = collective.crew(), one_pass(category[train], self.plan.category_balance)
+        self.order = train[order] if crew is None else collective.in_turns(train[collective.agreed(order)], crew)
         self.n_done = 0
         self.total = torch.zeros((), device=self.device)
 
@@ -422,7 +467,7 @@ class _Run:
             "log": asdict(self.log),
             "best": {"loss": self.best.loss, "waited": self.best.waited, "state": self.best.state},
             "pass": {"order": self.order, "n_done": self.n_done, "total": self.total},
-            "random": torch.get_rng_state(),
+            "random": collective.of_all(random_state()),
             "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
             "batch_size": batch_size,
         }
@@ -439,7 +484,8 @@ class _Run:
         self.best.loss, self.best.waited, self.best.state = best["loss"], best["waited"], best["state"]
         self.order, self.n_done = this_pass["order"], this_pass["n_done"]
         self.total = this_pass["total"].to(self.device)
-        torch.set_rng_state(state["random"])
+        crew, states = collective.crew(), state["random"]
+        set_random_state(states[0 if crew is None else crew.rank])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         return int(state["batch_size"])

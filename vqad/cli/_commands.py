@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from vqad.cli._files import (
 from vqad.cli._messages import INTERRUPTED, OK
 from vqad.cli._models import loaded, thresholds_of
 from vqad.cli._scoring import score as score
+from vqad.collective import learning_together
 from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import FULL, QUICK, run_demo
@@ -39,6 +42,18 @@ ROWS_AT_ONCE = 32
 
 
 def fit(arguments: argparse.Namespace) -> int:
+    """Learn; of the processes that torchrun started each does its share, and the first speaks and saves."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        return _fit(arguments)
+    with learning_together() as crew, contextlib.ExitStack() as quiet:
+        if crew.rank:
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        return _fit(arguments, saves=crew.rank == 0)
+
+
+def _fit(arguments: argparse.Namespace, saves: bool = True) -> int:
     images = training_images(arguments.directory)
     names, counts = np.unique(images.category, return_counts=True)
     target = writable(arguments.output)
@@ -59,7 +74,8 @@ def fit(arguments: argparse.Namespace) -> int:
     detector.fit(images, category=images.category if by_folder else None, groups=groups)
     if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
         detector.rename_categories(names)
-    vqad.save(detector, target)
+    if saves:
+        vqad.save(detector, target)
     found = [str(name) for name in detector.categories_]
     n_passes, seconds = detector.n_iter_, time.monotonic() - started
     print(f"{len(found)} {'category' if len(found) == 1 else 'categories'}: {', '.join(found)}")
