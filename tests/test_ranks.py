@@ -43,7 +43,7 @@ def same_order(category, balance):
     global n_passes
     n_passes += 1
     return torch.randperm(len(category), generator=torch.Generator().manual_seed(n_passes))
-training.one_pass = same_order
+plain_order = training.one_pass
 if is_alone:
     two = collective.Crew(0, 2)
     def start_pass(self, train, category):
@@ -63,6 +63,7 @@ with contextlib.nullcontext() if is_alone else collective.learning_together() as
     for name in only:
         losses.clear()
         n_passes = 0
+        training.one_pass = plain_order if name == "kept" else same_order
         made = detectors[name].fit(X, category=kinds)
         scores = made.score_samples(new).tolist()
         told = collective.of_all((scores, made.offset_, made.loss_curve_))
