@@ -15,8 +15,9 @@ import torch
 
 from vqad._checks import known_index
 from vqad._warn import warn
+from vqad.batches import ScaledFeatures
 from vqad.calibration import Learned, Seen, learn_terms, score_seen
-from vqad.engine import Engine, seeded
+from vqad.engine import Engine, lent, seeded
 from vqad.fitted import Fitted, History
 from vqad.fitting import Images, Settings, batches_of, check_each_held_out, thresholds_of, train_model, used_of
 from vqad.prototypes import add_prototypes
@@ -42,7 +43,9 @@ def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fit
         if len(placed):
             scorer.router.set_limits(descriptor[placed], index[placed], n_known)
             train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
-            history = _train_more(store, scorer, index, train, n_known, settings, source.engine, before.history)
+            features = ScaledFeatures(store, scorer.model_input, source.engine)
+            with lent(scorer.model, source.engine.device):
+                history = _train_more(features, scorer, index, train, n_known, settings, before.history)
             after = replace(after, history=history)
             if len(held_out):
                 learned = Learned(store, descriptor, used_of(index, train, held_out), train, held_out, groups)
@@ -137,25 +140,24 @@ def _split_more(
 
 
 def _train_more(
-    store: FeatureStore,
+    features: ScaledFeatures,
     scorer: Scorer,
     index: np.ndarray,
     train: np.ndarray,
     n_known: int,
     settings: Settings,
-    engine: Engine,
     history: History,
 ) -> History:
     """One pass over the images of known categories, ``max_iter`` over those of new ones."""
     model, is_new = scorer.model, index[train] >= n_known
     if is_new.any():
-        batches = batches_of(store, scorer, np.maximum(index, 0), train[is_new], settings)
+        batches = batches_of(features, np.maximum(index, 0), train[is_new], settings)
         model.extend(scorer.router.n_categories - n_known, batches)
     for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
         if len(rows):
-            log = train_model(store, scorer, index, rows, settings, engine, categories=learning, n_passes=n_passes)
+            log = train_model(features, model, index, rows, settings, categories=learning, n_passes=n_passes)
             history = history.append(log)
             if log.interrupted and not is_last:
                 raise KeyboardInterrupt  # rather than keep a category that was never trained

@@ -17,7 +17,7 @@ from vqad.backbones import state_digest
 from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
-from vqad.engine import Engine, seeded
+from vqad.engine import lent, seeded
 from vqad.fitted import Fitted, History
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
@@ -178,15 +178,14 @@ def _fit(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
     )  # fmt: skip
-    batches = batches_of(store, scorer, index, train, settings)
     if before is not None:
         _take_over(model, before.scorer.model)
-    elif checkpoint is None or checkpoint.state is None:
-        model.start(batches_of(store, scorer, index, some, settings))
-    log = train_model(
-        store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint
-    )
-    model.settle(batches)
+    features = ScaledFeatures(store, scorer.model_input, source.engine)
+    with lent(model, source.engine.device):
+        if before is None and (checkpoint is None or checkpoint.state is None):
+            model.start(batches_of(features, index, some, settings))
+        log = train_model(features, model, index, train, settings, validation=validation, checkpoint=checkpoint)
+        model.settle(batches_of(features, index, train, settings))
     learned = Learned(store, descriptor, used_of(index, train, validation, held_out), train, held_out, groups)
     scorer, held = learn_terms(scorer, learned, source.engine, seed)
     seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
@@ -223,18 +222,16 @@ def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool) -> 
     return scaling
 
 
-def batches_of(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
-    scaled = ScaledFeatures(store, scorer.model_input)
-    return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
+def batches_of(features: ScaledFeatures, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
+    return TrainingBatches(features, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
 
 
 def train_model(
-    store: FeatureStore,
-    scorer: Scorer,
+    features: ScaledFeatures,
+    model: AnomalyModel,
     index: np.ndarray,
     train: np.ndarray,
     settings: Settings,
-    engine: Engine,
     *,
     categories: list[int] | None = None,
     n_passes: int | None = None,
@@ -242,15 +239,15 @@ def train_model(
     checkpoint: Checkpoint | None = None,
 ) -> TrainingLog:
     """Train the model, or the parts of it that serve these categories alone."""
-    plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)
+    plan = replace(settings.plan, clip_norm=model.clip_norm)
     trainer = Trainer(
-        scorer.model,
-        ScaledFeatures(store, scorer.model_input),
+        model,
+        features,
         torch.from_numpy(np.maximum(index, 0)),
         plan if n_passes is None else replace(plan, max_iter=n_passes),
-        device=engine.device,
-        dtype=engine.dtype,
-        parts=None if categories is None else scorer.model.parts_of(categories),
+        device=features.engine.device,
+        dtype=features.engine.dtype,
+        parts=None if categories is None else model.parts_of(categories),
     )
     return trainer.fit(
         torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint
