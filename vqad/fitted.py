@@ -45,6 +45,8 @@ class Fitted:
         The backbone, fitted; None of features that came ready.
     map_shape : tuple of int or None
         What a caller's own transformer gives for every image, (1, h, w, C), or ready-made features are, (h, w, C).
+    ignore : ndarray of shape (h, w), bool, or None
+        What is not looked at of any image.
     categories : ndarray of shape (n_categories,)
         Labels.
     scorer : Scorer
@@ -61,6 +63,7 @@ class Fitted:
 
     features: Any
     map_shape: tuple[int, ...] | None
+    ignore: np.ndarray | None
     categories: np.ndarray
     scorer: Scorer
     held_out: HeldOut

@@ -168,9 +168,10 @@ def _fit(
     train, validation, held_out = _split(settings, categories, index, groups, seed)
     limit = max(START_PER_CATEGORY, START_IMAGES // len(categories))
     some = some_of_each(train, index[train], limit, seed)
-    scaling = _learn_scaling(store, some, settings.standardize) if before is None else before.scorer.scaling
+    maps = source.of_backbone(store.maps)
+    scaling = _learn_scaling(store, some, settings.standardize, len(maps)) if before is None else before.scorer.scaling
     shape = FeatureShape(
-        tuple(m.shape[1] for m in store.maps), tuple((m.shape[2], m.shape[3]) for m in store.maps),
+        tuple(m.shape[1] for m in maps), tuple((m.shape[2], m.shape[3]) for m in maps),
         source.strides, source.has_deep_view,
     )  # fmt: skip
     model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
@@ -195,6 +196,7 @@ def _fit(
     return Fitted(
         features=source.features,
         map_shape=settings.map_shape or source.map_shape,
+        ignore=source.ignore,
         categories=categories,
         scorer=scorer,
         held_out=held,
@@ -213,11 +215,13 @@ def thresholds_of(held: Any, seen: Seen, categories: np.ndarray, settings: Setti
     )
 
 
-def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool) -> Scaling:
+def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool, n_maps: int) -> Scaling:
+    """The scale of the last ``n_maps`` maps."""
     if not standardize:
-        return Scaling([1] * len(store.maps))
-    scaling = Scaling([m.shape[1] for m in store.maps])
-    for k, moments in enumerate(zip(*channel_statistics(store, rows))):
+        return Scaling([1] * n_maps)
+    scaling = Scaling([m.shape[1] for m in store.maps[-n_maps:]])
+    moments_of = zip(*(each[-n_maps:] for each in channel_statistics(store, rows)))
+    for k, moments in enumerate(moments_of):
         for name, value in zip(("mean", "scale"), moments):
             getattr(scaling, f"{name}_{k}").copy_(value)
     return scaling

@@ -8,6 +8,7 @@ resized. So two forms of one picture cannot differ in their pixels, nor can one 
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from vqad._decode import (
     upright_size,
 )
 from vqad._forms import check_item, is_array, items_of
+from vqad._ignore import GREY, Ignored, as_mask, check_each, stretched
 from vqad._warn import warn
 
 __all__ = ["ImageSequence", "check_images"]
@@ -73,7 +75,8 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
     if isinstance(X, ImageSequence):
         return X
     items = items_of(X, image_shape)
-    return ImageSequence(items, np.arange(len(items)))
+    images, masks = ImageSequence(items, np.arange(len(items))), getattr(X, "ignore_paths", None)
+    return images if masks is None or all(mask is None for mask in masks) else images.ignoring(masks)
 
 
 class ImageSequence:
@@ -88,11 +91,16 @@ class ImageSequence:
         of a file.
     indices : ndarray of int
         Which items, in which order.
+    ignored : Ignored, optional
+        What is not to be looked at, by the numbers of the items.
     """
 
-    def __init__(self, items: Any, indices: np.ndarray, _said: set[str] | None = None) -> None:
+    def __init__(
+        self, items: Any, indices: np.ndarray, _said: set[str] | None = None, ignored: Ignored | None = None
+    ) -> None:
         self._items = items
         self._indices = indices
+        self.ignored = ignored
         # Shared with every subset, so that one X warns once.
         self._said = set() if _said is None else _said
 
@@ -122,7 +130,60 @@ class ImageSequence:
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices.astype(np.intp) if indices.size == 0 else indices
-        return ImageSequence(self._items, self._indices[indices], self._said)
+        return ImageSequence(self._items, self._indices[indices], self._said, self.ignored)
+
+    def ignoring(self, masks: Any) -> ImageSequence:
+        """The same images, of which parts are not looked at: neither learned from nor judged.
+
+        A backbone sees grey there, and cells of maps that lie in there count nowhere.
+
+        Parameters
+        ----------
+        masks : array of shape (H, W), path, or sequence of these and None
+            True, or not black, where not to look: one mask for all images, stretched to the size of each, or one for
+            each image, of its size.
+
+        Raises
+        ------
+        ValueError
+            When a mask is none or covers everything, or masks are not as many as images.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from vqad.images import check_images
+        >>> label = np.zeros((2, 32, 32), bool)
+        >>> label[:, 4:9, 3:20] = True
+        >>> images = check_images(np.full((2, 32, 32), 0.3)).ignoring([*label])
+        >>> images.pixels(0)[5, 5].tolist()
+        [0.5, 0.5, 0.5]
+        """
+        one, each = (None, None) if self.ignored is None else (self.ignored.one, self.ignored.each)
+        if isinstance(masks, (str, os.PathLike)) or getattr(masks, "ndim", None) == 2:
+            new = as_mask(masks, "the mask to ignore")
+            if one is not None and one.shape != new.shape:
+                raise ValueError(f"two masks for all images have shapes {one.shape} and {new.shape}: give one.")
+            one = new if one is None else one | new
+        else:
+            if each is not None:
+                raise ValueError("each of these images has a mask of what to ignore already.")
+            own = check_each(masks, len(self))
+            each = [None] * (int(self._indices.max(initial=-1)) + 1)
+            for origin, mask in zip(self._indices.tolist(), own):
+                each[origin] = mask
+        return ImageSequence(self._items, self._indices, self._said, Ignored(one, each))
+
+    def mask(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        """What of image `i` is ignored, bool of its own size, or stretched to another; None where nothing is."""
+        if self.ignored is None:
+            return None
+        own = self.ignored.at(int(self._indices[i]), self.size(i), self.name(i))
+        return own if own is None or size is None else stretched(own, size)
+
+    def seen(self, i: int, grid: tuple[int, int]) -> torch.Tensor:
+        """Share of each cell of a grid that is looked at of image `i`, (1, rows, columns)."""
+        ignored = Ignored() if self.ignored is None else self.ignored
+        return ignored.seen(int(self._indices[i]), grid, self.name(i))
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of image `i` in pixels, upright; of a file only the header is read, however large it is."""
@@ -148,11 +209,16 @@ class ImageSequence:
         ValueError
             If the file is truncated or no image, or if the values are not finite or not in 0..1.
         """
-        pixels = to_unit_range(self._raw(i), self.name(i))
+        raw = self._raw(i)
+        pixels = _scaled(raw, self._mask_of(i, raw), self.name(i))
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def digest(self, i: int) -> str:
-        """SHA-256 of what image `i` is made from: the bytes of its file, or its array. Nothing is decoded."""
+        """SHA-256 of what image `i` is made from, its file or array, and of its mask. Nothing is decoded."""
+        ignored = "" if self.ignored is None else self.ignored.digest(int(self._indices[i]))
+        return self._own_digest(i) if not ignored else f"{self._own_digest(i)}-{ignored}"
+
+    def _own_digest(self, i: int) -> str:
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with readable(item, name) as file:
@@ -206,6 +272,11 @@ class ImageSequence:
             self._warn_once(name, "an alpha channel: it is dropped, the colours are kept as stored.")
         return raw[:, :, None] if raw.ndim == 2 else raw[:, :, :3]
 
+    def _mask_of(self, i: int, raw: np.ndarray) -> np.ndarray | None:
+        if self.ignored is None:
+            return None
+        return self.ignored.at(int(self._indices[i]), (raw.shape[0], raw.shape[1]), self.name(i))
+
     def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
         """Image `i` at `size`: (3, h, w), or (1, h, w) of a grey one.
 
@@ -213,12 +284,14 @@ class ImageSequence:
         last bit, and never are there floats of all of it.
         """
         raw, name = self._raw(i), self.name(i)
+        mask = self._mask_of(i, raw)
         height, width = raw.shape[:2]
         in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)
         n_rows = max(1, BAND_PIXELS // width) if in_bands else height
         bands = []
         for y in range(0, height, n_rows):
-            band = torch.from_numpy(to_unit_range(raw[y : y + n_rows], name)).permute(2, 0, 1)
+            hidden = None if mask is None else mask[y : y + n_rows]
+            band = torch.from_numpy(_scaled(raw[y : y + n_rows], hidden, name)).permute(2, 0, 1)
             bands.append(band if n_rows >= height else _interpolated(band, (band.shape[1], size[1])))
         return _interpolated(bands[0] if len(bands) == 1 else torch.cat(bands, 1), size).clamp_(0.0, 1.0)
 
@@ -236,6 +309,17 @@ class ImageSequence:
         if what not in self._said:
             self._said.add(what)
             warn(f"{said_of(name, 'has')} {what}")
+
+
+def _scaled(raw: np.ndarray, hidden: np.ndarray | None, name: str) -> np.ndarray:
+    """Pixels as floats in 0..1, grey where they are hidden, whatever is there."""
+    if hidden is None:
+        return to_unit_range(raw, name)
+    if raw.dtype.kind == "f":
+        raw = np.where(hidden[:, :, None], raw.dtype.type(0), raw)
+    pixels = to_unit_range(raw, name)
+    pixels[hidden] = GREY
+    return pixels
 
 
 def _interpolated(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.
         judged: list[tuple[np.ndarray, ...]] = []
         for chunk, maps in source.chunks(part):
             with torch.inference_mode():
-                descriptor = describe(maps)
+                descriptor = describe(source.of_backbone(maps))
                 index = resident.router(descriptor)[0].cpu().numpy()
             if given is not None:
                 index = np.maximum([given[i] for i in chunk.tolist()], 0)

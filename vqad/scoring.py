@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vqad.engine import Engine, chunk_size, in_chunks, pad_chunk, side_by_side
 from vqad.nn.fields import feature_fields
 from vqad.nn.model import AnomalyModel, Configured, Term
-from vqad.nn.terms import Judged, TermScorer
+from vqad.nn.terms import SEEN, Judged, TermScorer
 from vqad.routing import CategoryRouter, describe
 from vqad.source import MapSource
 from vqad.store import FeatureStore
@@ -121,14 +121,17 @@ class Scorer(nn.Module):
         self.strides = None if strides is None else tuple(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> Verdict:
-        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k)."""
+        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k).
+
+        Here and below a first map more than `Scaling` knows says which share of each cell is looked at, (N, 1, h, w).
+        """
         category, excess = self.route(maps)
         judged = self.judge(maps, category)
         return Verdict(category, excess, judged.score + FAR_WEIGHT * excess, judged.map)
 
     def route(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Category of each image, and by how many limits it is too far from it."""
-        category, distance = self.router(describe(maps))
+        category, distance = self.router(describe(self._parts(maps)[1]))
         return category, self.router.excess(category, distance)
 
     def judge(self, maps: Sequence[Tensor], category: Tensor) -> Judged:
@@ -138,20 +141,28 @@ class Scorer(nn.Module):
 
     def fields(self, maps: Sequence[Tensor], category: Tensor) -> dict[str, Tensor]:
         """What is measured: the model's fields and, if wanted, those of the features themselves."""
+        seen, maps = self._parts(maps)
         maps = [m.float().clamp(-LARGEST, LARGEST) for m in maps]
         scaled = self.scaling(maps)
         fields = self.model.fields(self.model.arrange(scaled), category, self.gaussian)
         if self.gaussian:
             fields = {**feature_fields(scaled if self.own_units else maps, self.strides), **fields}
-        return fields
+        return fields if seen is None else {**fields, SEEN: seen[:, 0]}
 
     def model_input(self, maps: Sequence[Tensor]) -> Any:
         """The maps as the model takes them."""
+        _, maps = self._parts(maps)
         return self.model.arrange(self.scaling([m.float().clamp(-LARGEST, LARGEST) for m in maps]))
+
+    def _parts(self, maps: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """What of the cells is looked at, if that is there, and the maps of the backbone."""
+        n = len(self.scaling.channels)
+        return (maps[0] if len(maps) > n else None), maps[len(maps) - n :]
 
     def new_terms(self, shapes: dict[str, tuple[int, int, int]], n_categories: int) -> TermScorer:
         """What will measure fields of these shapes: length of the vectors, 0 of numbers, rows and columns."""
         terms, map_peak = self.model.terms(self.gaussian)
+        shapes = {name: shape for name, shape in shapes.items() if name != SEEN}
         own = FEATURE_TERMS if self.gaussian else ()
         return TermScorer([*own, *terms], shapes, n_categories, map_peak)
 
@@ -203,8 +214,7 @@ def codes(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Ten
 def everything(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
     """Codes, and all that is made on the way to map and score."""
     judged = scorer.judge(maps, category)
-    contributions = cast(TermScorer, scorer.terms).contributions(judged.standard)
-    named = {"term": judged.terms, "standard": judged.standard, "contribution": contributions}
+    named = {"term": judged.terms, "standard": judged.standard, "contribution": judged.contributions}
     flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
     return {**codes(scorer, maps, category), **flat, "map": judged.map, "score": judged.score}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,6 +28,8 @@ class MapSource:
     engine : Engine
     map_shape : (1, h, w, C), optional
         What a caller's own transformer is to give for every image.
+    ignore : ndarray of shape (h, w), bool, optional
+        What is not to be looked at of any image.
     memory, n_jobs : optional
         As the parameters of these names.
     **override
@@ -40,12 +43,15 @@ class MapSource:
         engine: Engine,
         *,
         map_shape: tuple[int, ...] | None = None,
+        ignore: np.ndarray | None = None,
         memory: Any = None,
         n_jobs: int | None = None,
         **override: Any,
     ) -> None:
         self.data, self.features, self.engine = data, features, engine
-        self.map_shape = map_shape
+        self.map_shape, self.ignore = map_shape, ignore
+        if ignore is not None and isinstance(data, ImageSequence):
+            self.data = data.ignoring(ignore)
         self.memory, self.n_jobs, self.override = memory, n_jobs, override
 
     def __len__(self) -> int:
@@ -62,8 +68,29 @@ class MapSource:
         """Whether the last map comes from a smaller view."""
         return isinstance(self.features, BackboneFeatures) and self.features.deep_size_ is not None
 
+    @property
+    def ignores(self) -> bool:
+        """Whether parts of some images are not looked at: then a first map says which share of each cell is."""
+        return isinstance(self.data, ImageSequence) and self.data.ignored is not None
+
+    def mask(self, i: int) -> np.ndarray | None:
+        """What of image ``i`` is not looked at, of its own size; None where nothing is left out."""
+        return self.data.mask(i) if isinstance(self.data, ImageSequence) else None
+
+    def of_backbone(self, maps: Sequence[Any]) -> Sequence[Any]:
+        """Of the maps of a chunk or a store those that the backbone gave."""
+        return maps[int(self.ignores) :]
+
     def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Rows and maps (n, C_k, h_k, w_k) of each chunk, on the device."""
+        for part, maps in self._chunks(rows):
+            if isinstance(self.data, ImageSequence) and self.data.ignored is not None:
+                grid = (maps[0].shape[2], maps[0].shape[3])
+                seen = torch.stack([self.data.seen(i, grid) for i in part.tolist()])
+                maps = [seen.to(maps[0].device), *maps]
+            yield part, maps
+
+    def _chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         device, how = self.engine.device, {"memory": self.memory, "n_jobs": self.n_jobs}
         if isinstance(self.data, FeatureArray):
             yield from self.data.chunks(rows, device)
@@ -93,7 +120,7 @@ class MapSource:
             descriptor, done = [], 0
             for part, maps in self.chunks(rows[places]):
                 store.write(places[done : done + len(part)], maps)
-                descriptor.append(describe(maps).cpu().numpy())
+                descriptor.append(describe(self.of_backbone(maps)).cpu().numpy())
                 done += len(part)
                 bar.update(len(part))
             return descriptor

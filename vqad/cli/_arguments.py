@@ -93,6 +93,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
         "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64\n"
         "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow\n"
+        "  vqad fit good-parts/ -o model.safetensors --ignore time-stamp.png    # a mask: white where not to look\n"
         "  vqad fit good-parts/ -o model.safetensors --groups 'piece[0-9]+'    # piece07_left.png, piece07_right.png",
     )
     command.add_argument("directory", type=_name, metavar="DIR", help="folder of normal images")
@@ -120,6 +121,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         help="images in whose paths it finds the same, in its parentheses if it has some, belong together, such as "
         "pictures of one piece: thresholds are then for new pieces",
     )
+    _add_ignore(command, "a file: one for all images, which the model keeps; ")
     command.add_argument("--detector", choices=registry.names(), default="hvq-trans", help="hvq-trans by default")
     command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
     command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
@@ -152,6 +154,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
     )
     _add_model(command)
     command.add_argument("images", type=_name, nargs="+", metavar="DIR|FILE", help="images, or folders of images")
+    _add_ignore(command, "a file: one for all images, beside what the model ignores; ")
     command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file")
     command.add_argument(
         "--maps", type=_folder, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
@@ -177,6 +180,7 @@ def _add_recalibrate(commands: Any) -> argparse.ArgumentParser:
     )
     _add_model(command)
     command.add_argument("directory", type=_name, nargs="?", metavar="DIR", help="folder of new normal images")
+    _add_ignore(command, "a file: one for all images, beside what the model ignores; ")
     command.add_argument(
         "-o", "--output", type=_file, required=True, metavar="MODEL", help="file to write the model to"
     )
@@ -248,6 +252,16 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=_name, metavar="MODEL", help="file that vqad fit wrote")
+
+
+def _add_ignore(command: argparse.ArgumentParser, of_a_file: str) -> None:
+    command.add_argument(
+        "--ignore",
+        type=_name,
+        metavar="FILE|DIR",
+        help="mask of where not to look, black elsewhere; "
+        f"{of_a_file}a folder: one for each image, of the same name, or of that and _mask",
+    )
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

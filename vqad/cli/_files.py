@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from vqad.datasets import ImageDataset, load_folder
+from vqad.datasets._files import existing_folder, image_files
 from vqad.datasets._layouts import images_but_masks, loader_of
+from vqad.datasets.labelled import masks_of
 
 
 def training_images(folder: str) -> ImageDataset:
@@ -31,6 +33,24 @@ def groups_of(paths: list[str], folder: str, pattern: re.Pattern[str]) -> list[s
             raise ValueError(f"--groups {pattern.pattern!r} finds nothing in {path!r}: each image needs a group.")
         groups.append("\0".join(parts))
     return groups
+
+
+def ignored(given: str | None, paths: Sequence[str]) -> Any:
+    """What `--ignore` gives for images: one mask for all, a file; or one each, of which the folder may lack some."""
+    if given is None or not os.path.isdir(given):
+        return given
+    masks = image_files(existing_folder(given), recursive=True)
+    found = masks_of([Path(path) for path in paths], masks, [])
+    if several := [path for path, mask in zip(paths, found) if isinstance(mask, tuple)]:
+        raise ValueError(f"--ignore {given!r} has several masks of {several[0]!r}: one is expected.")
+    if not any(found):
+        raise ValueError(f"--ignore {given!r} has no mask of any of the images: masks have the names of their images.")
+    return found
+
+
+def masks_in(given: Any) -> list[Any]:
+    """Files of what `ignored` gives."""
+    return [] if given is None else [given] if isinstance(given, str) else [path for path in given if path is not None]
 
 
 def known_images(folder: str) -> tuple[ImageDataset, bool]:
