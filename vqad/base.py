@@ -24,6 +24,7 @@ from vqad.features import check_image_size, fit_features
 from vqad.judging import FORM_OF_X, Judging
 from vqad.splitting import of_rows
 from vqad.store import FeatureArray
+from vqad.tiling import Tiling
 from vqad.training import TrainingPlan
 
 # A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
@@ -51,6 +52,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "image_shape": [tuple, list, None],
         "ignore": ["array-like", str, Path, None],
+        "tiles": [Integral, tuple, list, None],
         "standardize": ["boolean"],
         "gaussian": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -79,17 +81,19 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
 
     def __init__(
         self, *,
-        backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, ignore=None, standardize=True,
-        gaussian=True, max_iter=5, batch_size=16, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4,
-        category_balance=0.5, early_stopping=False, validation_fraction=0.1, n_iter_no_change=10, tol=1e-4,
-        warm_start=False, checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05, calibration_fraction=0.2,
-        threshold="global", device="auto", precision="auto", n_jobs=None, memory=None, random_state=None, verbose=0,
+        backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, ignore=None, tiles=None,
+        standardize=True, gaussian=True, max_iter=5, batch_size=16, learning_rate=1e-3, schedule="cosine",
+        weight_decay=1e-4, category_balance=0.5, early_stopping=False, validation_fraction=0.1, n_iter_no_change=10,
+        tol=1e-4, warm_start=False, checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05,
+        calibration_fraction=0.2, threshold="global", device="auto", precision="auto", n_jobs=None, memory=None,
+        random_state=None, verbose=0,
     ):  # fmt: skip
         self.backbone = backbone
         self.weights = weights
         self.image_size = image_size
         self.image_shape = image_shape
         self.ignore = ignore
+        self.tiles = tiles
         self.standardize = standardize
         self.gaussian = gaussian
         self.max_iter = max_iter
@@ -166,14 +170,14 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         engine, settings = Engine.pick(self.device, self.precision), now._settings(data)
         fitting.check_labels(category, groups, settings, before, warm=before is not None)
         seed = self._draw_seed()
-        features, map_shape, ignore = None, None, self._ignore()
+        features, map_shape, ignore, tiles = None, None, self._ignore(), self._tiles()
         if before is not None:
-            features, map_shape, ignore = before.features, before.map_shape, before.ignore
+            features, map_shape, ignore, tiles = before.features, before.map_shape, before.ignore, before.tiles
         elif self.backbone is not None:
             with seeded(seed, engine.device):
                 known = data if ignore is None else data.ignoring(ignore)
                 features = fit_features(self.backbone, known, rows, **self._feature_options())
-        source = self._map_source(data, features, engine, map_shape, ignore)
+        source = self._map_source(data, features, engine, map_shape, ignore, tiles)
         images = fitting.Images(source, rows, category, groups)
         self._take(now, fitting.fit(images, settings, seed, before))
         return self
@@ -254,6 +258,12 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         if self.ignore is not None and self.backbone is None:
             raise ValueError("ignore= is a mask of images, and backbone=None takes features: leave them out of these.")
         return None if self.ignore is None else as_mask(self.ignore, "ignore")
+
+    def _tiles(self):
+        """Size and overlap of tiles, checked; None where images are seen as a whole."""
+        if self.tiles is not None and self.backbone is None:
+            raise ValueError("tiles= cuts images, and backbone=None takes features: cut before these are made.")
+        return None if self.tiles is None else tuple(Tiling.of(self.tiles))
 
     def _settings(self, data) -> fitting.Settings:
         parameters = self.get_params(deep=False)

@@ -76,7 +76,8 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
         When it is no detector of vqad.
     ValueError
         When it cannot be written as a graph: with ``backbone=None`` or a transformer as backbone, with
-        ``transport="sinkhorn"`` or ``"exact"``, or a `VQFlowDetector` to which `partial_fit` added categories.
+        ``transport="sinkhorn"`` or ``"exact"``, with ``tiles``, or a `VQFlowDetector` to which `partial_fit` added
+        categories.
     RuntimeError
         When torch cannot write the backbone as a graph, or the graph does not give what the detector gives.
 
@@ -107,6 +108,11 @@ def _check(detector: Any) -> None:
         raise ValueError(
             "export_onnx writes the backbone into the graph, and needs one of timm's: this detector has "
             f"backbone={detector.backbone!r}."
+        )
+    if detector.fitted_.tiles is not None:
+        raise ValueError(
+            f"export_onnx writes a graph that sees each image as a whole, and this detector sees tiles "
+            f"(tiles={detector.fitted_.tiles}): score with Python, or fit without tiles on images that are cut before."
         )
     detector.model_.check_export()
 

@@ -15,14 +15,15 @@ from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.backbones import state_digest
 from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
-from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
+from vqad.calibration import Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.engine import Engine, seeded
 from vqad.fitted import Fitted, History
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
 from vqad.routing import CategoryRouter
-from vqad.scoring import Scaling, Scorer
+from vqad.sampling import Sample, Split, draw_tiles, hold_scans
+from vqad.scoring import Scaling, Scorer, judge_images
 from vqad.source import MapSource
 from vqad.splitting import hold_out, of_rows, some_of_each, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
@@ -157,7 +158,7 @@ def _fit(
     checkpoint: Checkpoint | None,
     before: Fitted | None,
 ) -> Fitted:
-    source, _, category, groups = images
+    source, rows, category, groups = images
     if before is None:
         router, categories, index = CategoryRouter.learn(descriptor, category, groups=groups, random_state=seed)
     else:
@@ -165,11 +166,15 @@ def _fit(
         index = _same_categories(router, categories, descriptor, category)
         seed = before.seed  # a second fit on the same images must hold out the same
     router.set_limits(descriptor, index)
-    train, validation, held_out = _split(settings, categories, index, groups, seed)
+    split = _split(settings, categories, index, groups, seed)
+    sample = sample_of(images, store, index, split, seed, settings)
+    train = sample.split.train
     limit = max(START_PER_CATEGORY, START_IMAGES // len(categories))
-    some = some_of_each(train, index[train], limit, seed)
-    maps = source.of_backbone(store.maps)
-    scaling = _learn_scaling(store, some, settings.standardize, len(maps)) if before is None else before.scorer.scaling
+    some = some_of_each(train, sample.index[train], limit, seed)
+    maps = source.of_backbone(sample.store.maps)
+    scaling = (
+        _learn_scaling(sample.store, some, settings.standardize, len(maps)) if before is None else before.scorer.scaling
+    )
     shape = FeatureShape(
         tuple(m.shape[1] for m in maps), tuple((m.shape[2], m.shape[3]) for m in maps),
         source.strides, source.has_deep_view,
@@ -179,30 +184,31 @@ def _fit(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
     )  # fmt: skip
-    batches = batches_of(store, scorer, index, train, settings)
+    batches = batches_of(sample, scorer, train, settings)
     if before is not None:
         _take_over(model, before.scorer.model)
     elif checkpoint is None or checkpoint.state is None:
-        model.start(batches_of(store, scorer, index, some, settings))
-    log = train_model(
-        store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint
-    )
+        model.start(batches_of(sample, scorer, some, settings))
+    validation = sample.split.validation
+    log = train_model(sample, scorer, train, settings, source.engine, validation=validation, checkpoint=checkpoint)
     model.settle(batches)
-    learned = Learned(store, descriptor, used_of(index, train, validation, held_out), train, held_out, groups)
-    scorer, held = learn_terms(scorer, learned, source.engine, seed)
-    seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
+    scorer, held = learn_terms(scorer, sample.learned(descriptor), source.engine, seed)
+    if source.tiling is not None:
+        held = hold_scans(scorer, source, rows[split.held_out], index[split.held_out], n_known=0)
+    seen = seen_of(scorer, sample, images, descriptor, settings)
     if checkpoint is not None and not log.interrupted:
         checkpoint.write({"model": model.state_dict(), "log": asdict(log)}, finished=True)
     return Fitted(
         features=source.features,
         map_shape=settings.map_shape or source.map_shape,
         ignore=source.ignore,
+        tiles=None if source.tiling is None else (source.tiling.size, source.tiling.overlap),
         categories=categories,
         scorer=scorer,
         held_out=held,
         seen=seen,
         thresholds=thresholds_of(held, seen, categories, settings),
-        prototypes=add_prototypes(Prototypes(), scorer, store, index, source, images.rows),
+        prototypes=add_prototypes(Prototypes(), scorer, sample, source),
         history=(History() if before is None else before.history).append(log),
         n_images=len(index),
         seed=seed,
@@ -227,15 +233,34 @@ def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool, n_m
     return scaling
 
 
-def batches_of(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
-    scaled = ScaledFeatures(store, scorer.model_input)
+def sample_of(
+    images: Images, store: FeatureStore, index: np.ndarray, split: Split, seed: int, settings: Settings
+) -> Sample:
+    """What is learned from of images of these categories: their maps in ``store``, or maps of their tiles."""
+    source, rows, _, groups = images
+    if source.tiling is None:
+        return Sample(store, index, split, groups, rows)
+    return draw_tiles(source, rows, index, split, groups, seed, settings.verbose)
+
+
+def seen_of(scorer: Scorer, sample: Sample, images: Images, descriptor: np.ndarray, settings: Settings) -> Seen:
+    """Scores of all images learned from, where ``contamination`` asks for them."""
+    if settings.contamination == "auto":
+        return Seen()
+    if images.source.tiling is None:
+        return score_seen(scorer, sample.learned(descriptor), images.source.engine)
+    judged = judge_images(scorer, images.source, images.rows, keep_maps=False)
+    return Seen(judged.category, judged.score)
+
+
+def batches_of(sample: Sample, scorer: Scorer, rows: np.ndarray, settings: Settings) -> Any:
+    scaled, index = ScaledFeatures(sample.store, scorer.model_input), np.maximum(sample.index, 0)
     return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
 
 
 def train_model(
-    store: FeatureStore,
+    sample: Sample,
     scorer: Scorer,
-    index: np.ndarray,
     train: np.ndarray,
     settings: Settings,
     engine: Engine,
@@ -249,8 +274,8 @@ def train_model(
     plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)
     trainer = Trainer(
         scorer.model,
-        ScaledFeatures(store, scorer.model_input),
-        torch.from_numpy(np.maximum(index, 0)),
+        ScaledFeatures(sample.store, scorer.model_input),
+        torch.from_numpy(np.maximum(sample.index, 0)),
         plan if n_passes is None else replace(plan, max_iter=n_passes),
         device=engine.device,
         dtype=engine.dtype,
@@ -263,25 +288,19 @@ def train_model(
 
 def _split(
     settings: Settings, categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None, seed: int
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+) -> Split:
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
     train, held_out = split_rows(index, settings.calibration_fraction, seed, groups)
     check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
     _warn_of_unused(len(index), len(train) + len(held_out))
     warn_of_single_images(categories, index, groups)
     if not settings.plan.early_stopping:
-        return train, None, held_out
+        return Split(train, None, held_out)
     keep, chosen = split_rows(
         index[train], settings.validation_fraction, seed + 1, of_rows(groups, train),
         otherwise="early stopping watches the training images",
     )  # fmt: skip
-    return train[keep], train[chosen], held_out
-
-
-def used_of(index: np.ndarray, *used: np.ndarray | None) -> np.ndarray:
-    """The categories of images of which use is made; -1 for others of a group of which one is held out."""
-    rows = np.concatenate([each for each in used if each is not None])
-    return np.where(np.isin(np.arange(len(index)), rows), index, -1)
+    return Split(train[keep], train[chosen], held_out)
 
 
 def _warn_of_unused(n: int, n_used: int) -> None:

@@ -37,6 +37,7 @@ class HVQTransDetector(BaseImageDetector):
     %(image_size)s
     %(image_shape)s
     %(ignore)s
+    %(tiles)s
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images, so that all channels
         count alike in the reconstruction. The published system does not.
@@ -152,6 +153,7 @@ class HVQTransDetector(BaseImageDetector):
         image_size=288,
         image_shape=None,
         ignore=None,
+        tiles=None,
         standardize=True,
         gaussian=True,
         patch_size=2,
@@ -188,7 +190,7 @@ class HVQTransDetector(BaseImageDetector):
     ):
         super().__init__(
             backbone=backbone, weights=weights, image_size=image_size, image_shape=image_shape, ignore=ignore,
-            standardize=standardize, gaussian=gaussian, max_iter=max_iter, batch_size=batch_size,
+            tiles=tiles, standardize=standardize, gaussian=gaussian, max_iter=max_iter, batch_size=batch_size,
             learning_rate=learning_rate, schedule=schedule, weight_decay=weight_decay,
             category_balance=category_balance, early_stopping=early_stopping, validation_fraction=validation_fraction,
             n_iter_no_change=n_iter_no_change, tol=tol, warm_start=warm_start, checkpoint_dir=checkpoint_dir,

@@ -209,7 +209,7 @@ class ImageSequence:
         ValueError
             If the file is truncated or no image, or if the values are not finite or not in 0..1.
         """
-        raw = self._raw(i)
+        raw = self.stored(i)
         pixels = _scaled(raw, self._mask_of(i, raw), self.name(i))
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
@@ -251,8 +251,8 @@ class ImageSequence:
             slot.copy_(self._resized(int(i), size))
         return batch
 
-    def _raw(self, i: int) -> np.ndarray:
-        """Image `i` as it is stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
+    def stored(self, i: int) -> np.ndarray:
+        """Pixels of image `i` as they are stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with opened(item, name) as image:
@@ -283,7 +283,7 @@ class ImageSequence:
         A large image of whole numbers becomes floats, and narrower, some rows at a time: that gives the same to the
         last bit, and never are there floats of all of it.
         """
-        raw, name = self._raw(i), self.name(i)
+        raw, name = self.stored(i), self.name(i)
         mask = self._mask_of(i, raw)
         height, width = raw.shape[:2]
         in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)

@@ -228,14 +228,14 @@ class Judging:
     def _source_of(self, data) -> MapSource:
         fitted = self._fitted
         engine = Engine.pick(self.device, self.precision)
-        return self._map_source(data, fitted.features, engine, fitted.map_shape, fitted.ignore)
+        return self._map_source(data, fitted.features, engine, fitted.map_shape, fitted.ignore, fitted.tiles)
 
-    def _map_source(self, data, features, engine, map_shape, ignore) -> MapSource:
+    def _map_source(self, data, features, engine, map_shape, ignore, tiles) -> MapSource:
         # A backbone that fit has made may have been made on another machine.
         override = {"device": engine.device, "precision": self.precision} if isinstance(self.backbone, str) else {}
         return MapSource(
             data, features, engine,
-            map_shape=map_shape, ignore=ignore, memory=self.memory, n_jobs=self.n_jobs, **override,
+            map_shape=map_shape, ignore=ignore, tiles=tiles, memory=self.memory, n_jobs=self.n_jobs, **override,
         )  # fmt: skip
 
     def _check_X(self, X, before):

@@ -15,7 +15,7 @@ from vqad.fitted import Fitted
 from vqad.fitting import Images
 from vqad.nn.terms import TermScorer
 from vqad.routing import describe
-from vqad.scoring import Scorer, by_category, score_and_map
+from vqad.scoring import Scorer, by_category, scan, score_and_map
 
 
 def at_rate(before: Fitted, contamination: Any, rate: float) -> Fitted:
@@ -74,9 +74,13 @@ def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.
                 index = resident.router(descriptor)[0].cpu().numpy()
             if given is not None:
                 index = np.maximum([given[i] for i in chunk.tolist()], 0)
-            found = by_category(ready, maps, index, source.engine, score_and_map)
-            peak = found["map"].reshape(len(chunk), -1).max(1).astype(np.float64)
-            judged.append((descriptor.cpu().numpy(), index, found["score"].astype(np.float64), peak))
+            if source.tiling is None:
+                found = by_category(ready, maps, index, source.engine, score_and_map)
+                score, peak = found["score"].astype(np.float64), found["map"].reshape(len(chunk), -1).max(1)
+            else:
+                scans = [scan(ready, source, i, c) for i, c in zip(chunk.tolist(), index.tolist())]
+                score, peak = (np.array(each) for each in zip(*((score, heat.max()) for score, heat in scans)))
+            judged.append((descriptor.cpu().numpy(), index, score, peak.astype(np.float64)))
         return judged
 
     columns = zip(*source.side_by_side(judge, rows))

@@ -18,6 +18,7 @@ from vqad.nn.terms import SEEN, Judged, TermScorer
 from vqad.routing import CategoryRouter, describe
 from vqad.source import MapSource
 from vqad.store import FeatureStore
+from vqad.tiling import Box, Stitched, Tiling
 
 # What the score of an image that is too far from its category grows by for every further limit of distance.
 FAR_WEIGHT = 10.0
@@ -230,23 +231,63 @@ class Judgement(NamedTuple):
     score : ndarray of shape (n,)
         Higher is more anomalous; standardised per category.
     category : ndarray of shape (n,), int64
-    maps : ndarray of shape (n, h, w), float32
-        Standardised, on the grid of the features.
+    maps : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
+        Standardised, on the grid of the features; a list of images in tiles whose maps differ in size.
     """
 
     score: np.ndarray
     category: np.ndarray
-    maps: np.ndarray
+    maps: np.ndarray | list[np.ndarray]
 
 
 def judge_images(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
     """One pass over the images ``rows``, chunk by chunk."""
+    if source.tiling is not None:
+        return _judge_in_tiles(scorer, source, rows, keep_maps)
 
     def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         judged = judged_chunks(scorer, source, part, score_and_map)
         return [(s, c, found["map"] if keep_maps else found["map"][:0].copy()) for _, c, _, s, found in judged]
 
     return Judgement(*(np.concatenate(column) for column in zip(*source.side_by_side(judge, rows))))
+
+
+def _judge_in_tiles(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool) -> Judgement:
+    ready = cast(Scorer, source.engine.ready(scorer))
+
+    def judge(part: np.ndarray) -> list[tuple[float, int, np.ndarray]]:
+        judged = []
+        for chunk, category, excess, _ in routed_chunks(scorer, source, part):
+            for i, c, far in zip(chunk.tolist(), category.tolist(), excess.tolist()):
+                score, heat = scan(ready, source, i, c)
+                judged.append((score + FAR_WEIGHT * far, c, heat if keep_maps else heat[:0]))
+        return judged
+
+    score, category, maps = zip(*source.side_by_side(judge, rows))
+    same = len({m.shape for m in maps}) == 1
+    return Judgement(np.array(score), np.array(category), np.stack(maps) if same else list(maps))
+
+
+def scan(ready: Scorer, source: MapSource, i: int, category: int) -> tuple[float, np.ndarray]:
+    """The highest score of the tiles of image ``i``, judged as a category, and its map on their grid.
+
+    Tiles are read, judged and forgotten chunk by chunk.
+    """
+    boxes = source.boxes(i)
+    score, whole = -math.inf, Stitched(source.data.size(i), boxes, cast(Tiling, source.tiling))
+    for part, found in tile_chunks(ready, source, i, boxes, category, score_and_map):
+        score = max(score, float(found["score"].max()))
+        for tile, heat in zip(part.tolist(), found["map"]):
+            whole.add(tile, heat)
+    return score, whole.map()
+
+
+def tile_chunks(
+    ready: Scorer, source: MapSource, i: int, boxes: list[Box], category: int, compute: Compute
+) -> Iterator[tuple[np.ndarray, Found]]:
+    """Of each chunk of the tiles of image ``i`` their numbers, and what ``compute`` gives of them."""
+    for part, maps in source.tile_chunks(i, boxes):
+        yield part, by_category(ready, maps, np.full(len(part), category), source.engine, compute)
 
 
 def judged_chunks(

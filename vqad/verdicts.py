@@ -30,8 +30,8 @@ class Verdicts:
         +1 normal, -1 anomaly.
     category : ndarray of shape (n,)
         The category that each image was judged as.
-    grids : ndarray of shape (n, h, w), float32
-        Anomaly maps on the grid of the features.
+    grids : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
+        Anomaly maps on the grid of the features; a list of images in tiles that differ in size.
     hidden : callable or None
         From the number of an image and a size to its mask of what is ignored, or None where nothing is.
     """
@@ -41,7 +41,7 @@ class Verdicts:
     p_value: NDArray[Any]
     label: NDArray[Any]
     category: NDArray[Any]
-    grids: NDArray[np.float32]
+    grids: NDArray[np.float32] | list[NDArray[np.float32]]
     hidden: Callable[[int, tuple[int, int]], NDArray[np.bool_] | None] | None = None
 
     def __len__(self) -> int:

@@ -39,6 +39,7 @@ class VQFlowDetector(BaseImageDetector):
     %(image_size)s
     %(image_shape)s
     %(ignore)s
+    %(tiles)s
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
         system does not.
@@ -151,6 +152,7 @@ class VQFlowDetector(BaseImageDetector):
         image_size=288,
         image_shape=None,
         ignore=None,
+        tiles=None,
         standardize=True,
         gaussian=True,
         n_concepts=32,
@@ -186,7 +188,7 @@ class VQFlowDetector(BaseImageDetector):
     ):
         super().__init__(
             backbone=backbone, weights=weights, image_size=image_size, image_shape=image_shape, ignore=ignore,
-            standardize=standardize, gaussian=gaussian, max_iter=max_iter, batch_size=batch_size,
+            tiles=tiles, standardize=standardize, gaussian=gaussian, max_iter=max_iter, batch_size=batch_size,
             learning_rate=learning_rate, schedule=schedule, weight_decay=weight_decay,
             category_balance=category_balance, early_stopping=early_stopping, validation_fraction=validation_fraction,
             n_iter_no_change=n_iter_no_change, tol=tol, warm_start=warm_start, checkpoint_dir=checkpoint_dir,
