@@ -41,7 +41,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export, _add_recalibrate):
+    for add in (
+        _add_demo,
+        _add_fit,
+        _add_score,
+        _add_evaluate,
+        _add_compare,
+        _add_report,
+        _add_export,
+        _add_recalibrate,
+    ):
         command = add(commands)
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
@@ -208,6 +217,30 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
     )
     _add_device(command)
+    return command
+
+
+def _add_compare(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "compare",
+        "say which of two models finds more on test images whose labels are known",
+        "Image AUROC, and the share of the anomalies that are found where each model calls as many normal images\n"
+        "anomalous; of both the difference, b less a, with an interval that other test images leave but one time in\n"
+        "twenty (paired bootstrap). It says nothing of another training of either.\n"
+        "example:\n  vqad compare old.safetensors new.safetensors mvtec/",
+    )
+    for name in ("a", "b"):
+        command.add_argument(name, type=_name, metavar=name.upper(), help="file that vqad fit wrote")
+    command.add_argument("directory", type=_name, metavar="ROOT", help="folder as of vqad evaluate")
+    command.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        metavar="RATE",
+        help="share of the normal images over the threshold of each (default: %(default)s)",
+    )
+    _add_running(command)
     return command
 
 

@@ -37,6 +37,7 @@ from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import FULL, QUICK, run_demo
 from vqad.images import ImageSequence, check_images
+from vqad.metrics import compare as compare_scores
 from vqad.metrics import evaluate as measure
 from vqad.persistence import replaceable
 from vqad.registry import detector_class
@@ -198,6 +199,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(f"category inferred right: {right:.1%}")
     if target is not None:
         target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return OK
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
+    scores = []
+    for path in (arguments.a, arguments.b):
+        detector = vqad.load(path).set_params(device=arguments.device)
+        scores.append(-detector.score_samples(images))
+    rate, seed = arguments.false_alarm_rate, arguments.seed
+    found = compare_scores(images.target, *scores, category=images.category, false_alarm_rate=rate, random_state=seed)
+    print(f"a: {arguments.a}\nb: {arguments.b}\n{found}")
     return OK
 
 
