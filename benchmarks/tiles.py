@@ -20,7 +20,10 @@ from vqad.metrics import image_auroc
 
 
 def draw(height: int, width: int, seed: int, fault: int = 0) -> np.ndarray:
-    """A rolled surface: grain, brightness that drifts, fine streaks; with a pit of ``fault`` pixels across."""
+    """A rolled surface: grain, brightness that drifts, fine streaks; with a dent of ``fault`` pixels across.
+
+    Light from the left makes one side of the dent bright and the other dark: seen small, it is not there.
+    """
     rng = np.random.default_rng(seed)
     fine = ndimage.gaussian_filter(rng.standard_normal((height, width), dtype=np.float32), 1.2)
     coarse = ndimage.zoom(rng.standard_normal((height // 200 + 2, width // 200 + 2)).astype(np.float32), 200, order=1)
@@ -29,8 +32,8 @@ def draw(height: int, width: int, seed: int, fault: int = 0) -> np.ndarray:
     if fault:
         top, left = rng.integers(fault, height - 2 * fault), rng.integers(fault, width - 2 * fault)
         y, x = np.mgrid[:fault, :fault] - (fault - 1) / 2
-        depth = np.clip(1.2 - np.hypot(y, x) / (fault / 2), 0, 1)
-        grey[top : top + fault, left : left + fault] -= 0.3 * depth
+        slope = np.clip(1.2 - np.hypot(y, x) / (fault / 2), 0, 1) * x / (fault / 2)
+        grey[top : top + fault, left : left + fault] += 0.5 * slope
     return (np.clip(grey, 0, 1) * 255).astype(np.uint8)
 
 

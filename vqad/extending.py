@@ -17,6 +17,7 @@ import torch
 from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.calibration import Seen, learn_terms
+from vqad.copies import exact_copies, merged, pieces
 from vqad.engine import Engine, seeded
 from vqad.fitted import Fitted, History
 from vqad.fitting import (
@@ -48,8 +49,11 @@ def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fit
     with seeded(seed, source.engine.device):
         store, descriptor = source.extract(rows, settings.verbose)
         scorer = copy.deepcopy(before.scorer)
-        index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
+        known = merged(groups, exact_copies(descriptor))
+        index, categories = _place(scorer.router, before.categories, descriptor, category, known, seed)
         index = _without_strange(before, store, index, source, rows)
+        groups = pieces(source.data, rows, groups, descriptor, index, seed)
+        images = images._replace(groups=groups)
         placed, n_known = np.flatnonzero(index >= 0), len(before.categories)
         after = replace(before, scorer=scorer, categories=categories, n_images=before.n_images + len(placed))
         if len(placed):

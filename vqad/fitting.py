@@ -17,6 +17,7 @@ from vqad.backbones import state_digest
 from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
+from vqad.copies import exact_copies, merged, pieces
 from vqad.engine import Engine, seeded
 from vqad.fitted import Fitted, History
 from vqad.nn.model import AnomalyModel, FeatureShape
@@ -160,12 +161,15 @@ def _fit(
 ) -> Fitted:
     source, rows, category, groups = images
     if before is None:
-        router, categories, index = CategoryRouter.learn(descriptor, category, groups=groups, random_state=seed)
+        known = merged(groups, exact_copies(descriptor))
+        router, categories, index = CategoryRouter.learn(descriptor, category, groups=known, random_state=seed)
     else:
         router, categories = copy.deepcopy(before.scorer.router), before.categories
         index = _same_categories(router, categories, descriptor, category)
         seed = before.seed  # a second fit on the same images must hold out the same
     router.set_limits(descriptor, index)
+    groups = pieces(source.data, rows, groups, descriptor, index, seed)
+    images = images._replace(groups=groups)
     split = _split(settings, categories, index, groups, seed)
     sample = sample_of(images, store, index, split, seed, settings)
     train = sample.split.train

@@ -11,6 +11,7 @@ import torch
 
 from vqad._checks import known_index
 from vqad.calibration import HeldOut, Seen, set_thresholds
+from vqad.copies import pieces
 from vqad.fitted import Fitted
 from vqad.fitting import Images
 from vqad.nn.terms import TermScorer
@@ -42,13 +43,14 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
                 f"category has {images.category[index < 0][0].item()!r}, which was not learned; known are "
                 f"{before.categories.tolist()}. Use partial_fit to add categories."
             )
-    rows = _one_of_each_group(images.groups, len(index), before.seed)
+    groups = pieces(images.source.data, images.rows, images.groups, descriptor, index, before.seed)
+    rows = _one_of_each_group(groups, len(index), before.seed)
     scorer.router.set_limits(descriptor, index, n_known=len(before.categories))
     terms, held = cast(TermScorer, scorer.terms), before.held_out
     for c in np.unique(index):
         own = rows[index[rows] == c]
         if len(own) < 2:
-            unit = "image" if images.groups is None else "group"
+            unit = "image" if groups is None else "group"
             raise ValueError(
                 f"category {before.categories[c].item()!r} has 1 normal {unit} to recalibrate from: scores of at least "
                 "2 say how they differ; some dozens hold what is asked of thresholds."
