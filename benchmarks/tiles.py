@@ -46,14 +46,17 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=12, help="of normal and of faulty images each")
     parser.add_argument("--size", type=int, default=288, help="of tiles, in pixels")
     parser.add_argument("--only-tiles", action="store_true")
+    parser.add_argument("--without-tiles", action="store_true", help="alone")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for k in range(a.train + 2 * a.test):
             paths.append(str(Path(folder) / f"{k}.bmp"))
-            Image.fromarray(draw(a.height, a.width, k, a.fault if k >= a.train + a.test else 0)).save(paths[-1])
+            is_faulty = k >= a.train + a.test  # the same surface as one of the normal ones
+            pixels = draw(a.height, a.width, k - a.test * is_faulty, a.fault * is_faulty)
+            Image.fromarray(pixels).save(paths[-1])
         truth = np.repeat([1, -1], a.test)
-        for tiles in (a.size,) if a.only_tiles else (None, a.size):
+        for tiles in [None] * (not a.only_tiles) + [a.size] * (not a.without_tiles):
             started = time.monotonic()
             detector = HVQTransDetector(tiles=tiles, false_alarm_rate=0.2, random_state=0).fit(paths[: a.train])
             fitted = time.monotonic() - started

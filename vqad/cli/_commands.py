@@ -15,6 +15,7 @@ import numpy as np
 
 import vqad
 from vqad._decode import not_there
+from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.calibration import drift_p_value
 from vqad.cli._arguments import DRAWN_SIDE
@@ -103,7 +104,8 @@ def score(arguments: argparse.Namespace) -> int:
     if arguments.false_alarm_rate is not None:
         detector.recalibrate(false_alarm_rate=arguments.false_alarm_rate)
     if arguments.maps is not None:
-        arguments.maps.mkdir(parents=True, exist_ok=True)
+        with writing(arguments.maps):
+            arguments.maps.mkdir(parents=True, exist_ok=True)
     shown = [printable(path) for path in paths]
     wide = max(len("path"), *map(len, shown))
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
@@ -198,7 +200,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         right = (verdicts.category.astype(str) == images.category).mean()
         print(f"category inferred right: {right:.1%}")
     if target is not None:
-        target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with writing(target):
+            target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     return OK
 
 
@@ -252,7 +255,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    with writing(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
     result = run_demo(
         QUICK if arguments.quick else FULL,
         random_state=arguments.seed,

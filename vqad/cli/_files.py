@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from vqad._writing import writing
 from vqad.datasets import ImageDataset, load_folder
 from vqad.datasets._files import existing_folder, image_files
 from vqad.datasets._layouts import images_but_masks, loader_of
@@ -95,8 +96,9 @@ def _free(path: Path, taken: set[Path]) -> Path:
 
 
 def write_image(path: Path, pixels: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
 
 
 @contextmanager
@@ -105,10 +107,19 @@ def csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
     if path is None:
         yield lambda row: None
         return
-    with open(writable(path), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
-        yield writer.writerow
+    file = open(writable(path), "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    writer = csv.writer(file)
+
+    def write(row: list[Any]) -> None:
+        with writing(path):
+            writer.writerow(row)
+
+    try:
+        write(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
+        yield write
+    finally:
+        with writing(path):
+            file.close()
 
 
 def check_folder_of_maps(folder: Path, arguments: list[str]) -> None:
@@ -131,7 +142,8 @@ def writable(path: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
         return path
     parent = Path(os.path.realpath(path)).parent
-    parent.mkdir(parents=True, exist_ok=True)
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"nothing may be written to the folder {str(parent)!r}.")
     return path
