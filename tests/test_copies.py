@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vqad import HVQTransDetector
-from vqad.copies import exact_copies, find_copies, merged, near_copies, pieces, small_pictures
+from vqad.copies import Watched, exact_copies, find_copies, merged, near_copies, pieces
 from vqad.datasets import make_textured_parts
 from vqad.images import check_images
 from vqad.splitting import hold_out
@@ -17,6 +17,10 @@ TINY = HVQTransDetector(
     backbone=None, d_model=8, n_heads=2, n_layers=1, dim_feedforward=8, n_codes=8, max_iter=1, false_alarm_rate=0.1,
     random_state=0,
 )  # fmt: skip
+
+
+def small_pictures(images):
+    return Watched(check_images(images)).small_pictures(np.arange(len(images)))[0]
 
 
 def saved(pixels, quality):
@@ -41,13 +45,13 @@ def noisy(pixels):
 def test_what_is_saved_again_is_found_and_nothing_else(change):
     images = [*PARTS.images, *(change(pixels) for pixels in PARTS.images[:8])]
     index = np.array([0, 1] * 24 + [0, 1] * 4)
-    pairs = near_copies(small_pictures(check_images(images), np.arange(56)), index)
+    pairs = near_copies(small_pictures(images), index)
     assert sorted(pairs) == [(k, 48 + k) for k in range(8)]
 
 
 def test_other_images_are_no_copies():
     index = np.array([0, 1] * 24)
-    assert near_copies(small_pictures(check_images(PARTS.images), np.arange(48)), index) == []
+    assert near_copies(small_pictures(PARTS.images), index) == []
     rng = np.random.default_rng(0)
     for n, d in ((20, 3), (500, 8), (3000, 256)):  # few numbers, many images
         assert near_copies(rng.standard_normal((n, d)), np.zeros(n, int)) == []
@@ -57,7 +61,7 @@ def test_images_that_differ_in_nothing_are_as_many_as_they_are():
     """Sensor noise alone: what tells them apart is noise, and they are no copies."""
     noise = np.random.default_rng(0).normal(0, 2, (40, 64, 64, 3))
     flat = (128 + noise).clip(0, 255).astype(np.uint8)
-    assert near_copies(small_pictures(check_images(flat), np.arange(40)), np.zeros(40, int)) == []
+    assert near_copies(small_pictures(flat), np.zeros(40, int)) == []
 
 
 def test_exact_copies_are_those_of_all_bits():
@@ -78,7 +82,9 @@ def test_copies_join_groups():
 def test_a_copy_is_never_kept_where_the_other_is_held_out():
     images = [*PARTS.images[::2], *(saved(p, 90) for p in PARTS.images[::2])]
     with pytest.warns(UserWarning, match="Of 48 images 24 are copies of others"):
-        piece = pieces(check_images(images), np.arange(48), None, np.arange(48.0)[:, None], np.zeros(48, int), 0)
+        piece = pieces(
+            Watched(check_images(images)), np.arange(48), None, np.arange(48.0)[:, None], np.zeros(48, int), 0
+        )
     kept, held = hold_out(np.zeros(48, int), 0.3, 0, piece)
     assert not set(kept % 24) & set(held % 24)
     assert len(set(held % 24)) == len(held) == round(0.3 * 24)
@@ -121,3 +127,26 @@ def test_copies_are_found_for_splits_of_ones_own(tmp_path):
     assert found[0] == found[1] == found[len(paths) - 1]
     assert found[2] == found[3]
     assert len(set(found)) == 24
+
+
+def test_a_collection_that_gives_an_image_once_is_asked_once():
+    """Copies are known by what was read for the features; with those found in memory, nothing is read again."""
+
+    class Once:
+        def __init__(self):
+            self.left = dict(enumerate([*PARTS.images[:8:2], saved(PARTS.images[0], 90), *PARTS.images[8::2]]))
+
+        def __len__(self):
+            return 25
+
+        def __getitem__(self, i):
+            return self.left.pop(i)
+
+    images = Watched(check_images(Once()))
+    images.load(np.arange(25), (64, 64))
+    picture, known = images.small_pictures(np.arange(25))
+    np.testing.assert_array_equal(known, np.arange(25))
+    assert near_copies(picture, np.zeros(25, int)) == [(0, 4)]
+    images = Watched(check_images(Once()))
+    images.pixels(3)
+    assert images.small_pictures(np.arange(25))[1].tolist() == [3]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from scipy.stats import chi2
+from torch import Tensor
 
 from vqad._checks import check_category
 from vqad._warn import warn
 from vqad.images import ImageSequence, check_images
 
-LOG = logging.getLogger("vqad")
-
 # Side of the small grey pictures that near copies are known by, in pixels.
 SIDE = 16
+# What those are made of where no backbone sees the images.
+LOOK = (256, 256)
 # Directions in which they are compared; and how many images of a category there are for each, at least.
 DIRECTIONS, IMAGES_EACH = 16, 4
 # Images that the directions come from at most.
@@ -67,7 +69,7 @@ def find_copies(X: Any, *, category: ArrayLike | None = None) -> np.ndarray:
     rows, given = np.arange(len(images)), check_category(category, len(images))
     kind = np.zeros(len(rows), int) if given is None else np.unique(given, return_inverse=True)[1]
     same = np.unique([images.digest(i) for i in rows.tolist()], return_inverse=True)[1]
-    found = merged(None, same, near_copies(small_pictures(images, rows), kind))
+    found = merged(None, same, near_copies(np.stack([_small(images.load([i], LOOK)[0]) for i in rows.tolist()]), kind))
     return rows.astype(np.int64) if found is None else found
 
 
@@ -80,8 +82,8 @@ def pieces(
 
     Parameters
     ----------
-    images : ImageSequence, or ready-made features
-        Of features that are equal to the last bit, those alone are copies.
+    images : Watched, or ready-made features
+        Of features those that are equal to the last bit alone are copies.
     rows : ndarray of shape (n,)
         Which of them.
     groups : ndarray of shape (n,) or None
@@ -95,11 +97,9 @@ def pieces(
         Of copies, with their number.
     """
     exact, near = exact_copies(descriptor), []
-    if isinstance(images, ImageSequence):
-        try:
-            near = near_copies(small_pictures(images, rows), index, seed)
-        except Exception as error:  # a caller's own collection may not give an image twice
-            LOG.info("Copies are not looked for, as images cannot be read again: %r", error)
+    if isinstance(images, Watched):
+        picture, known = images.small_pictures(rows)
+        near = [(int(known[i]), int(known[j])) for i, j in near_copies(picture, index[known], seed)]
     alone, found = merged(None, exact, near), merged(groups, exact, near)
     n, n_different = len(rows), len(rows) if alone is None else len(np.unique(alone))
     if n_different < n:
@@ -121,9 +121,44 @@ def exact_copies(descriptor: np.ndarray) -> np.ndarray:
     return piece
 
 
-def small_pictures(images: ImageSequence, rows: np.ndarray) -> np.ndarray:
-    """Small grey pictures of some images, (n, 256)."""
-    return np.concatenate([images.load([i], (SIDE, SIDE)).mean(1).flatten(1).numpy() for i in rows.tolist()])
+class Watched(ImageSequence):
+    """The same images, of which small grey pictures are kept of those that are read."""
+
+    def __init__(self, images: ImageSequence) -> None:
+        vars(self).update(vars(images))
+        self._small: dict[int, np.ndarray] = {}
+
+    def load(self, indices: Any, size: tuple[int, int]) -> Tensor:
+        """As of any `ImageSequence`."""
+        batch = super().load(indices, size)
+        for i, image in zip(np.asarray(indices, dtype=np.intp).tolist(), batch):
+            self._small[i] = _small(image)
+        return batch
+
+    def pixels(self, i: int) -> np.ndarray:
+        """As of any `ImageSequence`."""
+        pixels = super().pixels(i)
+        self._small[int(i)] = _small(torch.from_numpy(pixels).permute(2, 0, 1))
+        return pixels
+
+    def small_pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures (m, 256) of some images, and which of them these are of.
+
+        Those that were not read, as their features were found elsewhere, are read now, but for a caller's own
+        collection.
+        """
+        if self.reads_in_threads:
+            for i in rows.tolist():
+                if i not in self._small:
+                    self.load([i], (SIDE, SIDE))
+        known = np.array([k for k, i in enumerate(rows.tolist()) if i in self._small], dtype=np.intp)
+        return np.stack([self._small[i] for i in rows[known].tolist()] or [np.empty(0)]), known
+
+
+def _small(image: Tensor) -> np.ndarray:
+    """Of an image (C, H, W) a grey one, flattened."""
+    grey = image.mean(0, keepdim=True)[None]
+    return F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True).flatten().numpy()
 
 
 def near_copies(picture: np.ndarray, index: np.ndarray, seed: int = 0) -> list[tuple[int, int]]:

@@ -65,6 +65,7 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
 def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of each image its descriptor, nearest category, score in that category or the given one, and highest cell."""
     source, rows, category, _ = images
+    source.watch()
     given = None if category is None else dict(zip(rows.tolist(), known_index(category, before.categories).tolist()))
     ready, resident = cast(Scorer, source.engine.ready(before.scorer)), source.engine.resident(before.scorer)
 

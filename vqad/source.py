@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vqad.copies import Watched
 from vqad.engine import Engine, side_by_side
 from vqad.features import BackboneFeatures, transformer_maps
 from vqad.images import ImageSequence
@@ -136,10 +137,16 @@ class MapSource:
         chunk = self.data.chunk_size(device) if isinstance(self.data, FeatureArray) else 1
         yield from side_by_side(work, rows, device, wanted=self.data.reads_in_threads and not own, chunk=chunk)
 
+    def watch(self) -> None:
+        """Keep small pictures of images as they are read, by which copies are known."""
+        if isinstance(self.data, ImageSequence) and not isinstance(self.data, Watched):
+            self.data = Watched(self.data)
+
     def extract(self, rows: np.ndarray, verbose: int = 0) -> tuple[FeatureStore, np.ndarray]:
         """Features and descriptors of the images ``rows``: each image passes the backbone once."""
         # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
         store = FeatureStore(len(rows))
+        self.watch()
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not verbose)
 
         def keep(places: np.ndarray) -> list[np.ndarray]:
