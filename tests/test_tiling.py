@@ -3,12 +3,15 @@
 import pickle
 
 import numpy as np
+import PIL.Image
 import pytest
+from conftest import save_png
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
+from vqad.cli import main
 from vqad.images import check_images
 from vqad.scoring import score_and_map, tile_chunks
 from vqad.tiling import Box, Stitched, Tiles, Tiling
@@ -215,3 +218,22 @@ def test_what_takes_no_tiles_says_so(detector, tmp_path):
     tiles = Tiles(check_images(scans(2) * 2.0), 1, [Box(8, 0, 64, 64)])
     with pytest.raises(ValueError, match="image 1 of X, tile of 64 x 64 pixels at row 8, column 0 has float pixels"):
         tiles.load([0], (64, 64))
+
+
+@pytest.mark.slow
+def test_the_command_reads_scans_over_the_limit_if_told_to(tmp_path, capsys, monkeypatch):
+    for k, pixels in enumerate(scans(10)):
+        save_png(tmp_path / "scans" / f"{k}.png", pixels)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10_000)
+    told = ["--set=tiles=(64, 16)", "--set=weights=random", "--set=d_model=16", "--set=n_codes=8"]
+    told += ["--image-size=64", "--max-iter=1", "--false-alarm-rate=0.4"]
+    model, folder = str(tmp_path / "m.safetensors"), str(tmp_path / "scans")
+    assert main(["fit", folder, "-o", model, *told]) == 2
+    assert "or give the command --any-size" in capsys.readouterr().err
+    assert main(["fit", folder, "-o", model, *told, "--any-size"]) == 0
+    assert vqad.load(model).fitted_.tiles == (64, 16)
+    assert main(["score", model, folder]) == 2
+    capsys.readouterr()
+    assert main(["score", model, folder, "--any-size", "--maps", str(tmp_path / "maps")]) == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 10
+    assert PIL.Image.MAX_IMAGE_PIXELS == 10_000

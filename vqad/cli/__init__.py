@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from vqad.cli._arguments import parser
 from vqad.cli._messages import BROKEN_PIPE, INTERRUPTED, NO_ROOM, USER_ERROR, complain, one_line, one_line_warnings
@@ -34,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names of files may have what it cannot say
             stream.reconfigure(errors="backslashreplace")
     try:
-        with one_line_warnings():
+        with one_line_warnings(), ExitStack() as stack:
             from vqad.cli import _commands  # brings torch, which takes seconds
+            from vqad.cli._files import of_any_size
 
+            if getattr(arguments, "any_size", False):
+                stack.enter_context(of_any_size())
             code: int = getattr(_commands, arguments.command)(arguments)
             sys.stdout.flush()
             return code

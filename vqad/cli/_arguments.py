@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
         _add_recalibrate,
     ):
         command = add(commands)
+        if add is not _add_demo:
+            command.add_argument(
+                "--any-size",
+                action="store_true",
+                help="read images of any number of pixels: Pillow refuses 179 million and more, as a small file may "
+                "be made to fill all memory; only for files that you trust",
+            )
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
 

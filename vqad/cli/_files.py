@@ -19,6 +19,16 @@ from vqad.datasets._layouts import images_but_masks, loader_of
 from vqad.datasets.labelled import masks_of
 
 
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """Lift Pillow's limit of pixels, which is one for the whole process."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def training_images(folder: str) -> ImageDataset:
     loader = loader_of(Path(folder))
     return load_folder(folder) if loader is None else loader(folder, split="train")
