@@ -21,7 +21,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from vqad import HVQTransDetector
 from vqad.images import check_images
 
-RATE, N, HELD, NEW, SIDE = 0.1, 47, 19, 40, 48
+RATE, N, HELD, NEW, SIDE = 0.1, 47, 19, 20, 48
 SMALL = {
     "d_model": 8, "n_heads": 2, "n_layers": 1, "dim_feedforward": 8, "n_codes": 8, "max_iter": 1,
     "false_alarm_rate": RATE, "calibration_fraction": HELD / N,
