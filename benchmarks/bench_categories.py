@@ -40,6 +40,8 @@ def main() -> None:
             model.loss(features, category).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
+            for codebook in model.quantizers:
+                codebook.step()
             if repeat:  # the first round warms up
                 seconds.append(time.perf_counter() - started)
     first = next(iter(runs.values()))[3]

@@ -30,6 +30,7 @@ from vqad.nn.fast.efficientnet import ready_network
 from vqad.nn.fast.memory import keep_freed_memory
 from vqad.nn.fields import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
+from vqad.training import codebooks
 
 CHANNELS, GRID, WIDTH, LAYERS, HEADS, FEEDFORWARD, CODES, BATCH = 272, 14, 256, 4, 8, 1024, 512, 16
 CATEGORIES = 15
@@ -143,6 +144,8 @@ def train_step(model, features, category, optimizer, device, dtype):
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
+    for codebook in codebooks(model):
+        codebook.step()
 
 
 def seconds(run, device) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from vqad import BackboneFeatures, VQFlowDetector
 from vqad.engine import chunk_size, native_precision, pick_device, side_by_side
 from vqad.nn.fast.efficientnet import ready_network
 from vqad.nn.vq_flow import VQFlow
+from vqad.training import codebooks
 
 BATCH, CHANNELS = 16, (24, 40, 112, 320)
 SIZES = ("n_concepts", "n_patterns", "d_concept", "d_position", "n_blocks", "hidden")
@@ -59,6 +60,8 @@ class System:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         self.optimizer.step()
+        for codebook in codebooks(self.model):
+            codebook.step()
 
     def score(self, pixels):
         self.model.eval()

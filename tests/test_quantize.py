@@ -105,16 +105,41 @@ def test_training_step_is_the_moving_average_of_the_formula():
     for _ in range(3):
         x, group = torch.randn(4, 6, 3, dtype=torch.float64), torch.tensor([2, 0, 2, 3])
         output = quantizer(x, group)
+        quantizer.step()
         reference_update(expected, x, group, output.indices)
     for name in ("cluster_size", "embed_avg", "embed"):
         torch.testing.assert_close(getattr(quantizer, name), getattr(expected, name))
-    assert quantizer.n_updates.tolist() == [3, 0, 3, 3]
+
+
+@pytest.mark.parametrize("n_parts", [2, 4])
+def test_step_after_parts_of_a_batch_is_that_after_the_whole(n_parts):
+    whole = VectorQuantizer(5, 3, n_groups=6).double()
+    parts = copy.deepcopy(whole)
+    x, group = torch.randn(8, 6, 3, dtype=torch.float64), torch.tensor([5, 0, 3, 3, 1, 0, 5, 3])
+    whole(x, group)
+    for some, own in zip(x.chunk(n_parts), group.chunk(n_parts)):
+        parts(some, own)
+    for quantizer in (whole, parts):
+        quantizer.step()
+        quantizer.step()  # of which nothing is left
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value)
+
+
+def test_forward_pass_moves_nothing_and_what_is_forgotten_neither():
+    quantizer = VectorQuantizer(5, 3, n_groups=2)
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(torch.randn(2, 6, 3), torch.tensor([1, 0]))
+    quantizer.forget()
+    quantizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
 def test_training_step_leaves_absent_groups_as_they_are():
     quantizer = VectorQuantizer(5, 3, n_groups=3)
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(torch.randn(2, 6, 3), torch.tensor([1, 1]))
+    quantizer.step()
     for name, value in quantizer.state_dict().items():
         assert torch.equal(value[[0, 2]], before[name][[0, 2]])
         assert not torch.equal(value[1], before[name][1])
@@ -125,16 +150,19 @@ def test_groups_of_one_batch_do_not_touch_each_other():
     apart = copy.deepcopy(together)
     x = torch.randn(4, 6, 3, dtype=torch.float64)
     together(x, torch.tensor([0, 1, 0, 1]))
-    apart(x[0::2], torch.tensor([0, 0]))
-    apart(x[1::2], torch.tensor([1, 1]))
+    together.step()
+    for g in (0, 1):
+        apart(x[g::2], torch.tensor([g, g]))
+        apart.step()
     for name, value in together.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name])
 
 
 def test_evaluation_changes_nothing():
-    quantizer = VectorQuantizer(5, 3, revive_threshold=0.5, revive_every=1).eval()
+    quantizer = VectorQuantizer(5, 3, revive_threshold=0.5).eval()
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(torch.randn(2, 6, 3))
+    quantizer.step(revive=True)
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
@@ -242,8 +270,9 @@ def test_initialise_with_a_generator_is_reproducible_and_leaves_the_global_state
 
 def train(quantizer: VectorQuantizer, x: Tensor, epochs: int) -> None:
     for _ in range(epochs):
-        for image in x:
+        for i, image in enumerate(x):
             quantizer(image[None])
+            quantizer.step(revive=i % 16 == 15)
 
 
 def test_training_revives_dead_codes_only_if_asked_to():
@@ -279,6 +308,7 @@ def test_added_groups_leave_the_others_bit_identical():
     quantizer = VectorQuantizer(5, 3, n_groups=2, revive_threshold=0.1).double()
     x, group = torch.randn(3, 6, 3, dtype=torch.float64), torch.tensor([0, 1, 1])
     quantizer(x, group)
+    quantizer.step()
     quantizer.eval()
     before, state = quantizer(x, group), copy.deepcopy(quantizer.state_dict())
     quantizer.add_groups(2)

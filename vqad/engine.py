@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -63,8 +63,69 @@ class Engine(NamedTuple):
         """What gives the same as a model for less, see `AnomalyModel.ready`; made once while the model lives."""
         return _kept(module, f"ready on {self.device}", lambda m: cast(Any, self.resident(m)).ready())
 
+    def free_memory(self) -> int:
+        """Bytes that are free on the device; 0 where nobody tells."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
     def _moved(self, module: nn.Module) -> nn.Module:
         return copy.deepcopy(module).to(self.device)
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device for as long as it learns there; then it goes back to where it was."""
+    home = next((p.device for p in module.parameters()), device)
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def on_device(features: Any, device: torch.device) -> Any:
+    """A tensor or a list of tensors on a device."""
+    if isinstance(features, Tensor):
+        return features.to(device, non_blocking=True)
+    return [f.to(device, non_blocking=True) for f in features]
+
+
+def ahead(load: Callable[[Any], Any], parts: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """``load(part)`` of each part; for another device than a CPU read one part ahead, into memory that it copies from.
+
+    While the device computes, the host has nothing else to do.
+    """
+    if device.type == "cpu":
+        yield from map(load, parts)
+        return
+    waiting: Future[Any] | None = None
+    for part in parts:
+        started = _started(lambda part: pinned(load(part), device), part)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = started
+    if waiting is not None:
+        yield waiting.result()
+
+
+def _started(work: Callable[[Any], Any], part: Any) -> Future[Any]:
+    """What becomes of ``work(part)``, begun in a thread."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(part))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="vqad-ahead", daemon=True).start()
+    return future
+
+
+def pinned(features: Any, device: torch.device) -> Any:
+    """A tensor or a list of tensors in memory that a device reads while the host goes on."""
+    if isinstance(features, Tensor):
+        return features.pin_memory() if device.type == "cuda" and features.device.type == "cpu" else features
+    return [pinned(f, device) for f in features]
 
 
 _KEEPING = threading.Lock()

@@ -16,9 +16,10 @@ import torch
 
 from vqad._checks import known_index
 from vqad._warn import warn
+from vqad.batches import ScaledFeatures
 from vqad.calibration import Seen, learn_terms
 from vqad.copies import exact_copies, merged, pieces
-from vqad.engine import Engine, seeded
+from vqad.engine import lent, seeded
 from vqad.fitted import Fitted, History
 from vqad.fitting import (
     Images,
@@ -59,11 +60,11 @@ def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fit
         if len(placed):
             scorer.router.set_limits(descriptor[placed], index[placed], n_known)
             train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
-            split = Split(train, None, held_out)
-            sample = sample_of(images, store, index, split, seed, settings)
-            after = replace(
-                after, history=_train_more(sample, scorer, n_known, settings, source.engine, before.history)
-            )
+            sample = sample_of(images, store, index, Split(train, None, held_out), seed, settings)
+            features = ScaledFeatures(sample.store, scorer.model_input, source.engine)
+            with lent(scorer.model, source.engine.device):
+                history = _train_more(features, scorer, sample, n_known, settings, before.history)
+            after = replace(after, history=history)
             if len(held_out):
                 after = _calibrate_more(after, sample, images, index, held_out, descriptor, settings)
         else:
@@ -163,24 +164,24 @@ def _split_more(
 
 
 def _train_more(
-    sample: Sample,
+    features: ScaledFeatures,
     scorer: Scorer,
+    sample: Sample,
     n_known: int,
     settings: Settings,
-    engine: Engine,
     history: History,
 ) -> History:
     """One pass over the images of known categories, ``max_iter`` over those of new ones."""
     model, index, train = scorer.model, sample.index, sample.split.train
     is_new = index[train] >= n_known
     if is_new.any():
-        batches = batches_of(sample, scorer, train[is_new], settings)
+        batches = batches_of(features, np.maximum(index, 0), train[is_new], settings)
         model.extend(scorer.router.n_categories - n_known, batches)
     for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
         if len(rows):
-            log = train_model(sample, scorer, rows, settings, engine, categories=learning, n_passes=n_passes)
+            log = train_model(features, model, index, rows, settings, categories=learning, n_passes=n_passes)
             history = history.append(log)
             if log.interrupted and not is_last:
                 raise KeyboardInterrupt  # rather than keep a category that was never trained

@@ -18,7 +18,7 @@ from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.copies import exact_copies, merged, pieces
-from vqad.engine import Engine, seeded
+from vqad.engine import lent, seeded
 from vqad.fitted import Fitted, History
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
@@ -188,14 +188,15 @@ def _fit(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
     )  # fmt: skip
-    batches = batches_of(sample, scorer, train, settings)
     if before is not None:
         _take_over(model, before.scorer.model)
-    elif checkpoint is None or checkpoint.state is None:
-        model.start(batches_of(sample, scorer, some, settings))
-    validation = sample.split.validation
-    log = train_model(sample, scorer, train, settings, source.engine, validation=validation, checkpoint=checkpoint)
-    model.settle(batches)
+    features, known = ScaledFeatures(sample.store, scorer.model_input, source.engine), sample.index
+    with lent(model, source.engine.device):
+        if before is None and (checkpoint is None or checkpoint.state is None):
+            model.start(batches_of(features, known, some, settings))
+        watched = sample.split.validation
+        log = train_model(features, model, known, train, settings, validation=watched, checkpoint=checkpoint)
+        model.settle(batches_of(features, known, train, settings))
     scorer, held = learn_terms(scorer, sample.learned(descriptor), source.engine, seed)
     if source.tiling is not None:
         held = hold_scans(scorer, source, rows[split.held_out], index[split.held_out], n_known=0)
@@ -257,17 +258,16 @@ def seen_of(scorer: Scorer, sample: Sample, images: Images, descriptor: np.ndarr
     return Seen(judged.category, judged.score)
 
 
-def batches_of(sample: Sample, scorer: Scorer, rows: np.ndarray, settings: Settings) -> Any:
-    scaled, index = ScaledFeatures(sample.store, scorer.model_input), np.maximum(sample.index, 0)
-    return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
+def batches_of(features: ScaledFeatures, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
+    return TrainingBatches(features, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
 
 
 def train_model(
-    sample: Sample,
-    scorer: Scorer,
+    features: ScaledFeatures,
+    model: AnomalyModel,
+    index: np.ndarray,
     train: np.ndarray,
     settings: Settings,
-    engine: Engine,
     *,
     categories: list[int] | None = None,
     n_passes: int | None = None,
@@ -275,15 +275,15 @@ def train_model(
     checkpoint: Checkpoint | None = None,
 ) -> TrainingLog:
     """Train the model, or the parts of it that serve these categories alone."""
-    plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)
+    plan = replace(settings.plan, clip_norm=model.clip_norm)
     trainer = Trainer(
-        scorer.model,
-        ScaledFeatures(sample.store, scorer.model_input),
-        torch.from_numpy(np.maximum(sample.index, 0)),
+        model,
+        features,
+        torch.from_numpy(np.maximum(index, 0)),
         plan if n_passes is None else replace(plan, max_iter=n_passes),
-        device=engine.device,
-        dtype=engine.dtype,
-        parts=None if categories is None else scorer.model.parts_of(categories),
+        device=features.engine.device,
+        dtype=features.engine.dtype,
+        parts=None if categories is None else model.parts_of(categories),
     )
     return trainer.fit(
         torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint

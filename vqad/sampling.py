@@ -122,7 +122,8 @@ def hold_scans(scorer: Scorer, source: MapSource, rows: np.ndarray, category: np
     The images ``rows``, of these categories, took part in nothing so far. They set the scales of the scores of
     categories but the first ``n_known``, in the terms of ``scorer``.
     """
-    score, peak = judge_scans(scorer, source, rows, category)
+    as_it_is = scorer.with_terms(scorer.terms)  # what an engine keeps of it goes with it
+    score, peak = judge_scans(as_it_is, source, rows, category)
     for c in np.unique(category[category >= n_known]):
         own = category == c
         score[own] = cast(TermScorer, scorer.terms).rescale(int(c), torch.from_numpy(score[own])).numpy()
@@ -134,9 +135,10 @@ def judge_scans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of images in tiles that are judged as these categories, and the highest values of their maps."""
     known: dict[int, int] = dict(zip(rows.tolist(), category.tolist()))
+    ready = cast(Scorer, source.engine.ready(scorer))
 
     def judge(part: np.ndarray) -> list[tuple[float, float]]:
-        judged = (scan(scorer, source, i, known[i]) for i in part.tolist())
+        judged = (scan(ready, source, i, known[i]) for i in part.tolist())
         return [(score, float(heat.max())) for score, heat in judged]
 
     score, peak = zip(*source.side_by_side(judge, rows))

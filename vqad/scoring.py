@@ -345,7 +345,7 @@ def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine
         rows = part.to(maps[0].device)
         chunk = [pad_chunk(m[rows], size).to(engine.device).float() for m in maps]
         chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
-        number = torch.full((size,), int(category[part[0]]), device=engine.device)
+        number = torch.full((size,), int(category[part[0]]))  # on the host, where it is read
         with torch.inference_mode(), engine.autocast():
             return compute(scorer, chunk, number)
 

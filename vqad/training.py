@@ -16,9 +16,13 @@ from tqdm.auto import tqdm
 
 from vqad._warn import warn
 from vqad.checkpoint import Checkpoint
+from vqad.engine import ahead, lent, on_device
 from vqad.nn.quantize import VectorQuantizer
 
 logger = logging.getLogger("vqad")
+
+REVIVE_EVERY = 16
+"""Steps between two looks for codes that are not used."""
 
 Features = Tensor | Sequence[Tensor]
 
@@ -36,7 +40,7 @@ class FeatureSource(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int] | Tensor) -> Features:
-        """Features of some images, float, on the CPU."""
+        """Features of some images, float, on the host or already on the device."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ class TrainingLog:
     perplexity : list of float
         Mean number of codes in effective use after every pass.
     interrupted : bool
-        Whether Ctrl-C ended the training. Weights are as they were after the last finished step; codes may have moved
-        in the step that was cut short.
+        Whether Ctrl-C ended the training. All is as it was after the last finished step.
     """
 
     loss_curve: list[float] = field(default_factory=list)
@@ -165,7 +168,7 @@ class Trainer:
             In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
-        with _moved(self.model, self.device), _frozen(self.model, self.parts):
+        with lent(self.model, self.device), _frozen(self.model, self.parts):
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -184,6 +187,8 @@ class Trainer:
                 )
             finally:
                 self.model.eval()
+                for codebook in codebooks(self.model):
+                    codebook.forget()
             run.best.restore(self.model)
         run.log.seconds += time.monotonic() - started
         return run.log
@@ -218,12 +223,15 @@ class Trainer:
         if run.order is None:
             run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
-        for indices in torch.split(order[run.n_done :], self.plan.batch_size):
+        parts = torch.split(order[run.n_done :], self.plan.batch_size)
+        for indices, features in zip(parts, ahead(self.source.batch, parts, self.device)):
             run.optimizer.zero_grad(set_to_none=True)
-            run.total += self._backward(indices) * len(indices)
+            run.total += self._backward(features, self.category[indices]) * len(indices)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
             run.optimizer.step()
             run.schedule.step()
+            for codebook in codebooks(self.model):
+                codebook.step(revive=run.schedule.last_epoch % REVIVE_EVERY == 0)
             run.n_done += len(indices)
             if checkpoint is not None and run.n_done < len(order) and checkpoint.due(after_pass=False):
                 checkpoint.write(run.state(self.batch_size))
@@ -235,14 +243,16 @@ class Trainer:
         for part in self.parts:
             part.train()
 
-    def _backward(self, indices: Tensor) -> Tensor:
+    def _backward(self, features: Features, category: Tensor) -> Tensor:
         """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
-        before = self._moving_buffers() if self._may_run_out() else []
         while True:
+            before = self._running_statistics()
             try:
                 total = torch.zeros((), device=self.device)
-                for part in torch.split(indices, self.batch_size):
-                    loss = self._loss(part) * (len(part) / len(indices))
+                for start in range(0, len(category), self.batch_size):
+                    part = slice(start, start + self.batch_size)
+                    loss = self._loss(_images(features, part), category[part])
+                    loss = loss * (len(category[part]) / len(category))
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
                 return total
@@ -251,24 +261,28 @@ class Trainer:
                     raise
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
-            for buffer, value in before:  # what the parts that did fit have moved the codes by
+            for buffer, value in before:  # what the parts that did fit have moved them by
                 buffer.copy_(value)
+            for codebook in codebooks(self.model):
+                codebook.forget()
+
+    def _running_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that a forward pass moves, and copies of them where a pass may fail for lack of memory."""
+        if not self._may_run_out():
+            return []
+        norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return [(b, b.clone()) for norm in norms for b in norm.buffers()]
 
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
-
-    def _moving_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(b, b.clone()) for part in self.parts for b in part.buffers()]
 
     def _halve_batch(self) -> None:
         self.batch_size = max(1, self.batch_size // 2)
         warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
 
-    def _loss(self, indices: Tensor) -> Tensor:
-        batch = self.source.batch(indices)
-        on_device = [f.to(self.device, non_blocking=True) for f in ([batch] if isinstance(batch, Tensor) else batch)]
-        features = on_device[0] if isinstance(batch, Tensor) else on_device
-        category = self.category[indices].to(self.device)
+    def _loss(self, features: Features, category: Tensor) -> Tensor:
+        """Loss of a batch; the category stays on the host, where it is read."""
+        features = on_device(features, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = cast(Trainable, self.model).loss(features, category)
         return loss
@@ -280,7 +294,7 @@ class Trainer:
         try:
             total = 0.0
             for part in torch.split(indices, self.batch_size):
-                total += float(self._loss(part)) * len(part)
+                total += float(self._loss(self.source.batch(part), self.category[part])) * len(part)
             return total / len(indices)
         except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
@@ -318,20 +332,19 @@ def one_pass(category: Tensor, balance: float) -> Tensor:
     return torch.cat(drawn)[torch.randperm(n)]
 
 
+def codebooks(model: nn.Module) -> list[VectorQuantizer]:
+    """All codebooks of a model."""
+    return [m for m in model.modules() if isinstance(m, VectorQuantizer)]
+
+
 def codebook_perplexity(model: nn.Module) -> float:
     """Effective number of codes in use, the mean over all codebooks of a model."""
-    books = [m.perplexity().flatten() for m in model.modules() if isinstance(m, VectorQuantizer)]
+    books = [codebook.perplexity().flatten() for codebook in codebooks(model)]
     return float(torch.cat(books).mean()) if books else float("nan")
 
 
-@contextmanager
-def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A model that rests on the CPU, on the device while it learns."""
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to("cpu")
+def _images(features: Features, part: slice) -> Features:
+    return features[part] if isinstance(features, Tensor) else [f[part] for f in features]
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class Condition:
     encoded : Tensor of shape (N, D, h, w)
         What the encoder asked for, without gradient.
     codes : Tensor of shape (K, D)
-        The codebooks of all groups that it was looked up in, one after the other: code ``i`` is code
-        ``i % n_patterns`` of group ``i // n_patterns``.
+        The codebooks of the groups that are present, one after the other: code ``i`` is code ``i % n_patterns`` of the
+        group at place ``i // n_patterns``.
     position : Tensor of shape (d_position, h, w)
     concept : Tensor of shape (N, d_concept)
         ŷ, with straight-through gradients.
@@ -49,10 +49,12 @@ class Condition:
         """Mean squared difference between what was encoded and its code, (N, h, w)."""
         return (self.pattern.detach() - self.encoded).square().mean(1)
 
-    def of_images(self, rows: Tensor) -> Condition:
-        """The same of some images, given by a mask (N,) or numbers."""
-        own = {name: getattr(self, name)[rows] for name in ("pattern", "index", "encoded", "concept")}
-        return replace(self, **own)
+    def of_group(self, place: int, n_groups: int, images: Tensor) -> Condition:
+        """The same of the images (n,) of one group, that at a place among those present."""
+        own = {name: getattr(self, name)[images] for name in ("pattern", "index", "encoded", "concept")}
+        n_codes = len(self.codes) // n_groups
+        first = place * n_codes
+        return replace(self, **{**own, "index": own["index"] - first}, codes=self.codes[first : first + n_codes])
 
     def dense(self) -> Tensor:
         """[pattern + base ; ŷ] with base = [position ; ŷ], (N, D + d_concept, h, w)."""
@@ -76,8 +78,8 @@ def border_class(h: int, w: int, device: torch.device) -> Tensor:
 
 def _taps_inside(device: torch.device, dtype: torch.dtype) -> Tensor:
     """For each of the 16 border classes, 1 for the taps inside the map and 0 for the others: (16, 9)."""
-    first = torch.tensor([0, 0, 1, 1], device=device, dtype=torch.bool)
-    last = torch.tensor([0, 1, 0, 1], device=device, dtype=torch.bool)
+    classes = torch.arange(4, device=device)
+    first, last = classes >= 2, classes % 2 == 1
     inside = torch.stack([~first, torch.ones_like(first), ~last], 1).to(dtype)  # (4, 3): before, at, after
     return torch.einsum("ra,cb->rcab", inside, inside).reshape(16, 9)
 
@@ -187,13 +189,11 @@ class ConditionProjection(nn.Module):
 
     def from_codes(self, condition: Condition) -> list[Tensor]:
         """The same as ``forward(condition.dense())``, gradients included, by look-up of the codes."""
-        used, index = torch.unique(condition.index, return_inverse=True)
-        codes = condition.codes[used]
-        image = torch.arange(len(index), device=index.device)
-        table = self.table(codes, condition.position, condition.concept)
-        projection = look_up(table, len(used), index, image)
+        image = torch.arange(len(condition.index), device=condition.index.device)
+        table = self.table(condition.codes, condition.position, condition.concept)
+        projection = look_up(table, len(condition.codes), condition.index, image)
         if condition.pattern.requires_grad:
-            of_pattern = self.weight[:, : codes.shape[1]].detach()
+            of_pattern = self.weight[:, : condition.codes.shape[1]].detach()
             projection = _ConvolutionGradient.apply(projection, condition.pattern, of_pattern)
         return self._split(projection)
 

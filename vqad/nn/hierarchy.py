@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqad.nn.condition import Condition
+from vqad.nn.groups import Groups
 from vqad.nn.quantize import SAMPLE_NUMBERS, Quantized, VectorQuantizer
 
 
@@ -31,6 +33,13 @@ def positional_encoding(width: int, h: int, w: int) -> Tensor:
     return torch.cat([x, y])
 
 
+@lru_cache(maxsize=32)
+def _position_on(device: torch.device, dtype: torch.dtype, width: int, h: int, w: int) -> Tensor:
+    """A positional encoding that stays on its device."""
+    with torch.inference_mode(False):
+        return positional_encoding(width, h, w).to(device, dtype)
+
+
 @dataclass(frozen=True)
 class Codes:
     """What an image is made of, as codes.
@@ -47,6 +56,8 @@ class Codes:
         Patterns and concept of each stage.
     commitment : Tensor, scalar
         Commitment of the concept and of the four stages' patterns, summed, mean over images.
+    groups : Groups
+        Whose codebooks these are.
     """
 
     concept: Tensor
@@ -54,11 +65,15 @@ class Codes:
     concept_distance: Tensor
     conditions: list[Condition]
     commitment: Tensor
+    groups: Groups
 
-    def of_images(self, rows: Tensor) -> Codes:
-        """The same of some images, given by a mask (N,) or numbers; the commitment is that of all."""
-        own = {name: getattr(self, name)[rows] for name in ("concept", "concept_index", "concept_distance")}
-        return replace(self, **own, conditions=[condition.of_images(rows) for condition in self.conditions])
+    def of_group(self, number: int, images: Tensor) -> Codes:
+        """The same of the ``images`` (n,) that are all the images of one group; the commitment is that of all."""
+        own = {name: getattr(self, name)[images] for name in ("concept", "concept_index", "concept_distance")}
+        groups = Groups.of(torch.full((len(images),), number), number + 1, images.device)
+        place = self.groups.numbers.index(number)
+        conditions = [condition.of_group(place, len(self.groups.numbers), images) for condition in self.conditions]
+        return replace(self, **own, conditions=conditions, groups=groups)
 
 
 class CodeHierarchy(nn.Module):
@@ -116,37 +131,35 @@ class CodeHierarchy(nn.Module):
     def forward(self, stages: Sequence[Tensor], group: Tensor | None = None) -> Codes:
         """Encode and quantise the four (pooled) stages, (N, C_k, h_k, w_k), each image with the codes of its group."""
         encoded = self._encode_concept(stages[3])
-        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device) if group is None else group
-        concept, index, loss = _quantise(self.concept_codebook, encoded[:, None], group)
+        groups = self.concept_codebook.groups(group, encoded)
+        concept, index, loss = _quantise(self.concept_codebook, encoded[:, None], groups)
         concept, commitment = concept[:, 0], loss.mean()
         distance = (concept - encoded).detach().square().mean(1)
         conditions = []
         for quantizer, g in zip(self._pattern_codebooks(), self._encode_patterns(stages)):
             n, d, h, w = g.shape
-            position = positional_encoding(self.d_position, h, w).to(concept)
-            # In training the look-up moves the codes: keep those that it read.
-            codes = quantizer.embed.flatten(0, 1)
-            codes = codes.clone() if quantizer.training else codes
+            position = self._position(h, w, concept)
             tokens = _residual(g.permute(0, 2, 3, 1), position.permute(1, 2, 0), concept[:, None, None])
-            code, of_cell, loss = _quantise(quantizer, tokens.flatten(1, 2), group)
+            code, of_cell, loss = _quantise(quantizer, tokens.flatten(1, 2), groups)
             commitment = commitment + loss.mean()
             conditions.append(
                 Condition(
                     pattern=code.view(n, h, w, d).permute(0, 3, 1, 2),
-                    index=of_cell.view(n, h, w),
+                    index=(of_cell + groups.row[:, None] * quantizer.n_codes).view(n, h, w),
                     encoded=tokens.detach().permute(0, 3, 1, 2),
-                    codes=codes,
+                    codes=quantizer.books(groups).flatten(0, 1),
                     position=position,
                     concept=concept,
                 )
             )
-        return Codes(concept, index[:, 0], distance, conditions, commitment)
+        of_concept = index[:, 0] + groups.of_image * self.concept_codebook.n_codes
+        return Codes(concept, of_concept, distance, conditions, commitment, groups)
 
     def concept(self, top: Tensor, group: Tensor | None = None) -> Tensor:
         """Number of each image's concept code (N,) from its coarsest stage (N, C_4, h, w)."""
         encoded = self._encode_concept(top)[:, None]
-        group = torch.zeros(len(encoded), dtype=torch.long, device=encoded.device) if group is None else group
-        return self.concept_codebook.nearest(encoded, group)[:, 0] + group * self.concept_codebook.n_codes
+        groups = self.concept_codebook.groups(group, encoded)
+        return self.concept_codebook.nearest(encoded, groups)[:, 0] + groups.of_image * self.concept_codebook.n_codes
 
     def add_group(self) -> None:
         """Append a group of codebooks, which want :meth:`initialise`; the others keep every bit."""
@@ -164,6 +177,11 @@ class CodeHierarchy(nn.Module):
 
     def _pattern_codebooks(self) -> list[VectorQuantizer]:
         return [quantizer for quantizer in self.pattern_codebook if isinstance(quantizer, VectorQuantizer)]
+
+    def _position(self, h: int, w: int, like: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return positional_encoding(self.d_position, h, w).to(like)
+        return _position_on(like.device, like.dtype, self.d_position, h, w)
 
     def _encode_concept(self, top: Tensor) -> Tensor:
         return _encode(self.concept_encoder, top.mean((2, 3)))
@@ -221,7 +239,7 @@ class CodeHierarchy(nn.Module):
                     n, _, h, w = g.shape
                     drawn = [torch.randperm(h * w, generator=generator)[:cells_per_image] for _ in range(n)]
                     cell = torch.stack(drawn).to(g.device)
-                    grid = positional_encoding(self.d_position, h, w).to(g).flatten(1).mT
+                    grid = self._position(h, w, g).flatten(1).mT
                     tokens[k].append(g.permute(0, 2, 3, 1).flatten(1, 2).take_along_dim(cell[..., None], 1))
                     positions[k].append(grid[cell])
                     cells[k] += n * h * w
@@ -265,11 +283,11 @@ def _residual(tokens: Tensor, position: Tensor, concept: Tensor) -> Tensor:
     return torch.cat([tokens[..., :d_position] - position, tokens[..., d_position:] - concept], -1)
 
 
-def _quantise(quantizer: VectorQuantizer, x: Tensor, group: Tensor) -> Quantized:
-    """Quantise in full precision: rounding would change which code is nearest. Codes are numbered group by group."""
+def _quantise(quantizer: VectorQuantizer, x: Tensor, groups: Groups) -> Quantized:
+    """Quantise in full precision: rounding would change which code is nearest."""
     with torch.autocast(x.device.type, enabled=False):
-        code, index, loss = quantizer(x.to(quantizer.embed.dtype), group)
-    return Quantized(code, index + group[:, None] * quantizer.n_codes, loss)
+        quantized: Quantized = quantizer(x.to(quantizer.embed.dtype), groups)
+    return quantized
 
 
 @contextmanager

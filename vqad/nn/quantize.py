@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .groups import Groups
+
 SAMPLE_NUMBERS = 2**28
 """What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
 
@@ -37,15 +39,16 @@ class VectorQuantizer(nn.Module):
     r"""Nearest-code look-up, and codes that follow the mean of what was assigned to them.
 
     For an input vector :math:`x` of group :math:`g` the output is the code :math:`e_{gk}` with the smallest
-    :math:`\|x - e_{gk}\|_2^2`. In training mode, after the look-up, the codebooks of the groups that are
-    present in the batch follow an exponential moving average of counts and sums:
+    :math:`\|x - e_{gk}\|_2^2`. In training mode, :meth:`step` lets the codebooks of the groups that were looked up
+    follow an exponential moving average of counts and sums:
 
     .. math:: n_k \leftarrow \gamma n_k + (1-\gamma) c_k, \quad
               m_k \leftarrow \gamma m_k + (1-\gamma) \sum_{x \to k} x, \quad
               e_k = m_k / \tilde n_k, \quad
               \tilde n_k = \frac{n_k + \epsilon}{\sum_j n_j + K \epsilon} \sum_j n_j
 
-    All groups of a batch are looked up and updated at once, whatever the number of groups that exist.
+    All groups of a batch are looked up and updated at once, whatever the number of groups that exist. The forward pass
+    changes nothing: like an optimiser, :meth:`step` is called after the backward pass.
 
     Codes start as standard normal vectors with zero counts. :meth:`initialise` starts them from data instead.
 
@@ -64,8 +67,6 @@ class VectorQuantizer(nn.Module):
     revive_threshold : float, default=0.0
         A code whose count fell below this fraction of its codebook's mean count is dead: it is placed anew on
         a vector of the batch that the codebook represents badly. 0 leaves dead codes dead.
-    revive_every : int, default=16
-        Updates of a codebook between two looks for dead codes.
 
     Attributes
     ----------
@@ -75,8 +76,6 @@ class VectorQuantizer(nn.Module):
         The moving averages :math:`n` of the number of vectors that an update assigns to each code.
     embed_avg : Tensor of shape (n_groups, K, D)
         The moving averages :math:`m` of the sums of those vectors.
-    n_updates : Tensor of shape (n_groups,), int64
-        Updates that each codebook has seen.
 
     References
     ----------
@@ -86,7 +85,6 @@ class VectorQuantizer(nn.Module):
     embed: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
-    n_updates: Tensor
 
     def __init__(
         self,
@@ -97,7 +95,6 @@ class VectorQuantizer(nn.Module):
         decay: float = 0.99,
         eps: float = 1e-5,
         revive_threshold: float = 0.0,
-        revive_every: int = 16,
     ) -> None:
         super().__init__()
         self.n_codes = n_codes
@@ -105,12 +102,11 @@ class VectorQuantizer(nn.Module):
         self.decay = decay
         self.eps = eps
         self.revive_threshold = revive_threshold
-        self.revive_every = revive_every
         embed = torch.randn(n_groups, n_codes, dim)
         self.register_buffer("embed", embed)
         self.register_buffer("cluster_size", torch.zeros(n_groups, n_codes))
         self.register_buffer("embed_avg", embed.clone())
-        self.register_buffer("n_updates", torch.zeros(n_groups, dtype=torch.long))
+        self._seen: list[_Seen] = []
 
     @property
     def n_groups(self) -> int:
@@ -120,14 +116,25 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return f"n_codes={self.n_codes}, dim={self.dim}, n_groups={self.n_groups}, decay={self.decay}"
 
-    def codes(self, group: Tensor) -> Tensor:
-        """Codebook of each image: (N,) group numbers to (N, K, D); of a single one, but in training, without a copy."""
-        one = len(group) == 1 and not self.training and not torch.compiler.is_exporting()
-        return self.embed[int(group[0])][None] if one else self.embed[group]
+    def groups(self, group: Tensor | Groups | None, x: Tensor) -> Groups:
+        """The groups of the images of ``x``; all the first when left out."""
+        if group is None:
+            group = torch.zeros(len(x), dtype=torch.long)
+        return group if isinstance(group, Groups) else Groups.of(group, self.n_groups, x.device)
 
-    def weights(self, group: Tensor) -> Tensor:
-        """How often each code is used: (N,) group numbers to (N, K), positive, every row of sum 1."""
-        size = self.cluster_size[group] + self.eps
+    def codes(self, group: Tensor | Groups) -> Tensor:
+        """Codebook of each image, (N, K, D); of a single one without a copy."""
+        groups = self.groups(group, self.embed)
+        one = len(groups) == 1 and not torch.compiler.is_exporting()
+        return self.embed[groups.numbers[0]][None] if one else self.embed[groups.of_image]
+
+    def books(self, groups: Groups) -> Tensor:
+        """Codebooks of the groups that are present, (P, K, D); of all, the buffer itself."""
+        return self._rows(self.embed, groups)
+
+    def weights(self, group: Tensor | Groups) -> Tensor:
+        """How often each code is used: for each image (K,) positive numbers of sum 1, (N, K)."""
+        size = self.cluster_size[self.groups(group, self.embed).of_image] + self.eps
         return size / size.sum(-1, keepdim=True)
 
     def perplexity(self) -> Tensor:
@@ -140,48 +147,41 @@ class VectorQuantizer(nn.Module):
         perplexity: Tensor = torch.special.entr(share).sum(-1).exp() * (total.squeeze(-1) > 0)
         return perplexity
 
-    def forward(self, x: Tensor, group: Tensor | None = None) -> Quantized:
-        """Quantise ``x``, and in training mode update the codebooks.
+    def forward(self, x: Tensor, group: Tensor | Groups | None = None) -> Quantized:
+        """Quantise ``x``; in training mode keep, for :meth:`step`, what was assigned to which code.
 
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
-        group : Tensor of shape (N,), int64, optional
-            Codebook of each image; all zero when left out.
+        group : Tensor of shape (N,), int64, or Groups, optional
+            Codebook of each image; all zero when left out. On the host, or a device has to be waited for.
         """
-        if group is None:
-            group = x.new_zeros(x.shape[0], dtype=torch.long)
-        code, indices = self.look_up(x, group)
+        groups = self.groups(group, x)
+        code, indices = self.look_up(x, groups)
         if torch.compiler.is_exporting():
             return Quantized(code, indices, x.new_zeros(x.shape[0]))
         quantized, loss = _StraightThrough.apply(x, code)
         if self.training:
-            present, flat = torch.unique(group), indices + group[:, None] * self.n_codes
-            self._update(x.detach(), flat, present)
-            if self.revive_threshold > 0:
-                due = present[self.n_updates[present] % self.revive_every == 0]
-                for g in due.tolist():
-                    image = group == g
-                    self._revive(g, x.detach()[image].flatten(0, 1), code[image].flatten(0, 1))
+            self._seen.append(_Seen(x.detach(), indices, groups))
         return Quantized(quantized, indices, loss)
 
     @torch.no_grad()
-    def look_up(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    def look_up(self, x: Tensor, group: Tensor | Groups) -> tuple[Tensor, Tensor]:
         """The nearest code (N, L, D), in the type of ``x``, and its index (N, L); neither gradients nor updates."""
-        indices = self.nearest(x, group)
+        groups = self.groups(group, x)
+        indices = self.nearest(x, groups)
         if torch.compiler.is_exporting():  # by row: gathering along an axis would take an index for every number
-            return self.embed[group][0][indices], indices
-        flat = indices + group[:, None] * self.n_codes
-        return F.embedding(flat, self.embed.flatten(0, 1)).to(x.dtype), indices
+            return self.embed[groups.of_image][0][indices], indices
+        return self._of_index(indices, groups).to(x.dtype), indices
+
+    def _of_index(self, indices: Tensor, groups: Groups) -> Tensor:
+        return F.embedding(indices + groups.of_image[:, None] * self.n_codes, self.embed.flatten(0, 1))
 
     @torch.no_grad()
-    def nearest(self, x: Tensor, group: Tensor) -> Tensor:
+    def nearest(self, x: Tensor, group: Tensor | Groups) -> Tensor:
         """Index of the nearest code of every vector, (N, L, D) to (N, L), int64."""
-        if torch.compiler.is_exporting():  # a graph does not branch on which groups there are
-            present, row = torch.arange(self.n_groups), group
-        else:
-            present, row = torch.unique(group, return_inverse=True)
-        centre, codes, bias = (t[row] for t in self._centred(present, x.dtype))
+        groups = self.groups(group, x)
+        centre, codes, bias = (t[groups.row] for t in self._centred(groups.present, x.dtype))
         # max finds what argmax does, on a CPU in a quarter of the time.
         return torch.baddbmm(bias, x - centre, codes.mT).max(-1).indices
 
@@ -197,26 +197,54 @@ class VectorQuantizer(nn.Module):
         return centre, codes.to(dtype), bias.to(dtype)
 
     @torch.no_grad()
-    def _update(self, x: Tensor, flat: Tensor, present: Tensor) -> None:
-        index, gain = flat.flatten(), 1 - self.decay
-        # In place, group by group: copies of the codebooks would cost more than the rest of the update.
-        for g in present.tolist():
-            self.cluster_size[g].mul_(self.decay)
-            self.embed_avg[g].mul_(self.decay)
-        one = torch.ones_like(index, dtype=self.embed.dtype)
-        self.cluster_size.view(-1).index_add_(0, index, one, alpha=gain)
+    def step(self, revive: bool = False) -> None:
+        """Let the codes follow all that was assigned to them since the last step, as if it had come in one batch.
+
+        Parameters
+        ----------
+        revive : bool, default=False
+            Also place dead codes anew, see ``revive_threshold``. Alone in all of a training step, this waits for the
+            device.
+        """
+        if not self._seen:
+            return
+        x, indices, groups = _joined(self._seen)
+        self._seen.clear()
+        revive = revive and self.revive_threshold > 0
+        code = self._of_index(indices, groups) if revive else None
+        self._update(x, indices, groups)
+        if code is not None:
+            self._revive(x, code, groups)
+
+    def forget(self) -> None:
+        """Forget what was assigned since the last step."""
+        self._seen.clear()
+
+    def _update(self, x: Tensor, indices: Tensor, groups: Groups) -> None:
+        n, gain = len(groups.present), 1 - self.decay
+        index = (indices + groups.row[:, None] * self.n_codes).flatten()
         vectors = x.flatten(0, 1).to(self.embed.dtype)
-        self.embed_avg.view(-1, self.dim).index_add_(0, index, vectors, alpha=gain)
-        for g in present.tolist():
-            torch.div(self.embed_avg[g], self._smoothed(self.cluster_size[g])[:, None], out=self.embed[g])
-        self.n_updates[present] += 1
+        count = vectors.new_zeros(n * self.n_codes).index_add_(0, index, torch.ones_like(vectors[:, 0]))
+        total = vectors.new_zeros(n * self.n_codes, self.dim).index_add_(0, index, vectors)
+        size, mean = self._rows(self.cluster_size, groups), self._rows(self.embed_avg, groups)
+        size.mul_(self.decay).add_(count.view_as(size), alpha=gain)
+        mean.mul_(self.decay).add_(total.view_as(mean), alpha=gain)
+        if n == self.n_groups:  # these were the buffers themselves
+            torch.div(mean, self._smoothed(size).unsqueeze(-1), out=self.embed)
+            return
+        new = {"cluster_size": size, "embed_avg": mean, "embed": mean / self._smoothed(size).unsqueeze(-1)}
+        for name, rows in new.items():
+            self.get_buffer(name).index_copy_(0, groups.present, rows)
+
+    def _rows(self, buffer: Tensor, groups: Groups) -> Tensor:
+        return buffer if len(groups.present) == self.n_groups else buffer.index_select(0, groups.present)
 
     def _smoothed(self, size: Tensor) -> Tensor:
         n = size.sum(-1, keepdim=True)
         return (size + self.eps) / (n + self.n_codes * self.eps) * n
 
     @torch.no_grad()
-    def revive(self, x: Tensor, group: Tensor, generator: torch.Generator | None = None) -> int:
+    def revive(self, x: Tensor, group: Tensor | Groups, generator: torch.Generator | None = None) -> int:
         """Place the dead codes of the groups in ``group`` on badly represented vectors of ``x``.
 
         The vectors are drawn as in k-means++, with probabilities proportional to their squared distance to
@@ -225,7 +253,7 @@ class VectorQuantizer(nn.Module):
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
-        group : Tensor of shape (N,), int64
+        group : Tensor of shape (N,), int64, or Groups
         generator : torch.Generator, optional
             Source of the draws; torch's default generator when left out.
 
@@ -234,15 +262,16 @@ class VectorQuantizer(nn.Module):
         int
             How many codes were revived.
         """
-        indices = self.nearest(x, group)
+        groups = self.groups(group, x)
+        return self._revive(x, self._of_index(self.nearest(x, groups), groups), groups, generator)
+
+    def _revive(self, x: Tensor, code: Tensor, groups: Groups, generator: torch.Generator | None = None) -> int:
         revived = 0
-        for g in torch.unique(group).tolist():
-            image = group == g
-            code = self.embed[g][indices[image].flatten()]
-            revived += self._revive(g, x[image].flatten(0, 1), code, generator)
+        for g, image in zip(groups.numbers, groups.images()):
+            revived += self._revive_group(g, x[image].flatten(0, 1), code[image].flatten(0, 1), generator)
         return revived
 
-    def _revive(self, g: int, x: Tensor, code: Tensor, generator: torch.Generator | None = None) -> int:
+    def _revive_group(self, g: int, x: Tensor, code: Tensor, generator: torch.Generator | None) -> int:
         size = self.cluster_size[g]
         mean = size.mean()
         dead = (size < self.revive_threshold * mean).nonzero().squeeze(1)
@@ -262,7 +291,7 @@ class VectorQuantizer(nn.Module):
     def initialise(
         self,
         x: Tensor,
-        group: Tensor | None = None,
+        group: Tensor | Groups | None = None,
         *,
         generator: torch.Generator | None = None,
         n_iter: int = 4,
@@ -277,7 +306,7 @@ class VectorQuantizer(nn.Module):
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
-        group : Tensor of shape (N,), int64, optional
+        group : Tensor of shape (N,), int64, or Groups, optional
             Codebook of each image; all zero when left out.
         generator : torch.Generator, optional
             Source of the draws; torch's default generator when left out.
@@ -293,11 +322,9 @@ class VectorQuantizer(nn.Module):
         Arthur, Vassilvitskii: k-means++: The Advantages of Careful Seeding, SODA 2007.
         Bahmani et al.: Scalable k-means++, VLDB 2012 (several draws a round).
         """
-        if group is None:
-            group = x.new_zeros(x.shape[0], dtype=torch.long)
-        limit = max_vectors or 16 * self.n_codes
-        for g in torch.unique(group).tolist():
-            vectors = x[group == g].flatten(0, 1)
+        groups, limit = self.groups(group, x), max_vectors or 16 * self.n_codes
+        for g, image in zip(groups.numbers, groups.images()):
+            vectors = x[image].flatten(0, 1)
             if len(vectors) > limit:
                 chosen = torch.randperm(len(vectors), generator=generator, device=_device(x, generator))
                 vectors = vectors[chosen[:limit].to(x.device)]
@@ -307,13 +334,27 @@ class VectorQuantizer(nn.Module):
             self.embed[g] = codes
             self.cluster_size[g] = size
             self.embed_avg[g] = codes * self._smoothed(size).unsqueeze(-1)
-            self.n_updates[g] = 0
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` new codebooks (standard normal, zero counts); the others keep every bit."""
-        fresh = VectorQuantizer(self.n_codes, self.dim, n_groups=n).to(self.embed)
-        for name in ("embed", "cluster_size", "embed_avg", "n_updates"):
+        fresh = VectorQuantizer(self.n_codes, self.dim, n_groups=n).to(self.embed.device, self.embed.dtype)
+        for name in ("embed", "cluster_size", "embed_avg"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(fresh, name)]))
+
+
+class _Seen(NamedTuple):
+    """Vectors (N, L, D), the codes that they were assigned to (N, L), and the groups of the images."""
+
+    x: Tensor
+    indices: Tensor
+    groups: Groups
+
+
+def _joined(seen: list[_Seen]) -> _Seen:
+    if len(seen) == 1:
+        return seen[0]
+    x, indices, groups = zip(*seen)
+    return _Seen(torch.cat(x), torch.cat(indices), Groups.joined(groups))
 
 
 class _StraightThrough(torch.autograd.Function):

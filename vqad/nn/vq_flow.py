@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -223,8 +222,8 @@ class VQFlow(AnomalyModel):
             ConditionalFlow(c, width, _ADDED_BLOCKS, hidden=self.hidden, clamp=self.clamp) for c in self.channels[:3]
         ]
         mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
-        self.added_flow.append(nn.ModuleList(flows).to(like))
-        self.added_mixture.append(nn.ModuleList(mixtures).to(like))
+        self.added_flow.append(nn.ModuleList(flows).to(like.device, like.dtype))
+        self.added_mixture.append(nn.ModuleList(mixtures).to(like.device, like.dtype))
         return self.n_categories - 1
 
     @property
@@ -404,18 +403,14 @@ class VQFlow(AnomalyModel):
 
     def _by_group(self, codes: Codes) -> list[tuple[Tensor | slice, int, Codes]]:
         """Groups that the images are of: which images these are, the group, and their codes."""
-        group = self._group_of(codes)
-        present = torch.unique(group).tolist() if self.n_added else [0]
-        if len(present) == 1:
-            return [(slice(None), present[0], codes)]
-        return [(group == g, g, codes.of_images(group == g)) for g in present]
+        numbers = codes.groups.numbers
+        if len(numbers) == 1 or torch.compiler.is_exporting():
+            return [(slice(None), numbers[0], codes)]
+        return [(images, g, codes.of_group(g, images)) for g, images in zip(numbers, codes.groups.images())]
 
     def _group(self, category: Tensor | None) -> Tensor | None:
         """Group of each category: 0, or from 1 on that of an added one."""
-        return None if category is None or not self.n_added else (category - self.n_shared + 1).clamp_min(0)
-
-    def _group_of(self, codes: Codes) -> Tensor:
-        return codes.concept_index // self.hierarchy.concept_codebook.n_codes
+        return None if category is None or not self.n_added else (category.cpu() - self.n_shared + 1).clamp_min(0)
 
     def _flows(self) -> list[ConditionalFlow]:
         return [cast(ConditionalFlow, flow) for flow in self.scale_flow]
@@ -433,14 +428,11 @@ class VQFlow(AnomalyModel):
             return cast(list[Tensor], projection(condition.dense()))
         if self._tables is None or torch.is_grad_enabled():
             return projection.from_codes(condition)
-        group = self._group_of(codes)
-        one = int(group[0])
-        if (group != one).any():
+        if len(codes.groups.numbers) > 1:
             return projection.from_codes(condition)
         # Of each group alone: the last bits of a matrix product depend on how many rows there are.
-        concepts, n_codes = self.hierarchy.concept_codebook.embed[one], condition.codes.shape[0] // (self.n_added + 1)
-        own = slice(one * n_codes, (one + 1) * n_codes)
-        condition = replace(condition, codes=condition.codes[own], index=condition.index - own.start)
+        (one,) = codes.groups.numbers
+        concepts = self.hierarchy.concept_codebook.embed[one]
         key = (id(projection), one, *condition.index.shape[1:])
         table = self._tables.get(key)
         if table is None:

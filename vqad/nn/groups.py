@@ -1,0 +1,75 @@
+"""Which group each image of a batch is of, known on the host and on the device.
+
+A group has parts of its own: codebooks, a head, a flow. Which ones a batch needs is read on the host, so that no
+computation has to wait for a device to say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of the N images of a batch, P of them distinct.
+
+    Attributes
+    ----------
+    numbers : list of int
+        The distinct groups, ascending.
+    counts : list of int
+        Images of each.
+    host : Tensor of shape (N,), int64
+        Group of each image, on the host.
+    of_image : Tensor of shape (N,), int64
+        The same on the device.
+    present : Tensor of shape (P,), int64
+        ``numbers`` on the device.
+    row : Tensor of shape (N,), int64
+        Place of each image's group in ``present``, on the device.
+    """
+
+    numbers: list[int]
+    counts: list[int]
+    host: Tensor
+    of_image: Tensor
+    present: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, group: Tensor, n_groups: int, device: torch.device) -> Groups:
+        """From the group of each image (N,), out of ``n_groups``."""
+        if torch.compiler.is_exporting():  # a graph does not branch on which groups there are
+            every = torch.arange(n_groups, device=device)
+            return cls(list(range(n_groups)), [], group, group, every, group)
+        host = group.detach().to("cpu", torch.long)
+        present, row, counts = torch.unique(host, return_inverse=True, return_counts=True)
+        of_image, there, place = (_sent(t, device) for t in (host, present, row))
+        return cls(present.tolist(), counts.tolist(), host, of_image, there, place)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Groups]) -> Groups:
+        """The groups of several batches in a row."""
+        host = torch.cat([part.host for part in parts])
+        return cls.of(host, max(part.numbers[-1] for part in parts) + 1, parts[0].of_image.device)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def images(self) -> list[Tensor]:
+        """Of each distinct group the numbers of its images, on the device."""
+        return list(torch.split(_sent(self.host.argsort(stable=True), self.of_image.device), self.counts))
+
+    def sorted_images(self) -> tuple[Tensor, Tensor]:
+        """Numbers of the images, group by group, and the place of each image among them, on the device."""
+        order = self.host.argsort(stable=True)
+        return _sent(order, self.of_image.device), _sent(order.argsort(), self.of_image.device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: it copies from pinned memory by itself."""
+    return t.to(device) if device.type != "cuda" else t.pin_memory().to(device, non_blocking=True)
