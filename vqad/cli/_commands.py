@@ -15,6 +15,7 @@ import numpy as np
 
 import vqad
 from vqad._decode import not_there
+from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.calibration import drift_p_value
 from vqad.cli._arguments import DRAWN_SIDE
@@ -23,8 +24,10 @@ from vqad.cli._files import (
     csv_rows,
     files,
     groups_of,
+    ignored,
     images_to_score,
     known_images,
+    masks_in,
     spare,
     training_images,
     writable,
@@ -35,6 +38,7 @@ from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import FULL, QUICK, run_demo
 from vqad.images import ImageSequence, check_images
+from vqad.metrics import compare as compare_scores
 from vqad.metrics import evaluate as measure
 from vqad.persistence import replaceable
 from vqad.registry import detector_class
@@ -49,7 +53,8 @@ def fit(arguments: argparse.Namespace) -> int:
     names, counts = np.unique(images.category, return_counts=True)
     target = writable(arguments.output)
     replaceable(target)
-    spare(files(images), [target])
+    mask = ignored(arguments.ignore, images.paths)
+    spare([*files(images), *masks_in(mask)], [target])
     by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
     groups = None
     if arguments.groups is not None:
@@ -57,12 +62,15 @@ def fit(arguments: argparse.Namespace) -> int:
         if by_folder:  # the first piece of one category is not that of another
             groups = list(zip(images.category, groups))
     detector = _detector(arguments)
+    if isinstance(mask, str):
+        detector.set_params(ignore=mask)
+    data = check_images(images).ignoring(mask) if isinstance(mask, list) else images
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
     origin = "from the folders" if by_folder else "to be found"
     of = "" if groups is None else f" in groups: {len(set(groups))}"
     print(f"{len(images)} normal images{of} ({listed}); categories {origin}")
     started = time.monotonic()
-    detector.fit(images, category=images.category if by_folder else None, groups=groups)
+    detector.fit(data, category=images.category if by_folder else None, groups=groups)
     if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
         detector.rename_categories(names)
     vqad.save(detector, target)
@@ -85,17 +93,19 @@ def score(arguments: argparse.Namespace) -> int:
     if not paths:
         return USER_ERROR
     drawn = [] if arguments.maps is None else [arguments.maps / output for output in outputs]
-    spare([arguments.model, *paths], [arguments.csv, *drawn])
+    mask = ignored(arguments.ignore, paths)
+    spare([arguments.model, *paths, *masks_in(mask)], [arguments.csv, *drawn])
     if arguments.csv is not None:
         writable(arguments.csv)
     if arguments.maps is not None:
         check_folder_of_maps(arguments.maps, arguments.images)
-    data = check_images(paths)
+    data = check_images(paths) if mask is None else check_images(paths).ignoring(mask)
     detector = _loaded(arguments)
     if arguments.false_alarm_rate is not None:
         detector.recalibrate(false_alarm_rate=arguments.false_alarm_rate)
     if arguments.maps is not None:
-        arguments.maps.mkdir(parents=True, exist_ok=True)
+        with writing(arguments.maps):
+            arguments.maps.mkdir(parents=True, exist_ok=True)
     shown = [printable(path) for path in paths]
     wide = max(len("path"), *map(len, shown))
     kind = max(len("category"), *(len(str(name)) for name in detector.categories_))
@@ -154,11 +164,13 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     target = writable(arguments.output)
     replaceable(target)
     images = None if arguments.directory is None else training_images(arguments.directory)
-    spare([arguments.model, *([] if images is None else files(images))], [target])
+    mask = None if images is None else ignored(arguments.ignore, images.paths)
+    spare([arguments.model, *files(images), *masks_in(mask)], [target])
     detector = _loaded(arguments)
     named = images is not None and set(images.category) <= set(detector.categories_.astype(str))
     category = images.category if named and detector.categories_.dtype.kind == "U" else None
-    detector.recalibrate(images, category=category, false_alarm_rate=rate)
+    data = images if images is None or mask is None else check_images(images).ignoring(mask)
+    detector.recalibrate(data, category=category, false_alarm_rate=rate)
     vqad.save(detector, target)
     seen = "the images held out at fit" if images is None else f"{len(images)} normal images"
     print(f"threshold {_thresholds(detector)} from {seen}, for a false-alarm rate of {detector.false_alarm_rate:g}")
@@ -188,7 +200,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
         right = (verdicts.category.astype(str) == images.category).mean()
         print(f"category inferred right: {right:.1%}")
     if target is not None:
-        target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with writing(target):
+            target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return OK
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
+    scores = []
+    for path in (arguments.a, arguments.b):
+        detector = vqad.load(path).set_params(device=arguments.device)
+        scores.append(-detector.score_samples(images))
+    rate, seed = arguments.false_alarm_rate, arguments.seed
+    found = compare_scores(images.target, *scores, category=images.category, false_alarm_rate=rate, random_state=seed)
+    print(f"a: {arguments.a}\nb: {arguments.b}\n{found}")
     return OK
 
 
@@ -230,7 +255,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    with writing(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
     result = run_demo(
         QUICK if arguments.quick else FULL,
         random_state=arguments.seed,
