@@ -227,11 +227,11 @@ def test_fits_that_share_nothing_run_at_once_and_as_alone():
     alone = [fit(seed) for seed in range(3)]
     plain = Trainer._backward
 
-    def wait_once(self, indices):
+    def wait_once(self, *batch):
         if not getattr(waited, "done", False):
             waited.done = True
             together.wait(timeout=60)
-        return plain(self, indices)
+        return plain(self, *batch)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
         patch.setattr(Trainer, "_backward", wait_once)

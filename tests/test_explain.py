@@ -150,7 +150,7 @@ def test_terms_are_exactly_those_of_the_map_and_the_score(fitted, explained):
             assert term.shape[1:] == scorer.shapes[name][1:]
             np.testing.assert_array_equal(standard[name], (term - mean) / spread)
         numbers = {name: torch.from_numpy(term) for name, term in standard.items()}
-        combined = scorer.combined(numbers)
+        combined = sum(scorer.contributions(numbers).values())
         np.testing.assert_array_equal(combined.numpy(), [e.standardized for e in own])
         peaks = (scorer._peaks(numbers, combined) - scorer.peak_center[c]) / scorer.peak_scale[c]
         weight = scorer.peak_weight[c]

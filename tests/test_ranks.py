@@ -30,9 +30,9 @@ new = rng.standard_normal((9, 6, 6, 8)).astype(np.float32)
 is_alone = "RANK" not in os.environ
 losses, backward = [], training.Trainer._backward
 
-def noted(self, indices):
-    total = backward(self, indices)
-    losses.append(float(summed(total.detach().clone())) )
+def noted(self, *batch):
+    total = backward(self, *batch)
+    losses.append(float(summed(total.detach().clone())))
     if len(losses) == kill_at and (is_alone or crew.rank == 0):
         os._exit(9)
     return total

@@ -19,6 +19,15 @@ class Shared:
         Height and width in pixels that the backbone sees. Its coarsest stage sees a view of 7/9 of that.
     image_shape : tuple of int or None, default=None
         (H, W) or (H, W, C) of images that come as flattened rows.
+    ignore : None, array-like of shape (h, w), str or path, default=None
+        Where not to look in any image: an array that is true, or the path of an image that is not black, there; it is
+        stretched to the size of each image. What is there is neither learned nor judged, and maps are 0 there. For a
+        mask of each image see `vqad.images.ImageSequence.ignoring`.
+    tiles : None, int or (int, int), default=None
+        Size of square tiles in pixels of the image, or (size, overlap); an eighth of the size overlaps where it is not
+        given. Each tile is seen at ``image_size``, so that small defects in large images show. Images stay what is
+        counted: the score is that of the worst tile, maps are of the whole, thresholds hold for whole images, and
+        categories are told by a small view of all.
     max_iter : int, default=5
         Passes over the training images.
     weight_decay : float, default=1e-4

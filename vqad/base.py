@@ -15,6 +15,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from vqad import extending, fitting
 from vqad._checks import check_category, check_groups, check_range, normal_rows
+from vqad._ignore import as_mask
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
 from vqad.collective import agreed
 from vqad.datasets import ImageDataset
@@ -25,14 +26,15 @@ from vqad.judging import FORM_OF_X, Judging
 from vqad.nn.draws import drawing
 from vqad.splitting import of_rows
 from vqad.store import FeatureArray
+from vqad.tiling import Tiling
 from vqad.training import TrainingPlan
 
 # A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
 DEEP_VIEW = 7 / 9
 # Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
 NOT_OF_THE_TRAINING = {
-    "backbone", "weights", "image_size", "image_shape", "contamination", "false_alarm_rate", "threshold", "warm_start",
-    "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
+    "backbone", "weights", "image_size", "image_shape", "ignore", "contamination", "false_alarm_rate", "threshold",
+    "warm_start", "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
 }  # fmt: skip
 
 
@@ -51,6 +53,8 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         "weights": [str, Path, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "image_shape": [tuple, list, None],
+        "ignore": ["array-like", str, Path, None],
+        "tiles": [Integral, tuple, list, None],
         "standardize": ["boolean"],
         "gaussian": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -79,16 +83,19 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
 
     def __init__(
         self, *,
-        backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, standardize=True, gaussian=True,
-        max_iter=5, batch_size=16, learning_rate=1e-3, schedule="cosine", weight_decay=1e-4, category_balance=0.5,
-        early_stopping=False, validation_fraction=0.1, n_iter_no_change=10, tol=1e-4, warm_start=False,
-        checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05, calibration_fraction=0.2, threshold="global",
-        device="auto", precision="auto", n_jobs=None, memory=None, random_state=None, verbose=0,
+        backbone=DEFAULT_BACKBONE, weights=None, image_size=288, image_shape=None, ignore=None, tiles=None,
+        standardize=True, gaussian=True, max_iter=5, batch_size=16, learning_rate=1e-3, schedule="cosine",
+        weight_decay=1e-4, category_balance=0.5, early_stopping=False, validation_fraction=0.1, n_iter_no_change=10,
+        tol=1e-4, warm_start=False, checkpoint_dir=None, contamination="auto", false_alarm_rate=0.05,
+        calibration_fraction=0.2, threshold="global", device="auto", precision="auto", n_jobs=None, memory=None,
+        random_state=None, verbose=0,
     ):  # fmt: skip
         self.backbone = backbone
         self.weights = weights
         self.image_size = image_size
         self.image_shape = image_shape
+        self.ignore = ignore
+        self.tiles = tiles
         self.standardize = standardize
         self.gaussian = gaussian
         self.max_iter = max_iter
@@ -165,11 +172,14 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         engine, settings = Engine.pick(self.device, self.precision), now._settings(data)
         fitting.check_labels(category, groups, settings, before, warm=before is not None)
         seed = self._draw_seed()
-        features = None if before is None else before.features
-        if before is None and self.backbone is not None:
+        features, map_shape, ignore, tiles = None, None, self._ignore(), self._tiles()
+        if before is not None:
+            features, map_shape, ignore, tiles = before.features, before.map_shape, before.ignore, before.tiles
+        elif self.backbone is not None:
             with learning(seed, engine.device), drawing():
-                features = fit_features(self.backbone, data, rows, **self._feature_options())
-        source = self._map_source(data, features, engine, None if before is None else before.map_shape)
+                known = data if ignore is None else data.ignoring(ignore)
+                features = fit_features(self.backbone, known, rows, **self._feature_options())
+        source = self._map_source(data, features, engine, map_shape, ignore, tiles)
         images = fitting.Images(source, rows, category, groups)
         self._take(now, fitting.fit(images, settings, seed, before))
         return self
@@ -220,7 +230,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         data, rows, category, groups = now._check_images(X, y, category, groups, before)
         settings = now._settings(data)
         fitting.check_labels(category, groups, settings, before, warm=False)
-        source = now._map_source(data, before.features, Engine.pick(self.device, self.precision), before.map_shape)
+        source = now._source_of(data)
         images = fitting.Images(source, rows, category, groups)
         self._take(now, extending.extend(images, settings, self._draw_seed(), before))
         return self
@@ -244,6 +254,18 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         form = {name: vars(learner)[name] for name in FORM_OF_X if name in vars(learner)}
         kept = {name: value for name, value in vars(self).copy().items() if name not in FORM_OF_X}
         self.__dict__ = {**kept, **form, "_fitted": fitted}
+
+    def _ignore(self):
+        """The mask of what is not looked at of any image, checked; None if there is none."""
+        if self.ignore is not None and self.backbone is None:
+            raise ValueError("ignore= is a mask of images, and backbone=None takes features: leave them out of these.")
+        return None if self.ignore is None else as_mask(self.ignore, "ignore")
+
+    def _tiles(self):
+        """Size and overlap of tiles, checked; None where images are seen as a whole."""
+        if self.tiles is not None and self.backbone is None:
+            raise ValueError("tiles= cuts images, and backbone=None takes features: cut before these are made.")
+        return None if self.tiles is None else tuple(Tiling.of(self.tiles))
 
     def _settings(self, data) -> fitting.Settings:
         parameters = self.get_params(deep=False)

@@ -10,20 +10,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqad.engine import Engine, on_device, pinned
 from vqad.store import FeatureStore
+
+KEPT_AT_ONCE = 64
+"""Images that are assembled at a time for a device to keep."""
 
 
 class ScaledFeatures:
-    """A feature source for training: what ``assemble`` makes of the maps of some images."""
+    """A feature source for training: what ``assemble`` makes of the maps of some images.
 
-    def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Any]):
-        self.store, self.assemble = store, assemble
+    Parameters
+    ----------
+    store : FeatureStore
+    assemble : callable
+        Of maps in float32 on the host; gives a tensor or a list of them, of as many images.
+    engine : Engine
+        Where training takes place. On another device than a CPU, all images are assembled once and kept there, in the
+        type that it computes in, where they take no more than half of its free memory.
+    """
+
+    def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Any], engine: Engine):
+        self.store, self.assemble, self.engine = store, assemble, engine
+        self._kept: list[Tensor] | None = None
+        self._is_single = False
+        if engine.device.type != "cpu" and len(store) and not store.is_shared:
+            self._keep()
 
     def __len__(self) -> int:
         return len(self.store)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Any:
-        return self.assemble(self.store.batch(indices))
+        """Features of some images: of kept ones on the device, of others on the host."""
+        if self._kept is None:
+            return self.assemble(self.store.batch(indices))
+        rows = on_device(pinned(torch.as_tensor(indices), self.engine.device), self.engine.device)
+        features = [kept.index_select(0, rows).float() for kept in self._kept]
+        return features[0] if self._is_single else features
+
+    def _keep(self) -> None:
+        first = self.assemble(self.store.batch([0]))
+        self._is_single = isinstance(first, Tensor)
+        shapes = [m.shape[1:] for m in ([first] if isinstance(first, Tensor) else first)]
+        device, dtype = self.engine.device, self.engine.dtype
+        if len(self) * sum(map(math.prod, shapes)) * dtype.itemsize > self.engine.free_memory() // 2:
+            return
+        kept = [torch.empty((len(self), *shape), dtype=dtype, device=device) for shape in shapes]
+        for part in torch.split(torch.arange(len(self)), KEPT_AT_ONCE):
+            features = self.assemble(self.store.batch(part))
+            for room, m in zip(kept, [features] if isinstance(features, Tensor) else features):
+                room[int(part[0]) : int(part[-1]) + 1].copy_(m)
+        self._kept = kept
 
     def own_batch(self, indices: Sequence[int] | Tensor) -> Any:
         """Of images that this process has of those that several share."""
@@ -31,7 +68,7 @@ class ScaledFeatures:
 
 
 class TrainingBatches:
-    """Training batches as a collection that can be gone through again."""
+    """Training batches, on the device, as a collection that can be gone through again."""
 
     def __init__(self, source: ScaledFeatures, category: Tensor, rows: Tensor, batch_size: int):
         self.source, self.category, self.parts = source, category, torch.split(rows, batch_size)
@@ -41,7 +78,7 @@ class TrainingBatches:
 
     def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         part = self.parts[i]
-        return self.source.batch(part), self.category[part]
+        return on_device(self.source.batch(part), self.source.engine.device), self.category[part]
 
 
 def channel_statistics(store: FeatureStore, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,6 +10,8 @@ import torch
 from sklearn.utils.validation import check_memory
 from torch import Tensor
 
+from vqad._warn import warn
+
 # What joblib keeps of one image: the arrays, torch's name of their type, since numpy has no bfloat16, and a checksum.
 Kept = tuple[str, list[np.ndarray], int]
 
@@ -35,7 +37,7 @@ class FeatureCache:
             self._cached = check_memory(memory).cache(_feature_maps, ignore=["make"])
         except OSError as error:
             raise type(error)(f"memory={memory!r} must be a folder, or the path of one to be made: {error}.") from error
-        self.source = source
+        self.source, self.memory, self._failed = source, getattr(memory, "location", memory), False
 
     def find(self, image: str) -> list[Tensor] | None:
         """Maps (C, h, w) of the image with the digest ``image``, or None."""
@@ -50,6 +52,10 @@ class FeatureCache:
     def keep(self, image: str, maps: list[Tensor]) -> None:
         """Write the maps (C, h, w) of the image with the digest ``image``."""
         self._cached.call(image, self.source, lambda: _to_arrays(maps))  # also over a damaged entry
+        # Where the disk is full joblib goes on, with a warning that does not say where.
+        if not self._failed and not self._cached.check_call_in_cache(image, self.source, _missing):
+            self._failed = True
+            warn(f"memory={self.memory!r} cannot keep features: is the disk full? They are computed anew each time.")
 
 
 def _feature_maps(image: str, source: str, make: Callable[[], Kept]) -> Kept:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.nn.draws import drawing, random_state, set_random_state
-from vqad.nn.ranks import summing_over
+from vqad.nn.ranks import is_shared, summed, summing_over
 from vqad.store import FeatureStore
 
 T = TypeVar("T")
@@ -206,6 +206,21 @@ class SharedCheckpoint:
     def write(self, state: Mapping[str, Any], *, finished: bool = False) -> None:
         if self._kept is not None:
             self._kept.write(state, finished=finished)
+
+
+AnyCheckpoint = Checkpoint | SharedCheckpoint
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Give each parameter the gradient of all processes; none where no image of the batch had to do with it."""
+    if not is_shared():
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    has = summed(torch.tensor([float(p.grad is not None) for p in learning]))
+    learning = [p for p, n in zip(learning, has.tolist()) if n]
+    total = summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]))
+    for p, grad in zip(learning, torch.split(total, [p.numel() for p in learning])):
+        p.grad = grad.view_as(p)
 
 
 def in_turns(order: Tensor, crew: Crew) -> Tensor:

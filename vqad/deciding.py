@@ -9,7 +9,6 @@ import numpy as np
 
 from vqad import fitting, recalibration
 from vqad._checks import check_category, check_labels
-from vqad.engine import Engine
 from vqad.thresholds import labelled_offset, quantile_rule, threshold_rule
 
 
@@ -149,8 +148,7 @@ class Deciding:
             fitted = recalibration.at_rate(before, self.contamination, rate)
         else:
             data, rows, category, groups = now._check_images(X, y, category, groups, before)
-            source = now._map_source(data, before.features, Engine.pick(self.device, self.precision), before.map_shape)
-            images = fitting.Images(source, rows, category, groups)
+            images = fitting.Images(now._source_of(data), rows, category, groups)
             fitted = recalibration.on_images(images, before, self.contamination, rate)
         self._take(now, fitted)
         self.false_alarm_rate = rate

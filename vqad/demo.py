@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vqad
+from vqad._writing import writing
 from vqad._yardstick import GaussianYardstick
 from vqad.base import BaseImageDetector
 from vqad.datasets import ElpvDataset, load_elpv
@@ -197,10 +198,9 @@ class DemoResult:
         loader = PackageLoader("vqad.report", "templates")
         page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("demo.html")
         links = [(DETECTOR_PAGE.format(name), mine.name) for name, mine in self.detectors.items()]
-        (folder / PAGE).write_text(
-            page.render(title=TITLE, heading=self.heading(), header=header, rows=rows, links=links, source=SOURCE),
-            encoding="utf-8",
-        )
+        text = page.render(title=TITLE, heading=self.heading(), header=header, rows=rows, links=links, source=SOURCE)
+        with writing(folder / PAGE):
+            (folder / PAGE).write_text(text, encoding="utf-8")
         return folder / PAGE
 
     def save_models(self, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -23,9 +23,8 @@ from vqad.nn.fast.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
-# size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
-_CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
+# Images that pass through a network together. On a CPU one at a time is as fast as many.
+_CHUNK_CELLS = {"cpu": 64, "cuda": 8192}
 # Chunks that one thread takes at a time; and at least, where a chunk has several images: each part has its rests.
 _PART, _LEAST_CHUNKS = 32, 8
 
@@ -64,8 +63,69 @@ class Engine(NamedTuple):
         """What gives the same as a model for less, see `AnomalyModel.ready`; made once while the model lives."""
         return _kept(module, f"ready on {self.device}", lambda m: cast(Any, self.resident(m)).ready())
 
+    def free_memory(self) -> int:
+        """Bytes that are free on the device; 0 where nobody tells."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
     def _moved(self, module: nn.Module) -> nn.Module:
         return copy.deepcopy(module).to(self.device)
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device for as long as it learns there; then it goes back to where it was."""
+    home = next((p.device for p in module.parameters()), device)
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def on_device(features: Any, device: torch.device) -> Any:
+    """A tensor or a list of tensors on a device."""
+    if isinstance(features, Tensor):
+        return features.to(device, non_blocking=True)
+    return [f.to(device, non_blocking=True) for f in features]
+
+
+def ahead(load: Callable[[Any], Any], parts: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """``load(part)`` of each part; for another device than a CPU read one part ahead, into memory that it copies from.
+
+    While the device computes, the host has nothing else to do.
+    """
+    if device.type == "cpu":
+        yield from map(load, parts)
+        return
+    waiting: Future[Any] | None = None
+    for part in parts:
+        started = _started(lambda part: pinned(load(part), device), part)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = started
+    if waiting is not None:
+        yield waiting.result()
+
+
+def _started(work: Callable[[Any], Any], part: Any) -> Future[Any]:
+    """What becomes of ``work(part)``, begun in a thread."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(part))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="vqad-ahead", daemon=True).start()
+    return future
+
+
+def pinned(features: Any, device: torch.device) -> Any:
+    """A tensor or a list of tensors in memory that a device reads while the host goes on."""
+    if isinstance(features, Tensor):
+        return features.pin_memory() if device.type == "cuda" and features.device.type == "cpu" else features
+    return [pinned(f, device) for f in features]
 
 
 _KEEPING = threading.Lock()
@@ -352,6 +412,17 @@ def _in_threads(work: Callable[[np.ndarray], Any], parts: list[np.ndarray], thre
                 worker.join()
 
 
-def pad_chunk(x: Tensor, size: int) -> Tensor:
-    """Fill a last, smaller chunk up to ``size`` by repeating its first image."""
+def filled(n: int, size: int, device: torch.device) -> int:
+    """To how many images a chunk of ``n`` is filled up, of ``size`` at most.
+
+    A convolution's last bits depend on the size of the batch. On a CPU it is fixed, so that an image's features are the
+    same alone and in company. On other devices, which only say that they are the same but for last bits, it is the next
+    power of two: few sizes, and a single image does not wait for many.
+    """
+    return size if device.type == "cpu" else min(size, 1 << (n - 1).bit_length())
+
+
+def pad_chunk(x: Tensor, size: int, device: torch.device) -> Tensor:
+    """Fill a smaller chunk up by repeating its first image, see :func:`filled`."""
+    size = filled(len(x), size, device)
     return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from vqad.scoring import everything, judged_chunks
+from vqad.scoring import FAR_WEIGHT, Scorer, everything, judged_chunks, routed_chunks, tile_chunks
 from vqad.source import MapSource
+from vqad.tiling import Box
 
 if TYPE_CHECKING:
     from vqad.fitted import Fitted
@@ -50,6 +52,8 @@ class Explanation:
         What each term of the map adds to it, standardised and weighted: their sum is the map, but for rounding.
     standardized : ndarray of shape (h, w), float32
         The map that ``anomaly_map`` brings to the size of the image: in units that compare between cells and images.
+    tile : vqad.tiling.Box or None
+        Of an image in tiles: where the worst one lies, of which all this is (top, left, height, width, in pixels).
     """
 
     category: Any
@@ -62,6 +66,7 @@ class Explanation:
     standardized_terms: dict[str, np.ndarray]
     contributions: dict[str, np.ndarray]
     standardized: np.ndarray
+    tile: Box | None = None
 
     @property
     def worst_cell(self) -> tuple[int, int]:
@@ -100,27 +105,43 @@ def known(of: dict[str, Any], codebook: str) -> Any:
 
 def explain_images(fitted: Fitted, source: MapSource) -> list[Explanation]:
     """What the maps of checked images are made of."""
+    if source.tiling is not None:
+        return list(_of_worst_tiles(fitted, source))
     found: list[Explanation] = []
     for _, category, excess, score, made in judged_chunks(fitted.scorer, source, np.arange(len(source)), everything):
-        by_kind: dict[str, dict[str, np.ndarray]] = {}
-        for name, values in made.items():
-            kind, _, what = name.partition(" ")
-            by_kind.setdefault(kind, {})[what] = values
-        group = fitted.scorer.model.group_of(category)
         for k in range(len(category)):
-            own = {kind: {name: values[k] for name, values in named.items()} for kind, named in by_kind.items()}
-            found.append(
-                Explanation(
-                    category=fitted.categories[category[k]],
-                    anomaly_score=float(score[k]),
-                    too_far=float(excess[k]),
-                    group=int(group[k]),
-                    codes=own["code"],
-                    distances=own["distance"],
-                    terms=own["term"],
-                    standardized_terms=own["standard"],
-                    contributions=own["contribution"],
-                    standardized=own["map"][""],
-                )
-            )
+            own = {name: values[k] for name, values in made.items()}
+            found.append(_explanation(fitted, int(category[k]), float(score[k]), float(excess[k]), own))
     return found
+
+
+def _of_worst_tiles(fitted: Fitted, source: MapSource) -> Iterator[Explanation]:
+    ready = cast(Scorer, source.engine.ready(fitted.scorer))
+    for chunk, category, excess, _ in routed_chunks(fitted.scorer, source, np.arange(len(source))):
+        for i, c, far in zip(chunk.tolist(), category.tolist(), excess.tolist()):
+            boxes, worst, own = source.boxes(i), 0, {"score": np.array(-np.inf)}
+            for part, made in tile_chunks(ready, source, i, boxes, c, everything):
+                k = int(made["score"].argmax())
+                if made["score"][k] > own["score"]:
+                    worst, own = int(part[k]), {name: values[k].copy() for name, values in made.items()}
+            score = float(own["score"]) + FAR_WEIGHT * far
+            yield replace(_explanation(fitted, c, score, far, own), tile=boxes[worst])
+
+
+def _explanation(fitted: Fitted, category: int, score: float, excess: float, made: dict[str, Any]) -> Explanation:
+    by_kind: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in made.items():
+        kind, _, what = name.partition(" ")
+        by_kind.setdefault(kind, {})[what] = value
+    return Explanation(
+        category=fitted.categories[category],
+        anomaly_score=score,
+        too_far=excess,
+        group=int(fitted.scorer.model.group_of(np.array([category]))[0]),
+        codes=by_kind["code"],
+        distances=by_kind["distance"],
+        terms=by_kind["term"],
+        standardized_terms=by_kind["standard"],
+        contributions=by_kind["contribution"],
+        standardized=by_kind["map"][""],
+    )

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import vqad
+from vqad._ignore import GREY, share_seen
 from vqad.backbones import two_views
 from vqad.base import BaseImageDetector
 from vqad.engine import undisturbed
@@ -75,7 +76,8 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
         When it is no detector of vqad.
     ValueError
         When it cannot be written as a graph: with ``backbone=None`` or a transformer as backbone, with
-        ``transport="sinkhorn"`` or ``"exact"``, or a `VQFlowDetector` to which `partial_fit` added categories.
+        ``transport="sinkhorn"`` or ``"exact"``, with ``tiles``, or a `VQFlowDetector` to which `partial_fit` added
+        categories.
     RuntimeError
         When torch cannot write the backbone as a graph, or the graph does not give what the detector gives.
 
@@ -107,6 +109,11 @@ def _check(detector: Any) -> None:
             "export_onnx writes the backbone into the graph, and needs one of timm's: this detector has "
             f"backbone={detector.backbone!r}."
         )
+    if detector.fitted_.tiles is not None:
+        raise ValueError(
+            f"export_onnx writes a graph that sees each image as a whole, and this detector sees tiles "
+            f"(tiles={detector.fitted_.tiles}): score with Python, or fit without tiles on images that are cut before."
+        )
     detector.model_.check_export()
 
 
@@ -135,14 +142,23 @@ class _Graph(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1))
         self.register_buffer("offset", torch.from_numpy(offset))
+        self.ignores = fitted.ignore is not None
+        if fitted.ignore is not None:
+            self.register_buffer("ignore", torch.from_numpy(fitted.ignore).double())
+            self.register_buffer("seen", share_seen(fitted.ignore, features.shapes_[0])[None])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.ignores:
+            hidden = _resampled(self.ignore[None], image[:, :, 0], _nearest)[0] > 0.5
+            image = torch.where(hidden[:, :, None], GREY, image)
         pixels = _resampled(image.permute(2, 0, 1), self.size, _shrinking).clamp(0.0, 1.0)
-        verdict = self.scorer(self._maps((pixels - self.pixel_mean) / self.pixel_std))
+        maps = self._maps((pixels - self.pixel_mean) / self.pixel_std)
+        verdict = self.scorer([self.seen, *maps] if self.ignores else maps)
         category, normal = verdict.category[0], -verdict.score[0]
         # A comparison that NaN fails: what is no image is not normal.
         label = torch.where(normal - self.offset[category] >= 0, 1, -1)
-        return normal.float(), label, _resampled(verdict.map, image[:, :, 0], _between)[0], category
+        heat = _resampled(verdict.map, image[:, :, 0], _between)[0]
+        return normal.float(), label, torch.where(hidden, 0.0, heat) if self.ignores else heat, category
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         if self.deep_size is not None:
@@ -187,6 +203,12 @@ def _between(ones: Tensor, wanted: Tensor) -> Tensor:
     (source, n), (target, m) = _places(ones), _places(wanted)
     place = target * ((n - 1) / (m - 1).clamp_min(1.0))
     return (1 - (place[:, None] - source).abs()).clamp_min(0.0)
+
+
+def _nearest(ones: Tensor, wanted: Tensor) -> Tensor:
+    """Weights of what lies at the middle of each pixel, see `vqad._ignore.stretched`."""
+    (source, n), (target, m) = _places(ones), _places(wanted)
+    return (torch.floor((target[:, None] + 0.5) * n / m) == source).double()
 
 
 def _to_onnx(graph: _Graph, detector: BaseImageDetector) -> Any:

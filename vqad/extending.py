@@ -9,20 +9,35 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
 
 from vqad._checks import known_index
 from vqad._warn import warn
-from vqad.calibration import Learned, Seen, learn_terms, score_seen
-from vqad.engine import Engine, learning
+from vqad.batches import ScaledFeatures
+from vqad.calibration import Seen, learn_terms
+from vqad.copies import exact_copies, merged, pieces
+from vqad.engine import learning, lent
 from vqad.fitted import Fitted, History
-from vqad.fitting import Images, Settings, batches_of, check_each_held_out, thresholds_of, train_model, used_of
+from vqad.fitting import (
+    Images,
+    Settings,
+    batches_of,
+    check_each_held_out,
+    sample_of,
+    seen_of,
+    thresholds_of,
+    train_model,
+)
 from vqad.nn.draws import drawing
+from vqad.nn.terms import TermScorer
 from vqad.prototypes import add_prototypes
 from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
+from vqad.sampling import Sample, Split, hold_scans, judge_scans
 from vqad.scoring import Scorer, score_and_map, stored_images
+from vqad.source import MapSource
 from vqad.splitting import hold_out, of_rows, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
 
@@ -37,19 +52,26 @@ def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fit
         with source.drawing():
             store, descriptor = source.extract(rows, settings.verbose)
         scorer = copy.deepcopy(before.scorer)
-        index, categories = _place(scorer.router, before.categories, descriptor, category, groups, seed)
-        index = _without_strange(before, store, index, source.engine)
+        known = merged(groups, exact_copies(descriptor))
+        index, categories = _place(scorer.router, before.categories, descriptor, category, known, seed)
+        index = _without_strange(before, store, index, source, rows)
+        groups = pieces(source.data, rows, groups, descriptor, index, seed)
+        images = images._replace(groups=groups)
         placed, n_known = np.flatnonzero(index >= 0), len(before.categories)
         after = replace(before, scorer=scorer, categories=categories, n_images=before.n_images + len(placed))
         if len(placed):
             scorer.router.set_limits(descriptor[placed], index[placed], n_known)
             train, held_out = _split_more(settings, categories, index, groups, placed, n_known, seed)
-            history = _train_more(store, scorer, index, train, n_known, settings, source.engine, before.history)
+            sample = sample_of(images, store, index, Split(train, None, held_out), seed, settings)
+            features = ScaledFeatures(sample.store, scorer.model_input, source.engine)
+            with lent(scorer.model, source.engine.device):
+                history = _train_more(features, scorer, sample, n_known, settings, before.history)
             after = replace(after, history=history)
             if len(held_out):
-                learned = Learned(store, descriptor, used_of(index, train, held_out), train, held_out, groups)
-                after = _calibrate_more(after, learned, settings, source.engine)
-        prototypes = add_prototypes(before.prototypes, after.scorer, store, index, source, rows)
+                after = _calibrate_more(after, sample, images, index, held_out, descriptor, settings)
+        else:
+            sample = Sample(store, index, Split(placed, None, placed), groups, rows)
+        prototypes = add_prototypes(before.prototypes, after.scorer, sample, source)
         return replace(after, prototypes=prototypes)
 
 
@@ -90,7 +112,9 @@ def _place(
     return np.where(is_placed, index, -1), categories
 
 
-def _without_strange(before: Fitted, store: FeatureStore, index: np.ndarray, engine: Engine) -> np.ndarray:
+def _without_strange(
+    before: Fitted, store: FeatureStore, index: np.ndarray, source: MapSource, rows: np.ndarray
+) -> np.ndarray:
     """Categories of images, -1 for those of known ones that look like nothing that was learned of these.
 
     Thresholds that let such images pass, as of another lamp, would let defects pass too.
@@ -98,7 +122,10 @@ def _without_strange(before: Fitted, store: FeatureStore, index: np.ndarray, eng
     known = np.flatnonzero((index >= 0) & (index < len(before.categories)))
     if not len(known):
         return index
-    score = stored_images(before.scorer, store, known, index[known], engine, score_and_map)["score"]
+    if source.tiling is None:
+        score = stored_images(before.scorer, store, known, index[known], source.engine, score_and_map)["score"]
+    else:
+        score, _ = judge_scans(before.scorer, source, rows[known], index[known])
     threshold, index = -np.broadcast_to(before.thresholds.offset, len(before.categories)), index.copy()
     for c in np.unique(index[known]):
         own = index[known] == c
@@ -139,26 +166,25 @@ def _split_more(
 
 
 def _train_more(
-    store: FeatureStore,
+    features: ScaledFeatures,
     scorer: Scorer,
-    index: np.ndarray,
-    train: np.ndarray,
+    sample: Sample,
     n_known: int,
     settings: Settings,
-    engine: Engine,
     history: History,
 ) -> History:
     """One pass over the images of known categories, ``max_iter`` over those of new ones."""
-    model, is_new = scorer.model, index[train] >= n_known
+    model, index, train = scorer.model, sample.index, sample.split.train
+    is_new = index[train] >= n_known
     if is_new.any():
-        batches = batches_of(store, scorer, np.maximum(index, 0), train[is_new], settings)
+        batches = batches_of(features, np.maximum(index, 0), train[is_new], settings)
         with drawing():
             model.extend(scorer.router.n_categories - n_known, batches)
     for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
         if len(rows):
-            log = train_model(store, scorer, index, rows, settings, engine, categories=learning, n_passes=n_passes)
+            log = train_model(features, model, index, rows, settings, categories=learning, n_passes=n_passes)
             history = history.append(log)
             if log.interrupted and not is_last:
                 raise KeyboardInterrupt  # rather than keep a category that was never trained
@@ -168,13 +194,24 @@ def _train_more(
     return history
 
 
-def _calibrate_more(after: Fitted, learned: Learned, settings: Settings, engine: Engine) -> Fitted:
+def _calibrate_more(
+    after: Fitted,
+    sample: Sample,
+    images: Images,
+    index: np.ndarray,
+    held_out: np.ndarray,
+    descriptor: np.ndarray,
+    settings: Settings,
+) -> Fitted:
     """Scales of new categories; thresholds of all."""
-    scorer, held = learn_terms(after.scorer, learned, engine, after.seed)
+    source, n_known = images.source, cast(TermScorer, after.scorer.terms).n_categories
+    scorer, held = learn_terms(after.scorer, sample.learned(descriptor), source.engine, after.seed)
+    if source.tiling is not None:
+        held = hold_scans(scorer, source, images.rows[held_out], index[held_out], n_known)
     held, seen = after.held_out.append(held), after.seen
     if settings.contamination != "auto":
         # Of before it was asked for there are those held out.
         seen = seen if len(seen.score) else Seen(after.held_out.category, after.held_out.score)
-        seen = seen.append(score_seen(scorer, learned, engine))
+        seen = seen.append(seen_of(scorer, sample, images, descriptor, settings))
     thresholds = thresholds_of(held, seen, after.categories, settings)
     return replace(after, scorer=scorer, held_out=held, seen=seen, thresholds=thresholds)

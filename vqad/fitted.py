@@ -45,6 +45,10 @@ class Fitted:
         The backbone, fitted; None of features that came ready.
     map_shape : tuple of int or None
         What a caller's own transformer gives for every image, (1, h, w, C), or ready-made features are, (h, w, C).
+    ignore : ndarray of shape (h, w), bool, or None
+        What is not looked at of any image.
+    tiles : (int, int) or None
+        Size and overlap of the tiles that images are learned and judged by; None where each is seen as a whole.
     categories : ndarray of shape (n_categories,)
         Labels.
     scorer : Scorer
@@ -61,6 +65,8 @@ class Fitted:
 
     features: Any
     map_shape: tuple[int, ...] | None
+    ignore: np.ndarray | None
+    tiles: tuple[int, int] | None
     categories: np.ndarray
     scorer: Scorer
     held_out: HeldOut

@@ -16,15 +16,17 @@ from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.backbones import state_digest
 from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
-from vqad.calibration import Learned, Seen, learn_terms, score_seen, set_thresholds
+from vqad.calibration import Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
-from vqad.engine import Engine, learning
+from vqad.copies import exact_copies, merged, pieces
+from vqad.engine import learning, lent
 from vqad.fitted import Fitted, History
 from vqad.nn.draws import drawing
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
 from vqad.routing import CategoryRouter
-from vqad.scoring import Scaling, Scorer
+from vqad.sampling import Sample, Split, draw_tiles, hold_scans
+from vqad.scoring import Scaling, Scorer, judge_images
 from vqad.source import MapSource
 from vqad.splitting import hold_out, of_rows, some_of_each, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
@@ -135,7 +137,7 @@ def check_labels(
 
 def _open_checkpoint(
     images: Images, store: FeatureStore, settings: Settings, seed: int, before: Fitted | None
-) -> Checkpoint | collective.SharedCheckpoint | None:
+) -> collective.AnyCheckpoint | None:
     """The checkpoint of this very training, which is known by its features, parameters and start."""
     if settings.checkpoint_dir is None:
         return None
@@ -159,23 +161,31 @@ def _fit(
     descriptor: np.ndarray,
     settings: Settings,
     seed: int,
-    checkpoint: Checkpoint | collective.SharedCheckpoint | None,
+    checkpoint: collective.AnyCheckpoint | None,
     before: Fitted | None,
 ) -> Fitted:
-    source, _, category, groups = images
+    source, rows, category, groups = images
     if before is None:
-        router, categories, index = CategoryRouter.learn(descriptor, category, groups=groups, random_state=seed)
+        known = merged(groups, exact_copies(descriptor))
+        router, categories, index = CategoryRouter.learn(descriptor, category, groups=known, random_state=seed)
     else:
         router, categories = copy.deepcopy(before.scorer.router), before.categories
         index = _same_categories(router, categories, descriptor, category)
         seed = before.seed  # a second fit on the same images must hold out the same
     router.set_limits(descriptor, index)
-    train, validation, held_out = _split(settings, categories, index, groups, seed)
+    groups = pieces(source.data, rows, groups, descriptor, index, seed)
+    images = images._replace(groups=groups)
+    split = _split(settings, categories, index, groups, seed)
+    sample = sample_of(images, store, index, split, seed, settings)
+    train = sample.split.train
     limit = max(START_PER_CATEGORY, START_IMAGES // len(categories))
-    some = some_of_each(train, index[train], limit, seed)
-    scaling = _learn_scaling(store, some, settings.standardize) if before is None else before.scorer.scaling
+    some = some_of_each(train, sample.index[train], limit, seed)
+    maps = source.of_backbone(sample.store.maps)
+    scaling = (
+        _learn_scaling(sample.store, some, settings.standardize, len(maps)) if before is None else before.scorer.scaling
+    )
     shape = FeatureShape(
-        tuple(m.shape[1] for m in store.maps), tuple((m.shape[2], m.shape[3]) for m in store.maps),
+        tuple(m.shape[1] for m in maps), tuple((m.shape[2], m.shape[3]) for m in maps),
         source.strides, source.has_deep_view,
     )  # fmt: skip
     with drawing():
@@ -184,31 +194,34 @@ def _fit(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
     )  # fmt: skip
-    batches = batches_of(store, scorer, index, train, settings)
     if before is not None:
         _take_over(model, before.scorer.model)
-    elif checkpoint is None or checkpoint.state is None:
+    features, known = ScaledFeatures(sample.store, scorer.model_input, source.engine), sample.index
+    with lent(model, source.engine.device):
+        if before is None and (checkpoint is None or checkpoint.state is None):
+            with drawing():
+                model.start(batches_of(features, known, some, settings))
+        watched = sample.split.validation
+        log = train_model(features, model, known, train, settings, validation=watched, checkpoint=checkpoint)
         with drawing():
-            model.start(batches_of(store, scorer, index, some, settings))
-    log = train_model(
-        store, scorer, index, train, settings, source.engine, validation=validation, checkpoint=checkpoint
-    )
-    with drawing():
-        model.settle(batches)
-    learned = Learned(store, descriptor, used_of(index, train, validation, held_out), train, held_out, groups)
-    scorer, held = learn_terms(scorer, learned, source.engine, seed)
-    seen = Seen() if settings.contamination == "auto" else score_seen(scorer, learned, source.engine)
+            model.settle(batches_of(features, known, train, settings))
+    scorer, held = learn_terms(scorer, sample.learned(descriptor), source.engine, seed)
+    if source.tiling is not None:
+        held = hold_scans(scorer, source, rows[split.held_out], index[split.held_out], n_known=0)
+    seen = seen_of(scorer, sample, images, descriptor, settings)
     if checkpoint is not None and not log.interrupted:
         checkpoint.write({"model": model.state_dict(), "log": asdict(log)}, finished=True)
     return Fitted(
         features=source.features,
         map_shape=settings.map_shape or source.map_shape,
+        ignore=source.ignore,
+        tiles=None if source.tiling is None else (source.tiling.size, source.tiling.overlap),
         categories=categories,
         scorer=scorer,
         held_out=held,
         seen=seen,
         thresholds=thresholds_of(held, seen, categories, settings),
-        prototypes=add_prototypes(Prototypes(), scorer, store, index, source, images.rows),
+        prototypes=add_prototypes(Prototypes(), scorer, sample, source),
         history=(History() if before is None else before.history).append(log),
         n_images=len(index),
         seed=seed,
@@ -221,44 +234,64 @@ def thresholds_of(held: Any, seen: Seen, categories: np.ndarray, settings: Setti
     )
 
 
-def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool) -> Scaling:
+def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool, n_maps: int) -> Scaling:
+    """The scale of the last ``n_maps`` maps."""
     if not standardize:
-        return Scaling([1] * len(store.maps))
-    scaling = Scaling([m.shape[1] for m in store.maps])
-    for k, moments in enumerate(zip(*channel_statistics(store, rows))):
+        return Scaling([1] * n_maps)
+    scaling = Scaling([m.shape[1] for m in store.maps[-n_maps:]])
+    moments_of = zip(*(each[-n_maps:] for each in channel_statistics(store, rows)))
+    for k, moments in enumerate(moments_of):
         for name, value in zip(("mean", "scale"), moments):
             getattr(scaling, f"{name}_{k}").copy_(value)
     return scaling
 
 
-def batches_of(store: FeatureStore, scorer: Scorer, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
-    scaled = ScaledFeatures(store, scorer.model_input)
-    return TrainingBatches(scaled, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
+def sample_of(
+    images: Images, store: FeatureStore, index: np.ndarray, split: Split, seed: int, settings: Settings
+) -> Sample:
+    """What is learned from of images of these categories: their maps in ``store``, or maps of their tiles."""
+    source, rows, _, groups = images
+    if source.tiling is None:
+        return Sample(store, index, split, groups, rows)
+    return draw_tiles(source, rows, index, split, groups, seed, settings.verbose)
+
+
+def seen_of(scorer: Scorer, sample: Sample, images: Images, descriptor: np.ndarray, settings: Settings) -> Seen:
+    """Scores of all images learned from, where ``contamination`` asks for them."""
+    if settings.contamination == "auto":
+        return Seen()
+    if images.source.tiling is None:
+        return score_seen(scorer, sample.learned(descriptor), images.source.engine)
+    judged = judge_images(scorer, images.source, images.rows, keep_maps=False)
+    return Seen(judged.category, judged.score)
+
+
+def batches_of(features: ScaledFeatures, index: np.ndarray, rows: np.ndarray, settings: Settings) -> Any:
+    return TrainingBatches(features, torch.from_numpy(index), torch.from_numpy(rows), settings.plan.batch_size)
 
 
 def train_model(
-    store: FeatureStore,
-    scorer: Scorer,
+    features: ScaledFeatures,
+    model: AnomalyModel,
     index: np.ndarray,
     train: np.ndarray,
     settings: Settings,
-    engine: Engine,
     *,
     categories: list[int] | None = None,
     n_passes: int | None = None,
     validation: np.ndarray | None = None,
-    checkpoint: Checkpoint | collective.SharedCheckpoint | None = None,
+    checkpoint: collective.AnyCheckpoint | None = None,
 ) -> TrainingLog:
     """Train the model, or the parts of it that serve these categories alone."""
-    plan = replace(settings.plan, clip_norm=scorer.model.clip_norm)
+    plan = replace(settings.plan, clip_norm=model.clip_norm)
     trainer = Trainer(
-        scorer.model,
-        ScaledFeatures(store, scorer.model_input),
+        model,
+        features,
         torch.from_numpy(np.maximum(index, 0)),
         plan if n_passes is None else replace(plan, max_iter=n_passes),
-        device=engine.device,
-        dtype=engine.dtype,
-        parts=None if categories is None else scorer.model.parts_of(categories),
+        device=features.engine.device,
+        dtype=features.engine.dtype,
+        parts=None if categories is None else model.parts_of(categories),
     )
     return trainer.fit(
         torch.from_numpy(train), None if validation is None else torch.from_numpy(validation), checkpoint
@@ -267,25 +300,19 @@ def train_model(
 
 def _split(
     settings: Settings, categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None, seed: int
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+) -> Split:
     """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
     train, held_out = split_rows(index, settings.calibration_fraction, seed, groups)
     check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
     _warn_of_unused(len(index), len(train) + len(held_out))
     warn_of_single_images(categories, index, groups)
     if not settings.plan.early_stopping:
-        return train, None, held_out
+        return Split(train, None, held_out)
     keep, chosen = split_rows(
         index[train], settings.validation_fraction, seed + 1, of_rows(groups, train),
         otherwise="early stopping watches the training images",
     )  # fmt: skip
-    return train[keep], train[chosen], held_out
-
-
-def used_of(index: np.ndarray, *used: np.ndarray | None) -> np.ndarray:
-    """The categories of images of which use is made; -1 for others of a group of which one is held out."""
-    rows = np.concatenate([each for each in used if each is not None])
-    return np.where(np.isin(np.arange(len(index)), rows), index, -1)
+    return Split(train[keep], train[chosen], held_out)
 
 
 def _warn_of_unused(n: int, n_used: int) -> None:

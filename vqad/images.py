@@ -8,7 +8,6 @@ resized. So two forms of one picture cannot differ in their pixels, nor can one 
 from __future__ import annotations
 
 import hashlib
-import numbers
 import os
 from typing import Any
 
@@ -17,13 +16,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vqad._checks import is_missing
 from vqad._decode import (
-    check_dtype,
     has_more_pages,
     is_narrowed,
     loaded,
-    not_there,
     opened,
     pil_to_array,
     readable,
@@ -32,20 +28,14 @@ from vqad._decode import (
     to_unit_range,
     upright_size,
 )
+from vqad._forms import check_item, is_array, items_of
+from vqad._ignore import GREY, Ignored, as_mask, check_each, stretched
 from vqad._warn import warn
 
 __all__ = ["ImageSequence", "check_images"]
 
-CHANNELS = (1, 3, 4)
-_BYTES = (bytes, bytearray, memoryview)
-_LONGEST_PATH = 4096
 # Pixels that are floats at a time while a large image is made smaller.
 BAND_PIXELS = 2**20
-_FORMS = (
-    "an array (n, H, W) or (n, H, W, C), a list of images of any sizes (arrays, PIL images, file paths, or the bytes "
-    "of image files), an array or Series of file paths, or a vqad.datasets collection"
-)
-_ONE_FORM = "an image is an array, a PIL image, a file path, or the bytes of an image file"
 
 
 def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> ImageSequence:
@@ -84,27 +74,9 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
     """
     if isinstance(X, ImageSequence):
         return X
-    _reject_single_image(X)
-    _reject_pairs(X)
-    if hasattr(X, "paths") and not hasattr(X, "iloc"):
-        X = list(X.paths)
-    if isinstance(X, torch.Tensor):
-        X = X.detach()
-    elif not isinstance(X, (list, tuple)) and not _is_array(X):
-        X = _as_known_form(X)
-    if isinstance(X, (list, tuple)):
-        X = _stack_if_rows(list(X))
-    if not _is_array(X):
-        items = X
-    elif X.ndim == 1:
-        items = _items_of_1d(X)
-    else:
-        items = _check_stack(X, image_shape)
-    if len(items) == 0:
-        raise ValueError("X is empty: at least one image is needed.")
-    if isinstance(items, list):
-        items = [_check_item(item, i) for i, item in enumerate(items)]
-    return ImageSequence(items, np.arange(len(items)))
+    items = items_of(X, image_shape)
+    images, masks = ImageSequence(items, np.arange(len(items))), getattr(X, "ignore_paths", None)
+    return images if masks is None or all(mask is None for mask in masks) else images.ignoring(masks)
 
 
 class ImageSequence:
@@ -119,14 +91,22 @@ class ImageSequence:
         of a file.
     indices : ndarray of int
         Which items, in which order.
+    ignored : Ignored, optional
+        What is not to be looked at, by the numbers of the items.
     """
 
     def __init__(
-        self, items: Any, indices: np.ndarray, _said: set[str] | None = None, _numbers: np.ndarray | None = None
+        self,
+        items: Any,
+        indices: np.ndarray,
+        _said: set[str] | None = None,
+        ignored: Ignored | None = None,
+        _numbers: np.ndarray | None = None,
     ) -> None:
         self._items = items
         self._indices = indices
         self._numbers = indices if _numbers is None else _numbers
+        self.ignored = ignored
         # Shared with every subset, so that one X warns once.
         self._said = set() if _said is None else _said
 
@@ -136,7 +116,7 @@ class ImageSequence:
     @property
     def reads_in_threads(self) -> bool:
         """Whether several threads may read at a time: not from a caller's own collection."""
-        return isinstance(self._items, list) or _is_array(self._items)
+        return isinstance(self._items, list) or is_array(self._items)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} images>"
@@ -156,13 +136,72 @@ class ImageSequence:
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices.astype(np.intp) if indices.size == 0 else indices
-        return ImageSequence(self._items, self._indices[indices], self._said, self._numbers[indices])
+        return ImageSequence(self._items, self._indices[indices], self._said, self.ignored, self._numbers[indices])
 
-    def part(self, indices: Any) -> ImageSequence:
-        """As `subset`, with nothing in it but these images, to be sent to a process that may be in another folder."""
-        items = [self._items[int(place)] for place in self._indices[indices]]
+    def part(self, indices: Any, ignored: bool = True) -> ImageSequence:
+        """As `subset`, with nothing in it but these images, to be sent to a process that may be in another folder.
+
+        What is ignored of all images is left out where it is not ``ignored``: others know it.
+        """
+        places, masks = self._indices[indices].tolist(), None
+        items = [self._items[place] for place in places]
         items = [os.path.abspath(item) if isinstance(item, str) else item for item in items]
-        return ImageSequence(items, np.arange(len(items)), set(self._said), self._numbers[indices])
+        if self.ignored is not None and (ignored or self.ignored.each is not None):
+            masks = self.ignored.part(places, ignored)
+        return ImageSequence(items, np.arange(len(items)), set(self._said), masks, self._numbers[indices])
+
+    def ignoring(self, masks: Any) -> ImageSequence:
+        """The same images, of which parts are not looked at: neither learned from nor judged.
+
+        A backbone sees grey there, and cells of maps that lie in there count nowhere.
+
+        Parameters
+        ----------
+        masks : array of shape (H, W), path, or sequence of these and None
+            True, or not black, where not to look: one mask for all images, stretched to the size of each, or one for
+            each image, of its size.
+
+        Raises
+        ------
+        ValueError
+            When a mask is none or covers everything, or masks are not as many as images.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from vqad.images import check_images
+        >>> label = np.zeros((2, 32, 32), bool)
+        >>> label[:, 4:9, 3:20] = True
+        >>> images = check_images(np.full((2, 32, 32), 0.3)).ignoring([*label])
+        >>> images.pixels(0)[5, 5].tolist()
+        [0.5, 0.5, 0.5]
+        """
+        one, each = (None, None) if self.ignored is None else (self.ignored.one, self.ignored.each)
+        if isinstance(masks, (str, os.PathLike)) or getattr(masks, "ndim", None) == 2:
+            new = as_mask(masks, "the mask to ignore")
+            if one is not None and one.shape != new.shape:
+                raise ValueError(f"two masks for all images have shapes {one.shape} and {new.shape}: give one.")
+            one = new if one is None else one | new
+        else:
+            if each is not None:
+                raise ValueError("each of these images has a mask of what to ignore already.")
+            own = check_each(masks, len(self))
+            each = [None] * (int(self._indices.max(initial=-1)) + 1)
+            for origin, mask in zip(self._indices.tolist(), own):
+                each[origin] = mask
+        return ImageSequence(self._items, self._indices, self._said, Ignored(one, each), self._numbers)
+
+    def mask(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        """What of image `i` is ignored, bool of its own size, or stretched to another; None where nothing is."""
+        if self.ignored is None:
+            return None
+        own = self.ignored.at(int(self._indices[i]), self.size(i), self.name(i))
+        return own if own is None or size is None else stretched(own, size)
+
+    def seen(self, i: int, grid: tuple[int, int]) -> torch.Tensor:
+        """Share of each cell of a grid that is looked at of image `i`, (1, rows, columns)."""
+        ignored = Ignored() if self.ignored is None else self.ignored
+        return ignored.seen(int(self._indices[i]), grid, self.name(i))
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of image `i` in pixels, upright; of a file only the header is read, however large it is."""
@@ -188,11 +227,16 @@ class ImageSequence:
         ValueError
             If the file is truncated or no image, or if the values are not finite or not in 0..1.
         """
-        pixels = to_unit_range(self._raw(i), self.name(i))
+        raw = self.stored(i)
+        pixels = _scaled(raw, self._mask_of(i, raw), self.name(i))
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def digest(self, i: int) -> str:
-        """SHA-256 of what image `i` is made from: the bytes of its file, or its array. Nothing is decoded."""
+        """SHA-256 of what image `i` is made from, its file or array, and of its mask. Nothing is decoded."""
+        ignored = "" if self.ignored is None else self.ignored.digest(int(self._indices[i]))
+        return self._own_digest(i) if not ignored else f"{self._own_digest(i)}-{ignored}"
+
+    def _own_digest(self, i: int) -> str:
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with readable(item, name) as file:
@@ -225,8 +269,8 @@ class ImageSequence:
             slot.copy_(self._resized(int(i), size))
         return batch
 
-    def _raw(self, i: int) -> np.ndarray:
-        """Image `i` as it is stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
+    def stored(self, i: int) -> np.ndarray:
+        """Pixels of image `i` as they are stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with opened(item, name) as image:
@@ -246,19 +290,26 @@ class ImageSequence:
             self._warn_once(name, "an alpha channel: it is dropped, the colours are kept as stored.")
         return raw[:, :, None] if raw.ndim == 2 else raw[:, :, :3]
 
+    def _mask_of(self, i: int, raw: np.ndarray) -> np.ndarray | None:
+        if self.ignored is None:
+            return None
+        return self.ignored.at(int(self._indices[i]), (raw.shape[0], raw.shape[1]), self.name(i))
+
     def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
         """Image `i` at `size`: (3, h, w), or (1, h, w) of a grey one.
 
         A large image of whole numbers becomes floats, and narrower, some rows at a time: that gives the same to the
         last bit, and never are there floats of all of it.
         """
-        raw, name = self._raw(i), self.name(i)
+        raw, name = self.stored(i), self.name(i)
+        mask = self._mask_of(i, raw)
         height, width = raw.shape[:2]
         in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)
         n_rows = max(1, BAND_PIXELS // width) if in_bands else height
         bands = []
         for y in range(0, height, n_rows):
-            band = torch.from_numpy(to_unit_range(raw[y : y + n_rows], name)).permute(2, 0, 1)
+            hidden = None if mask is None else mask[y : y + n_rows]
+            band = torch.from_numpy(_scaled(raw[y : y + n_rows], hidden, name)).permute(2, 0, 1)
             bands.append(band if n_rows >= height else _interpolated(band, (band.shape[1], size[1])))
         return _interpolated(bands[0] if len(bands) == 1 else torch.cat(bands, 1), size).clamp_(0.0, 1.0)
 
@@ -266,7 +317,7 @@ class ImageSequence:
         origin = int(self._indices[i])
         item = self._items[origin]
         # Lists and arrays were checked by check_images; what a lazy object gives is seen only here.
-        return item if isinstance(self._items, list) or _is_array(self._items) else _check_item(item, origin)
+        return item if isinstance(self._items, list) or is_array(self._items) else check_item(item, origin)
 
     def warn_once(self, i: int, what: str) -> None:
         """Warn of what image `i` has, unless another of this X had the same."""
@@ -286,257 +337,18 @@ class ImageSequence:
             warn(f"{said_of(name, 'has')} {what}")
 
 
+def _scaled(raw: np.ndarray, hidden: np.ndarray | None, name: str) -> np.ndarray:
+    """Pixels as floats in 0..1, grey where they are hidden, whatever is there."""
+    if hidden is None:
+        return to_unit_range(raw, name)
+    if raw.dtype.kind == "f":
+        raw = np.where(hidden[:, :, None], raw.dtype.type(0), raw)
+    pixels = to_unit_range(raw, name)
+    pixels[hidden] = GREY
+    return pixels
+
+
 def _interpolated(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(image.shape[1:]) == tuple(size):
         return image
     return F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
-
-
-# ---- the form of X -------------------------------------------------------------------------------
-
-
-def _is_array(X: Any) -> bool:
-    """Whether X is an array that can be read image by image: numpy, torch, memmap, HDF5, zarr."""
-    if isinstance(X, (np.ndarray, torch.Tensor)):
-        return True
-    is_lazy_array = hasattr(X, "shape") and isinstance(getattr(X, "dtype", None), np.dtype)
-    return is_lazy_array and hasattr(X, "__getitem__") and len(X.shape) >= 3
-
-
-def _reject_single_image(X: Any) -> None:
-    if isinstance(X, (str, os.PathLike)):
-        if os.path.isdir(X):
-            raise _folder_error("X", os.fspath(X))
-        raise ValueError(f"X is a single path, {os.fspath(X)!r}: pass a list of paths, [path].")
-    if isinstance(X, Image.Image):
-        raise ValueError("X is a single PIL image: pass a list of images, [image].")
-    if isinstance(X, _BYTES):
-        raise ValueError("X is the bytes of a single image: pass a list of them, [X].")
-    if _is_file(X) and not hasattr(X, "__getitem__"):
-        raise ValueError(f"X is a single file, {_kind(X)}: pass a list of files, [X].")
-
-
-def _reject_pairs(X: Any) -> None:
-    """Raise for a list of (image, label): a list of tuples would be taken for rows of numbers."""
-    first = X[0] if isinstance(X, (list, tuple)) and X else None
-    if not isinstance(first, (list, tuple)) or not first or not _looks_like_an_image(first[0]):
-        return
-    shapes = {getattr(value, "shape", None) for value in first}
-    if len(shapes) > 1 or None in shapes:  # else these may be rows of pixels
-        raise ValueError(f"X is a list of {_kind(first)}s {_of_several(first)}")
-
-
-def _looks_like_an_image(value: Any) -> bool:
-    is_one = isinstance(value, (str, os.PathLike, Image.Image, *_BYTES)) or _is_file(value)
-    return is_one or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim >= 2)
-
-
-def _of_several(item: Any) -> str:
-    """Of what an item of several values is, and how to give the image in it alone."""
-    held = ", ".join(map(repr, item) if isinstance(item, dict) else map(_kind, item))
-    first = "0"
-    if isinstance(item, dict):
-        first = next((repr(key) for key, value in item.items() if _looks_like_an_image(value)), "'image'")
-    return (
-        f"of {held}, as data sets of (image, label) give; {_ONE_FORM}: pass [item[{first}] for item in X], or an "
-        "object whose X[i] is the image alone, and labels as y."
-    )
-
-
-def _as_known_form(X: Any) -> Any:
-    """Make an array of an unknown container, or leave it as a lazy object with len(X) and X[i]."""
-    if hasattr(X, "toarray"):
-        raise TypeError("X is a sparse matrix: dense images are needed; use X.toarray() and image_shape=(H, W).")
-    if hasattr(X, "__array__"):
-        return np.asarray(X)
-    is_sized = hasattr(X, "__len__") and hasattr(X, "__getitem__")
-    if not is_sized or hasattr(X, "keys"):
-        raise TypeError(f"X must be {_FORMS}; got {_kind(X)}.{_way_to_a_list(X)}")
-    return X
-
-
-def _way_to_a_list(X: Any) -> str:
-    if hasattr(X, "keys"):
-        names = ", ".join(map(repr, list(X.keys())[:5]))
-        return f" It has {names}: pass one of its values, or list(X.values())." if hasattr(X, "values") else ""
-    if hasattr(X, "dataset"):  # torch's DataLoader, whose items are batches
-        return " Pass its images: a list of them, or X.dataset if that gives images without labels."
-    return " Use list(X)." if hasattr(X, "__iter__") else ""
-
-
-def _stack_if_rows(X: list[Any]) -> Any:
-    """Make an array of a list of numbers or rows (nested lists, 1-D arrays); leave a list of images alone."""
-
-    def is_row(item: Any) -> bool:
-        return isinstance(item, (list, tuple, numbers.Number)) or getattr(item, "ndim", None) in (0, 1)
-
-    if not X or isinstance(X[0], (str, os.PathLike, *_BYTES)) or not is_row(X[0]):
-        return X
-    try:
-        return np.asarray(X)
-    except ValueError as error:
-        raise ValueError(
-            f"X is a list of {_kind(X[0])} that does not make one array ({error}). X must be {_FORMS}."
-        ) from error
-
-
-def _items_of_1d(X: Any) -> list[Any]:
-    """List the items of a 1-D array of paths or images."""
-    if isinstance(X, np.ndarray) and X.dtype.kind == "S":
-        # A path has no zero byte, nor is any so long. Numpy drops the zeros at the end, which some files have.
-        is_file = [b"\0" in item or len(item) > _LONGEST_PATH for item in X.tolist()]
-        return [
-            item.ljust(X.dtype.itemsize, b"\0") if whole else os.fsdecode(item)
-            for item, whole in zip(X.tolist(), is_file)
-        ]
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
-        return X.tolist()
-    raise ValueError(
-        f"X has one dimension, shape {tuple(X.shape)} and dtype {X.dtype}; X must be {_FORMS}. "
-        "For one flattened image pass X[None] and image_shape=(H, W)."
-    )
-
-
-def _check_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
-    """Check an array of images with two axes or more; give it as (n, H, W) or (n, H, W, C)."""
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
-        X = _numbers_of_objects(X)
-    if X.ndim == 2:
-        X = _rows_to_stack(X, image_shape)
-    shape = tuple(X.shape)
-    if X.ndim not in (3, 4):
-        raise ValueError(f"X must be {_FORMS}; got an array of shape {shape}.")
-    if X.ndim == 3 and shape[2] in CHANNELS:
-        raise ValueError(
-            f"X has shape {shape}, which looks like one image (H, W, C): pass X[None] for one image, "
-            f"or X[..., None] if these are {shape[0]} grey images only {shape[2]} pixels wide."
-        )
-    if shape[0]:
-        _check_shape(shape[1:], "X", f"(n, H, W, C); got shape {shape}", "np.moveaxis(X, 1, -1)")
-    check_dtype(X.dtype, "X")
-    return X
-
-
-def _numbers_of_objects(X: np.ndarray) -> np.ndarray:
-    try:
-        made = np.array(X.tolist())
-    except ValueError:
-        made = X
-    if made.dtype.kind not in "biuf":
-        raise ValueError(
-            f"X has shape {X.shape} and dtype {X.dtype}, and its entries are not numbers; X must be "
-            f"{_FORMS}. Of a table pass the one column of paths."
-        )
-    return made
-
-
-def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
-    n, n_columns = (int(length) for length in X.shape)
-    if image_shape is None:
-        raise ValueError(
-            f"X is a 2-D array of shape {(n, n_columns)}: give image_shape=(H, W) or (H, W, C) if its rows "
-            "are flattened images, backbone=None if they are feature vectors; pass X[None] if X is one image."
-        )
-    shape = tuple(image_shape)
-    is_positive = all(isinstance(length, numbers.Integral) and length > 0 for length in shape)
-    if len(shape) not in (2, 3) or not is_positive or (len(shape) == 3 and shape[2] not in CHANNELS):
-        raise ValueError(f"image_shape must be (H, W) or (H, W, C) with C = 1, 3 or 4; got {image_shape!r}.")
-    if n_columns != np.prod(shape):
-        raise ValueError(
-            f"X has {n_columns} columns, but image_shape={shape} means {' x '.join(map(str, shape))} = "
-            f"{np.prod(shape)} columns, one image a row."
-        )
-    return X.reshape(n, *shape, *(() if len(shape) == 3 else (1,)))
-
-
-# ---- the form of one image -----------------------------------------------------------------------
-
-
-def _check_item(item: Any, i: int) -> Any:
-    """Check what can be known of one image without reading its pixels; paths become str, open files their bytes."""
-    if isinstance(item, (str, os.PathLike)):
-        path = os.fspath(item)
-        name = f"image {i} of X, path {path!r}"
-        if not os.path.isfile(path):
-            if os.path.isdir(path):
-                raise _folder_error(name, path)
-            if len(path) > _LONGEST_PATH or str(path).startswith("data:"):
-                raise ValueError(
-                    f"image {i} of X is a str of {len(path)} characters, {path[:40]!r}..., and no path: if it is an "
-                    "image in base64 pass its bytes, base64.b64decode(text), without what precedes the comma."
-                )
-            raise not_there(path, name)
-        return str(path)
-    name = f"image {i} of X"
-    if isinstance(item, _BYTES) or _is_file(item):
-        return _bytes_of(item, name)
-    if is_missing(item):
-        raise ValueError(f"{name} is missing, {item}: give its path, or leave it out.")
-    if isinstance(item, Image.Image):
-        _check_shape((item.height, item.width), name, f"(H, W); got {item.height} x {item.width}", "")
-        return item
-    if isinstance(item, (list, tuple, dict)):
-        raise TypeError(f"{name} is a {_kind(item)} " + (_of_several(item) if item else f"of nothing; {_ONE_FORM}."))
-    if not isinstance(item, (np.ndarray, torch.Tensor)):
-        if not hasattr(item, "__array__") or isinstance(item, np.generic):
-            raise TypeError(f"{name} is {_kind(item)}; {_ONE_FORM}.")
-        item = np.asarray(item)
-    _check_shape(
-        tuple(item.shape),
-        name,
-        f"(H, W) or (H, W, C); got shape {tuple(item.shape)}",
-        "np.moveaxis(image, 0, -1)",
-    )
-    check_dtype(item.dtype, name)
-    return item.detach() if isinstance(item, torch.Tensor) else item
-
-
-def _is_file(item: Any) -> bool:
-    return callable(getattr(item, "read", None)) and not hasattr(item, "__array__")
-
-
-def _bytes_of(item: Any, name: str) -> bytes:
-    """The bytes of an image file, given so or as a file that is open: all of that, from its beginning."""
-    if not isinstance(item, _BYTES):
-        try:
-            if callable(getattr(item, "seek", None)) and getattr(item, "seekable", lambda: True)():
-                item.seek(0)
-            read = item.read()
-        except (OSError, ValueError) as error:  # closed, or opened for writing alone
-            raise ValueError(f"{name} is a file that cannot be read: {error}.") from error
-        if not isinstance(read, _BYTES):
-            if hasattr(read, "close"):  # a coroutine: it would complain that nobody waits for it
-                read.close()
-            raise TypeError(
-                f"{name} is a file, {_kind(item)}, that gives {_kind(read)} in place of bytes: open it with mode 'rb', "
-                "or pass the bytes themselves."
-            )
-        item = read
-    if len(item) == 0:
-        raise ValueError(f"{name} has no bytes: an image file is expected.")
-    return bytes(item)
-
-
-def _check_shape(shape: tuple[int, ...], name: str, expected: str, channels_last: str) -> None:
-    """Check the shape (H, W) or (H, W, C) of one image, or of every image of a stack."""
-    if len(shape) not in (2, 3):
-        raise ValueError(f"{name} must have shape {expected}.")
-    if len(shape) == 3 and shape[2] not in CHANNELS:
-        advice = f" The channels seem to come first: pass {channels_last}." if shape[0] in CHANNELS else ""
-        raise ValueError(
-            f"{name} must have shape {expected}, that is C = {shape[2]} channels, where 1 (grey), 3 (RGB) or "
-            f"4 (RGBA) are expected.{advice}"
-        )
-    if 0 in shape:
-        raise ValueError(f"{name} must have shape {expected}, which has no pixels.")
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-
-
-def _folder_error(name: str, path: str) -> IsADirectoryError:
-    return IsADirectoryError(
-        f"{said_of(name, 'is')} a folder, not an image file: for the images in it pass "
-        f"vqad.datasets.load_folder({path!r})."
-    )

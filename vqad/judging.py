@@ -144,7 +144,8 @@ class Judging:
         now = self._now()
         source, fitted = now._source(X), now._fitted
         rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-        return verdicts_of(fitted, now._judged(source, rows, keep_maps))
+        hidden = source.data.subset(rows).mask if source.ignores else None
+        return verdicts_of(fitted, now._judged(source, rows, keep_maps), hidden)
 
     def predict_category(self, X):
         """Which category each image was judged as.
@@ -178,7 +179,7 @@ class Judging:
         source = now._source(X)
         maps = now._judged(source, np.arange(len(source))).maps
         sizes = [source.data.size(i) for i in range(len(source))]
-        resized = (resize_map(*pair) for pair in zip(maps, sizes))
+        resized = (resize_map(m, size, source.mask(i)) for i, (m, size) in enumerate(zip(maps, sizes)))
         if len(set(sizes)) > 1:
             return list(resized)
         out = np.empty((len(maps), *sizes[0]), dtype=np.float32)
@@ -214,19 +215,24 @@ class Judging:
 
     def _source(self, X) -> MapSource:
         """The maps of X, checked."""
-        engine = Engine.pick(self.device, self.precision)
-        return self._map_source(self._check_X(X, self._fitted), self._fitted.features, engine, self._fitted.map_shape)
+        return self._source_of(self._check_X(X, self._fitted))
 
     def _judged(self, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
         """One pass over some images, here or on workers."""
         return judge_anywhere(self._fitted.scorer, source, rows, keep_maps, (self.device, self.precision))
 
-    def _map_source(self, data, features, engine, map_shape) -> MapSource:
+    def _source_of(self, data) -> MapSource:
+        fitted = self._fitted
+        engine = Engine.pick(self.device, self.precision)
+        return self._map_source(data, fitted.features, engine, fitted.map_shape, fitted.ignore, fitted.tiles)
+
+    def _map_source(self, data, features, engine, map_shape, ignore, tiles) -> MapSource:
         # A backbone that fit has made may have been made on another machine.
         override = {"device": engine.device, "precision": self.precision} if isinstance(self.backbone, str) else {}
         return MapSource(
-            data, features, engine, map_shape=map_shape, memory=self.memory, n_jobs=self.n_jobs, **override
-        )
+            data, features, engine,
+            map_shape=map_shape, ignore=ignore, tiles=tiles, memory=self.memory, n_jobs=self.n_jobs, **override,
+        )  # fmt: skip
 
     def _check_X(self, X, before):
         """Images or features, checked, of the form that was learned ``before`` if any was."""

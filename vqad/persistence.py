@@ -21,6 +21,7 @@ from torch import Tensor
 import vqad
 from vqad._codec import Reader, Refused, Writer, WrongArgument, dtype_name
 from vqad._warn import warn
+from vqad._writing import room_for, writing
 from vqad.base import BaseImageDetector
 from vqad.engine import undisturbed
 from vqad.fitted import Fitted
@@ -48,6 +49,8 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     ------
     NotFittedError
         When the detector is not fitted.
+    OSError
+        When the file cannot be written, as on a full disk; an older one stays as it was.
     TypeError
         When it is no detector of vqad; when ``include_backbone=True`` and its backbone is a transformer of the
         caller's own; or when it has an attribute of a kind that the format does not know.
@@ -85,7 +88,6 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
             "(detector.features_), and give it to vqad.load(path, backbone=...)."
         )
     with replacing(Path(path)) as unfinished:
-        # Where the disk is full, safetensors says so with an exception of its own.
         save_file(writer.tensors, unfinished, metadata)
 
 
@@ -197,18 +199,18 @@ def replaceable(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place at the end, or is deleted on an error."""
     target = replaceable(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
     unfinished = Path(name)
     try:
-        try:
+        with room_for(path):
             yield unfinished
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{str(path)!r} could not be written: {error}") from error
         umask = os.umask(0)
         os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)
-        os.replace(unfinished, target)
+        with writing(path):
+            unfinished.chmod(0o666 & ~umask)
+            os.replace(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from vqad._warn import warn
 from vqad.explain import Explanation, known
 from vqad.features import BackboneFeatures
 from vqad.images import ImageSequence, check_images
+from vqad.sampling import Sample
 from vqad.scoring import Scorer, codes, stored_images
 from vqad.source import MapSource
-from vqad.store import FeatureArray, FeatureStore
+from vqad.store import FeatureArray
 from vqad.streaming import read_ahead, readers
+from vqad.tiling import Box, Tiles
 
 __all__ = ["Prototype", "Prototypes"]
 
@@ -47,6 +50,8 @@ class Prototype(NamedTuple):
         How many cells of all images have this code.
     thumbnail : ndarray of shape (32, 32, 3), uint8, or None
         The cell and what is around it; None where none was kept.
+    tile : vqad.tiling.Box or None
+        Of an image in tiles: the one that the cell is of.
     """
 
     image: int
@@ -54,6 +59,7 @@ class Prototype(NamedTuple):
     distance: float
     usage: int
     thumbnail: np.ndarray | None
+    tile: Box | None = None
 
 
 class Prototypes:
@@ -88,6 +94,9 @@ class Prototypes:
         Number of the cells of all normal images that have the code.
     slot : dict of str to ndarray of shape (G, K), int64
         Which of the thumbnails shows it; -1 for none.
+    tile : dict of str to ndarray of shape (G, K, 4), int64
+        Of images in tiles: top, left, height and width of the tile that it is a cell of, in pixels; -1 where there is
+        none. Empty of images that are seen as a whole.
     thumbnails : ndarray of shape (n_thumbnails, 32, 32, 3), uint8
 
     See Also
@@ -115,6 +124,7 @@ class Prototypes:
         self.distance: dict[str, np.ndarray] = {}
         self.usage: dict[str, np.ndarray] = {}
         self.slot: dict[str, np.ndarray] = {}
+        self.tile: dict[str, np.ndarray] = {}
         self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
 
     def __repr__(self) -> str:
@@ -165,6 +175,7 @@ class Prototypes:
             float(self.distance[codebook][group, code]),
             int(self.usage[codebook][group, code]),
             None if slot < 0 else self.thumbnails[slot],
+            Box(*self.tile[codebook][group, code].tolist()) if codebook in self.tile else None,
         )
 
     def of(self, explanation: Explanation, codebook: str, cell: tuple[int, int] | None = None) -> Prototype | None:
@@ -243,20 +254,9 @@ class Prototypes:
 # ---- finding prototypes --------------------------------------------------------------------------
 
 
-def add_prototypes(
-    before: Prototypes, scorer: Scorer, store: FeatureStore, index: np.ndarray, source: MapSource, rows: np.ndarray
-) -> Prototypes:
-    """Prototypes of all groups of codes, those that are new from these images.
-
-    Parameters
-    ----------
-    before : Prototypes
-    scorer : Scorer
-    store : FeatureStore
-        Features of the images ``rows`` of ``source``.
-    index : ndarray of shape (len(store),)
-        Their categories; -1 for those to be left out.
-    """
+def add_prototypes(before: Prototypes, scorer: Scorer, sample: Sample, source: MapSource) -> Prototypes:
+    """Prototypes of all groups of codes, those that are new from a sample of images of ``source``, or of tiles."""
+    index = sample.index
     first, model = before.n_groups, scorer.model
     searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in model.codebooks().items()}
     group = np.where(index >= 0, model.group_of(np.maximum(index, 0)), -1)
@@ -266,16 +266,21 @@ def add_prototypes(
     for part in np.split(places, range(_PART, len(places), _PART)):
         if not len(part):
             continue
-        found = stored_images(scorer, store, part, index[part], source.engine, codes)
+        found = stored_images(scorer, sample.store, part, index[part], source.engine, codes)
         for name, search in searches.items():
             code, distance = found[f"code {name}"], found[f"distance {name}"]
             grid[name] = code.shape[1:]
-            search.add(rows[part], group[part] - first, code, distance)
+            search.add(part, group[part] - first, code, distance)
     made = Prototypes()
     made.n_images, made.grid = before.n_images + len(source), grid
-    slot, thumbnails = _keep_thumbnails(source, grid, searches, len(before.thumbnails))
+    slot, thumbnails = _keep_thumbnails(sample, source, grid, searches, len(before.thumbnails))
     for name, search in searches.items():
-        search.image[search.image >= 0] += before.n_images
+        place, is_found = search.image.copy(), search.image >= 0
+        search.image[is_found] = before.n_images + sample.image[place[is_found]]
+        if sample.boxes is not None:
+            tile = np.full((*place.shape, 4), -1, np.int64)
+            tile[is_found] = np.array(sample.boxes)[place[is_found]]
+            _append(made.tile, before.tile, name, tile)
         for attribute in ("image", "cell", "distance", "usage"):
             _append(getattr(made, attribute), getattr(before, attribute), name, getattr(search, attribute))
         _append(made.slot, before.slot, name, slot[name])
@@ -318,7 +323,7 @@ class _Search:
 
 
 def _keep_thumbnails(
-    source: MapSource, grid: dict[str, tuple[int, int]], new: dict[str, _Search], n_before: int
+    sample: Sample, source: MapSource, grid: dict[str, tuple[int, int]], new: dict[str, _Search], n_before: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Which thumbnail shows each code, for each codebook (G, K), and the thumbnails.
 
@@ -333,7 +338,7 @@ def _keep_thumbnails(
     for name, group, code in chosen:
         of_image.setdefault(int(new[name].image[group, code]), []).append((name, group, code))
     kept = []
-    for i, pixels in _read(source, source.data, sorted(of_image)):
+    for i, pixels in _read(sample, source, source.data, sorted(of_image)):
         for name, group, code in of_image[i]:
             slot[name][group, code] = n_before + len(kept)
             cell = zip(new[name].cell[group, code].tolist(), grid[name], pixels.shape[1:])
@@ -355,19 +360,30 @@ def _choose(usage: dict[str, np.ndarray], n_before: int) -> list[tuple[str, int,
     return [(name, group, code) for _, name, group, code in ranked[:room]]
 
 
-def _read(source: MapSource, data: ImageSequence, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Number and pixels (3, H, W) of images as the backbone sees them."""
+def _read(sample: Sample, source: MapSource, data: ImageSequence, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Rows of the sample and pixels (3, H, W) of these images, or tiles, as the backbone sees them."""
     seen = source.features.size_ if isinstance(source.features, BackboneFeatures) else None
+
+    boxes_of: dict[int, list[int]] = {}
+    for i in numbers:
+        boxes_of.setdefault(int(sample.image[i]), []).append(i)
+
+    @lru_cache(1)  # those of one image come one after the other
+    def tiles(k: int) -> Tiles:
+        return Tiles(data, k, [sample.boxes[i] for i in boxes_of[k]])
 
     def read(i: int) -> tuple[int, Tensor | Exception]:
         try:
+            images, k = data, int(sample.image[i])
+            if sample.boxes is not None:
+                images, k = tiles(k), boxes_of[k].index(i)
             if seen is not None:
-                return i, data.load([i], seen)[0]
-            return i, torch.from_numpy(data.pixels(i)).permute(2, 0, 1)
+                return i, images.load([k], seen)[0]
+            return i, torch.from_numpy(images.pixels(k)).permute(2, 0, 1)
         except Exception as error:  # a caller's own collection may raise anything, and the fit is done
             return i, error
 
-    n_threads = readers(source.n_jobs) if data.reads_in_threads else 0
+    n_threads = readers(source.n_jobs) if data.reads_in_threads and sample.boxes is None else 0
     failed = []
     for i, pixels in read_ahead(read, numbers, n_threads, n_threads):
         if isinstance(pixels, Tensor):

@@ -11,11 +11,12 @@ import torch
 
 from vqad._checks import known_index
 from vqad.calibration import HeldOut, Seen, set_thresholds
+from vqad.copies import pieces
 from vqad.fitted import Fitted
 from vqad.fitting import Images
 from vqad.nn.terms import TermScorer
 from vqad.routing import describe
-from vqad.scoring import Scorer, by_category, score_and_map
+from vqad.scoring import Scorer, by_category, scan, score_and_map
 
 
 def at_rate(before: Fitted, contamination: Any, rate: float) -> Fitted:
@@ -42,13 +43,14 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
                 f"category has {images.category[index < 0][0].item()!r}, which was not learned; known are "
                 f"{before.categories.tolist()}. Use partial_fit to add categories."
             )
-    rows = _one_of_each_group(images.groups, len(index), before.seed)
+    groups = pieces(images.source.data, images.rows, images.groups, descriptor, index, before.seed)
+    rows = _one_of_each_group(groups, len(index), before.seed)
     scorer.router.set_limits(descriptor, index, n_known=len(before.categories))
     terms, held = cast(TermScorer, scorer.terms), before.held_out
     for c in np.unique(index):
         own = rows[index[rows] == c]
         if len(own) < 2:
-            unit = "image" if images.groups is None else "group"
+            unit = "image" if groups is None else "group"
             raise ValueError(
                 f"category {before.categories[c].item()!r} has 1 normal {unit} to recalibrate from: scores of at least "
                 "2 say how they differ; some dozens hold what is asked of thresholds."
@@ -63,6 +65,7 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
 def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of each image its descriptor, nearest category, score in that category or the given one, and highest cell."""
     source, rows, category, _ = images
+    source.watch()
     given = None if category is None else dict(zip(rows.tolist(), known_index(category, before.categories).tolist()))
     ready, resident = cast(Scorer, source.engine.ready(before.scorer)), source.engine.resident(before.scorer)
 
@@ -70,13 +73,17 @@ def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.
         judged: list[tuple[np.ndarray, ...]] = []
         for chunk, maps in source.chunks(part):
             with torch.inference_mode():
-                descriptor = describe(maps)
+                descriptor = describe(source.of_backbone(maps))
                 index = resident.router(descriptor)[0].cpu().numpy()
             if given is not None:
                 index = np.maximum([given[i] for i in chunk.tolist()], 0)
-            found = by_category(ready, maps, index, source.engine, score_and_map)
-            peak = found["map"].reshape(len(chunk), -1).max(1).astype(np.float64)
-            judged.append((descriptor.cpu().numpy(), index, found["score"].astype(np.float64), peak))
+            if source.tiling is None:
+                found = by_category(ready, maps, index, source.engine, score_and_map)
+                score, peak = found["score"].astype(np.float64), found["map"].reshape(len(chunk), -1).max(1)
+            else:
+                scans = [scan(ready, source, i, c) for i, c in zip(chunk.tolist(), index.tolist())]
+                score, peak = (np.array(each) for each in zip(*((score, heat.max()) for score, heat in scans)))
+            judged.append((descriptor.cpu().numpy(), index, score, peak.astype(np.float64)))
         return judged
 
     columns = zip(*source.side_by_side(judge, rows))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vqad.engine import Engine, chunk_size, in_chunks, pad_chunk, side_by_side
 from vqad.nn.fields import feature_fields
 from vqad.nn.model import AnomalyModel, Configured, Term
-from vqad.nn.terms import Judged, TermScorer
+from vqad.nn.terms import SEEN, Judged, TermScorer
 from vqad.routing import CategoryRouter, describe
 from vqad.source import MapSource
 from vqad.store import FeatureStore
+from vqad.tiling import Box, Stitched, Tiling
 
 # What the score of an image that is too far from its category grows by for every further limit of distance.
 FAR_WEIGHT = 10.0
@@ -121,14 +122,17 @@ class Scorer(nn.Module):
         self.strides = None if strides is None else tuple(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> Verdict:
-        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k)."""
+        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k).
+
+        Here and below a first map more than `Scaling` knows says which share of each cell is looked at, (N, 1, h, w).
+        """
         category, excess = self.route(maps)
         judged = self.judge(maps, category)
         return Verdict(category, excess, judged.score + FAR_WEIGHT * excess, judged.map)
 
     def route(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Category of each image, and by how many limits it is too far from it."""
-        category, distance = self.router(describe(maps))
+        category, distance = self.router(describe(self._parts(maps)[1]))
         return category, self.router.excess(category, distance)
 
     def judge(self, maps: Sequence[Tensor], category: Tensor) -> Judged:
@@ -138,20 +142,28 @@ class Scorer(nn.Module):
 
     def fields(self, maps: Sequence[Tensor], category: Tensor) -> dict[str, Tensor]:
         """What is measured: the model's fields and, if wanted, those of the features themselves."""
+        seen, maps = self._parts(maps)
         maps = [m.float().clamp(-LARGEST, LARGEST) for m in maps]
         scaled = self.scaling(maps)
         fields = self.model.fields(self.model.arrange(scaled), category, self.gaussian)
         if self.gaussian:
             fields = {**feature_fields(scaled if self.own_units else maps, self.strides), **fields}
-        return fields
+        return fields if seen is None else {**fields, SEEN: seen[:, 0]}
 
     def model_input(self, maps: Sequence[Tensor]) -> Any:
         """The maps as the model takes them."""
+        _, maps = self._parts(maps)
         return self.model.arrange(self.scaling([m.float().clamp(-LARGEST, LARGEST) for m in maps]))
+
+    def _parts(self, maps: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """What of the cells is looked at, if that is there, and the maps of the backbone."""
+        n = len(self.scaling.channels)
+        return (maps[0] if len(maps) > n else None), maps[len(maps) - n :]
 
     def new_terms(self, shapes: dict[str, tuple[int, int, int]], n_categories: int) -> TermScorer:
         """What will measure fields of these shapes: length of the vectors, 0 of numbers, rows and columns."""
         terms, map_peak = self.model.terms(self.gaussian)
+        shapes = {name: shape for name, shape in shapes.items() if name != SEEN}
         own = FEATURE_TERMS if self.gaussian else ()
         return TermScorer([*own, *terms], shapes, n_categories, map_peak)
 
@@ -203,8 +215,7 @@ def codes(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Ten
 def everything(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
     """Codes, and all that is made on the way to map and score."""
     judged = scorer.judge(maps, category)
-    contributions = cast(TermScorer, scorer.terms).contributions(judged.standard)
-    named = {"term": judged.terms, "standard": judged.standard, "contribution": contributions}
+    named = {"term": judged.terms, "standard": judged.standard, "contribution": judged.contributions}
     flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
     return {**codes(scorer, maps, category), **flat, "map": judged.map, "score": judged.score}
 
@@ -220,23 +231,63 @@ class Judgement(NamedTuple):
     score : ndarray of shape (n,)
         Higher is more anomalous; standardised per category.
     category : ndarray of shape (n,), int64
-    maps : ndarray of shape (n, h, w), float32
-        Standardised, on the grid of the features.
+    maps : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
+        Standardised, on the grid of the features; a list of images in tiles whose maps differ in size.
     """
 
     score: np.ndarray
     category: np.ndarray
-    maps: np.ndarray
+    maps: np.ndarray | list[np.ndarray]
 
 
 def judge_images(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
     """One pass over the images ``rows``, chunk by chunk."""
+    if source.tiling is not None:
+        return _judge_in_tiles(scorer, source, rows, keep_maps)
 
     def judge(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         judged = judged_chunks(scorer, source, part, score_and_map)
         return [(s, c, found["map"] if keep_maps else found["map"][:0].copy()) for _, c, _, s, found in judged]
 
     return Judgement(*(np.concatenate(column) for column in zip(*source.side_by_side(judge, rows))))
+
+
+def _judge_in_tiles(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool) -> Judgement:
+    ready = cast(Scorer, source.engine.ready(scorer))
+
+    def judge(part: np.ndarray) -> list[tuple[float, int, np.ndarray]]:
+        judged = []
+        for chunk, category, excess, _ in routed_chunks(scorer, source, part):
+            for i, c, far in zip(chunk.tolist(), category.tolist(), excess.tolist()):
+                score, heat = scan(ready, source, i, c)
+                judged.append((score + FAR_WEIGHT * far, c, heat if keep_maps else heat[:0]))
+        return judged
+
+    score, category, maps = zip(*source.side_by_side(judge, rows))
+    same = len({m.shape for m in maps}) == 1
+    return Judgement(np.array(score), np.array(category), np.stack(maps) if same else list(maps))
+
+
+def scan(ready: Scorer, source: MapSource, i: int, category: int) -> tuple[float, np.ndarray]:
+    """The highest score of the tiles of image ``i``, judged as a category, and its map on their grid.
+
+    Tiles are read, judged and forgotten chunk by chunk.
+    """
+    boxes = source.boxes(i)
+    score, whole = -math.inf, Stitched(source.data.size(i), boxes, cast(Tiling, source.tiling))
+    for part, found in tile_chunks(ready, source, i, boxes, category, score_and_map):
+        score = max(score, float(found["score"].max()))
+        for tile, heat in zip(part.tolist(), found["map"]):
+            whole.add(tile, heat)
+    return score, whole.map()
+
+
+def tile_chunks(
+    ready: Scorer, source: MapSource, i: int, boxes: list[Box], category: int, compute: Compute
+) -> Iterator[tuple[np.ndarray, Found]]:
+    """Of each chunk of the tiles of image ``i`` their numbers, and what ``compute`` gives of them."""
+    for part, maps in source.tile_chunks(i, boxes):
+        yield part, by_category(ready, maps, np.full(len(part), category), source.engine, compute)
 
 
 def judged_chunks(
@@ -294,9 +345,9 @@ def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine
 
     def some(part: Tensor, size: int) -> dict[str, Tensor]:
         rows = part.to(maps[0].device)
-        chunk = [pad_chunk(m[rows], size).to(engine.device).float() for m in maps]
+        chunk = [pad_chunk(m[rows], size, engine.device).to(engine.device).float() for m in maps]
         chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
-        number = torch.full((size,), int(category[part[0]]))  # on the host, where it is read
+        number = torch.full((len(chunk[0]),), int(category[part[0]]))  # on the host, where it is read
         with torch.inference_mode(), engine.autocast():
             return compute(scorer, chunk, number)
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vqad import collective
+from vqad.copies import Watched
 from vqad.engine import Engine, side_by_side
 from vqad.features import BackboneFeatures, transformer_maps
 from vqad.images import ImageSequence
 from vqad.nn.draws import drawing
 from vqad.routing import describe
 from vqad.store import FeatureArray, FeatureStore
+from vqad.tiling import Box, Tiles, Tiling
 
 
 class MapSource:
@@ -30,6 +33,11 @@ class MapSource:
     engine : Engine
     map_shape : (1, h, w, C), optional
         What a caller's own transformer is to give for every image.
+    ignore : ndarray of shape (h, w), bool, optional
+        What is not to be looked at of any image.
+    tiles : (int, int), optional
+        Size and overlap of tiles, where images are learned and judged by these. Images are then also seen small as a
+        whole, which their categories are told by: that is what `chunks` and `extract` give.
     memory, n_jobs : optional
         As the parameters of these names.
     **override
@@ -43,12 +51,17 @@ class MapSource:
         engine: Engine,
         *,
         map_shape: tuple[int, ...] | None = None,
+        ignore: np.ndarray | None = None,
+        tiles: tuple[int, int] | None = None,
         memory: Any = None,
         n_jobs: int | None = None,
         **override: Any,
     ) -> None:
         self.data, self.features, self.engine = data, features, engine
-        self.map_shape = map_shape
+        self.map_shape, self.ignore = map_shape, ignore
+        if ignore is not None and isinstance(data, ImageSequence):
+            self.data = data.ignoring(ignore)
+        self.tiling = None if tiles is None else Tiling(*tiles)
         self.memory, self.n_jobs, self.override = memory, n_jobs, override
 
     def __len__(self) -> int:
@@ -65,15 +78,56 @@ class MapSource:
         """Whether the last map comes from a smaller view."""
         return isinstance(self.features, BackboneFeatures) and self.features.deep_size_ is not None
 
+    @property
+    def ignores(self) -> bool:
+        """Whether parts of some images are not looked at: then a first map says which share of each cell is."""
+        return isinstance(self.data, ImageSequence) and self.data.ignored is not None
+
+    def mask(self, i: int) -> np.ndarray | None:
+        """What of image ``i`` is not looked at, of its own size; None where nothing is left out."""
+        return self.data.mask(i) if isinstance(self.data, ImageSequence) else None
+
+    def of_backbone(self, maps: Sequence[Any]) -> Sequence[Any]:
+        """Of the maps of a chunk or a store those that the backbone gave."""
+        return maps[int(self.ignores) :]
+
     def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         """Rows and maps (n, C_k, h_k, w_k) of each chunk, on the device."""
+        yield from self._chunks(self.data, rows)
+
+    def boxes(self, i: int) -> list[Box]:
+        """The tiles of image ``i`` in which there is something to look at."""
+        images, mask = cast(ImageSequence, self.data), self.mask(i)
+        boxes = cast(Tiling, self.tiling).boxes(images.size(i))
+        return boxes if mask is None else [b for b in boxes if not mask[b[0] : b[0] + b[2], b[1] : b[1] + b[3]].all()]
+
+    def tile_chunks(self, i: int, boxes: list[Box]) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        """Of tiles of image ``i`` numbers and maps of each chunk, on the device."""
+        tiles = Tiles(cast(ImageSequence, self.data), i, boxes)
+        for part, maps in self._chunks(tiles, np.arange(len(boxes))):
+            if self.ignores and tiles.ignored is None:  # of other images
+                shape = (len(part), 1, *maps[0].shape[2:])
+                maps = [torch.ones(shape, device=maps[0].device), *maps]
+            yield part, maps
+
+    def _chunks(
+        self, data: ImageSequence | FeatureArray, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        for part, maps in self._maps(data, rows):
+            if isinstance(data, ImageSequence) and data.ignored is not None:
+                grid = (maps[0].shape[2], maps[0].shape[3])
+                seen = torch.stack([data.seen(i, grid) for i in part.tolist()])
+                maps = [seen.to(maps[0].device), *maps]
+            yield part, maps
+
+    def _maps(self, data: ImageSequence | FeatureArray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
         device, how = self.engine.device, {"memory": self.memory, "n_jobs": self.n_jobs}
-        if isinstance(self.data, FeatureArray):
-            yield from self.data.chunks(rows, device)
+        if isinstance(data, FeatureArray):
+            yield from data.chunks(rows, device)
         elif isinstance(self.features, BackboneFeatures):
-            yield from self.features.iter_maps(self.data, rows, **how, **self.override)
+            yield from self.features.iter_maps(data, rows, **how, **self.override)
         else:
-            for part, maps in transformer_maps(self.features, self.data, rows, device, self.map_shape, **how):
+            for part, maps in transformer_maps(self.features, data, rows, device, self.map_shape, **how):
                 if self.map_shape is None:
                     self.map_shape = (1, *maps[0].shape[2:], maps[0].shape[1])
                 yield part, maps
@@ -91,6 +145,11 @@ class MapSource:
         own = self.features is not None and not isinstance(self.features, BackboneFeatures)
         return drawing() if own else nullcontext()
 
+    def watch(self) -> None:
+        """Keep small pictures of images as they are read, by which copies are known."""
+        if isinstance(self.data, ImageSequence) and not isinstance(self.data, Watched):
+            self.data = Watched(self.data)
+
     def extract(self, rows: np.ndarray, verbose: int = 0) -> tuple[FeatureStore, np.ndarray]:
         """Features and descriptors of the images ``rows``: each image passes the backbone once.
 
@@ -105,19 +164,22 @@ class MapSource:
         whole = np.empty((len(rows), *descriptor.shape[1:]), descriptor.dtype)
         for rank, part in enumerate(collective.of_all(descriptor)):
             whole[rank :: crew.size] = part
+        if isinstance(self.data, Watched):
+            self.data.join(collective.of_all(self.data.pictures))
         self.map_shape = collective.agreed(self.map_shape)
         return collective.SharedStore(own, len(rows), crew), whole
 
     def _extract(self, rows: np.ndarray, verbose: int) -> tuple[FeatureStore, np.ndarray]:
         # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
         store = FeatureStore(len(rows))
+        self.watch()
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not verbose)
 
         def keep(places: np.ndarray) -> list[np.ndarray]:
             descriptor, done = [], 0
             for part, maps in self.chunks(rows[places]):
                 store.write(places[done : done + len(part)], maps)
-                descriptor.append(describe(maps).cpu().numpy())
+                descriptor.append(describe(self.of_backbone(maps)).cpu().numpy())
                 done += len(part)
                 bar.update(len(part))
             return descriptor

@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 from vqad import collective
 from vqad._warn import warn
-from vqad.batches import ScaledFeatures
-from vqad.checkpoint import Checkpoint
-from vqad.collective import SharedCheckpoint
+from vqad.collective import AnyCheckpoint
+from vqad.engine import ahead, lent, on_device
 from vqad.nn.draws import drawing, random_state, set_random_state
 from vqad.nn.quantize import VectorQuantizer
-from vqad.nn.ranks import is_shared, summed
+from vqad.nn.ranks import summed
 
 logger = logging.getLogger("vqad")
 
@@ -29,7 +28,6 @@ REVIVE_EVERY = 16
 """Steps between two looks for codes that are not used."""
 
 Features = Tensor | Sequence[Tensor]
-AnyCheckpoint = Checkpoint | SharedCheckpoint
 
 
 class Trainable(Protocol):
@@ -45,7 +43,10 @@ class FeatureSource(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int] | Tensor) -> Features:
-        """Features of some images, float, on the CPU."""
+        """Features of some images, float, on the host or already on the device."""
+
+    def own_batch(self, indices: Sequence[int] | Tensor) -> Features:
+        """The same of images that this process has, where several learn together."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Trainer:
             In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
-        with _moved(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
+        with lent(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -231,11 +232,14 @@ class Trainer:
             with drawing():
                 run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
-        for indices in self._batches(order[run.n_done :]):
+        parts = self._batches(order[run.n_done :])
+        own = [self._own(indices) for indices in parts]
+        for indices, mine, features in zip(parts, own, ahead(self._read, own, self.device)):
             run.optimizer.zero_grad(set_to_none=True)
             with nullcontext() if getattr(self.model, "draws_apart", False) else drawing():
-                run.total += summed(self._backward(indices)) * len(indices)
-            _sum_gradients(self.model)
+                loss = self._backward(features, self.category[mine], len(indices))
+            run.total += summed(loss) * len(indices)
+            collective.sum_gradients(self.model)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
             run.optimizer.step()
             run.schedule.step()
@@ -258,19 +262,28 @@ class Trainer:
         crew = collective.crew()
         return indices if crew is None else crew.own(indices)
 
+    def _read(self, indices: Tensor) -> Features:
+        """Features of images that this process has."""
+        return self.source.batch(indices) if collective.crew() is None else self.source.own_batch(indices)
+
     def _set_training_mode(self) -> None:
         self.model.eval()
         for part in self.parts:
             part.train()
 
-    def _backward(self, indices: Tensor) -> Tensor:
-        """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
+    def _backward(self, features: Features, category: Tensor, n: int) -> Tensor:
+        """Add the gradient of the mean loss of ``n`` images, of which this process has these; gives their part of it.
+
+        They go in parts where the device's memory does not hold them at once.
+        """
         while True:
             before = self._running_statistics()
             try:
                 total = torch.zeros((), device=self.device)
-                for part in torch.split(self._own(indices), self.batch_size):
-                    loss = self._loss(part) * (len(part) / len(indices))
+                for start in range(0, len(category), self.batch_size):
+                    part = slice(start, start + self.batch_size)
+                    loss = self._loss(_images(features, part), category[part])
+                    loss = loss * (len(category[part]) / n)
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
                 fits = True
@@ -278,7 +291,7 @@ class Trainer:
                 if self.batch_size == 1:
                     raise
                 fits = False
-            if not self._any_ran_out(fits):
+            if self._do_all(fits):
                 return total
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
@@ -294,11 +307,11 @@ class Trainer:
         norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [(b, b.clone()) for norm in norms for b in norm.buffers()]
 
-    def _any_ran_out(self, fits: bool) -> bool:
-        """Whether this process, or another that learns with it, had too little memory."""
-        if not self._may_run_out() or collective.crew() is None:
-            return not fits
-        return bool(summed(torch.tensor([0.0 if fits else 1.0])).item())
+    def _do_all(self, fits: bool) -> bool:
+        """Whether this process, and all that learn with it, had enough memory."""
+        if collective.crew() is None or not self._may_run_out():
+            return fits
+        return not summed(torch.tensor([float(not fits)])).item()
 
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
@@ -307,12 +320,9 @@ class Trainer:
         self.batch_size = max(1, self.batch_size // 2)
         warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
 
-    def _loss(self, indices: Tensor) -> Tensor:
-        alone = collective.crew() is None
-        batch = self.source.batch(indices) if alone else cast(ScaledFeatures, self.source).own_batch(indices)
-        on_device = [f.to(self.device, non_blocking=True) for f in ([batch] if isinstance(batch, Tensor) else batch)]
-        features = on_device[0] if isinstance(batch, Tensor) else on_device
-        category = self.category[indices]  # which is read on the host
+    def _loss(self, features: Features, category: Tensor) -> Tensor:
+        """Loss of a batch; the category stays on the host, where it is read."""
+        features = on_device(features, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = cast(Trainable, self.model).loss(features, category)
         return loss
@@ -324,7 +334,7 @@ class Trainer:
         try:
             total, own = torch.zeros((), dtype=torch.float64), self._own(indices)
             for part in torch.split(own, self.batch_size) if len(own) else ():
-                total += float(self._loss(part)) * len(part)
+                total += float(self._loss(self._read(part), self.category[part])) * len(part)
             return float(summed(total)) / len(indices)
         except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
@@ -362,18 +372,6 @@ def one_pass(category: Tensor, balance: float) -> Tensor:
     return torch.cat(drawn)[torch.randperm(n)]
 
 
-def _sum_gradients(model: nn.Module) -> None:
-    """Give each parameter the gradient of all processes; none where no image of the batch had to do with it."""
-    if not is_shared():
-        return
-    learning = [p for p in model.parameters() if p.requires_grad]
-    has = summed(torch.tensor([float(p.grad is not None) for p in learning]))
-    learning = [p for p, n in zip(learning, has.tolist()) if n]
-    total = summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]))
-    for p, grad in zip(learning, torch.split(total, [p.numel() for p in learning])):
-        p.grad = grad.view_as(p)
-
-
 def codebooks(model: nn.Module) -> list[VectorQuantizer]:
     """All codebooks of a model."""
     return [m for m in model.modules() if isinstance(m, VectorQuantizer)]
@@ -385,14 +383,8 @@ def codebook_perplexity(model: nn.Module) -> float:
     return float(torch.cat(books).mean()) if books else float("nan")
 
 
-@contextmanager
-def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A model that rests on the CPU, on the device while it learns."""
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to("cpu")
+def _images(features: Features, part: slice) -> Features:
+    return features[part] if isinstance(features, Tensor) else [f[part] for f in features]
 
 
 @contextmanager

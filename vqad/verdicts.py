@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,10 @@ class Verdicts:
         +1 normal, -1 anomaly.
     category : ndarray of shape (n,)
         The category that each image was judged as.
-    grids : ndarray of shape (n, h, w), float32
-        Anomaly maps on the grid of the features.
+    grids : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
+        Anomaly maps on the grid of the features; a list of images in tiles that differ in size.
+    hidden : callable or None
+        From the number of an image and a size to its mask of what is ignored, or None where nothing is.
     """
 
     score: NDArray[Any]
@@ -40,17 +43,18 @@ class Verdicts:
     p_value: NDArray[Any]
     label: NDArray[Any]
     category: NDArray[Any]
-    grids: NDArray[np.float32]
+    grids: NDArray[np.float32] | list[NDArray[np.float32]]
+    hidden: Callable[[int, tuple[int, int]], NDArray[np.bool_] | None] | None = None
 
     def __len__(self) -> int:
         return len(self.score)
 
     def anomaly_map(self, i: int, size: tuple[int, int]) -> NDArray[np.float32]:
         """Anomaly map of image `i` at `size` (height, width); higher is more anomalous."""
-        return resize_map(self.grids[i], size)
+        return resize_map(self.grids[i], size, None if self.hidden is None else self.hidden(i, size))
 
 
-def verdicts_of(fitted: Fitted, judged: Judgement) -> Verdicts:
+def verdicts_of(fitted: Fitted, judged: Judgement, hidden: Any = None) -> Verdicts:
     """What thresholds and p-values make of scores and categories."""
     threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(judged.category)), judged.score.shape)
     return Verdicts(
@@ -60,15 +64,16 @@ def verdicts_of(fitted: Fitted, judged: Judgement) -> Verdicts:
         label=np.where(threshold - judged.score >= 0, 1, -1),
         category=fitted.categories[judged.category],
         grids=judged.maps,
+        hidden=hidden,
     )
 
 
-def resize_map(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at the image's own size."""
-    if grid_map.shape == tuple(size):
-        return grid_map
-    tensor = torch.from_numpy(grid_map)[None, None]
-    return F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
+def resize_map(grid_map: np.ndarray, size: tuple[int, int], hidden: np.ndarray | None = None) -> np.ndarray:
+    """A map (h, w) at the image's own size, 0 where it is hidden."""
+    if grid_map.shape != tuple(size):
+        tensor = torch.from_numpy(grid_map)[None, None]
+        grid_map = F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
+    return grid_map if hidden is None else np.where(hidden, np.float32(0), grid_map)
 
 
 def sequence_of(detector: Any, images: Any) -> ImageSequence:

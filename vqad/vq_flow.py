@@ -38,6 +38,8 @@ class VQFlowDetector(BaseImageDetector):
         stages are its blocks, the last block of each quarter.
     %(image_size)s
     %(image_shape)s
+    %(ignore)s
+    %(tiles)s
     standardize : bool, default=True
         Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
         system does not.
@@ -149,6 +151,8 @@ class VQFlowDetector(BaseImageDetector):
         stages=None,
         image_size=288,
         image_shape=None,
+        ignore=None,
+        tiles=None,
         standardize=True,
         gaussian=True,
         n_concepts=32,
@@ -183,13 +187,14 @@ class VQFlowDetector(BaseImageDetector):
         verbose=0,
     ):
         super().__init__(
-            backbone=backbone, weights=weights, image_size=image_size, image_shape=image_shape, standardize=standardize,
-            gaussian=gaussian, max_iter=max_iter, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule,
-            weight_decay=weight_decay, category_balance=category_balance, early_stopping=early_stopping,
-            validation_fraction=validation_fraction, n_iter_no_change=n_iter_no_change, tol=tol, warm_start=warm_start,
-            checkpoint_dir=checkpoint_dir, contamination=contamination, false_alarm_rate=false_alarm_rate,
-            calibration_fraction=calibration_fraction, threshold=threshold, device=device, precision=precision,
-            n_jobs=n_jobs, memory=memory, random_state=random_state, verbose=verbose,
+            backbone=backbone, weights=weights, image_size=image_size, image_shape=image_shape, ignore=ignore,
+            tiles=tiles, standardize=standardize, gaussian=gaussian, max_iter=max_iter, batch_size=batch_size,
+            learning_rate=learning_rate, schedule=schedule, weight_decay=weight_decay,
+            category_balance=category_balance, early_stopping=early_stopping, validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change, tol=tol, warm_start=warm_start, checkpoint_dir=checkpoint_dir,
+            contamination=contamination, false_alarm_rate=false_alarm_rate, calibration_fraction=calibration_fraction,
+            threshold=threshold, device=device, precision=precision, n_jobs=n_jobs, memory=memory,
+            random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.stages = stages
         self.n_concepts = n_concepts

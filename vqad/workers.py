@@ -11,7 +11,7 @@ import pickle
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import closing
 from itertools import chain, islice
@@ -116,12 +116,22 @@ def judge_anywhere(
     if not jobs or not is_sent:
         return judge_images(scorer, source, rows, keep_maps)
     size = min(MOST_IMAGES, max(LEAST_IMAGES, math.ceil(len(rows) / (4 * jobs))))
-    parts = (data.part(rows[start : start + size]) for start in range(0, len(rows), size))
+    # What the model ignores of all images goes with the model.
+    own = source.ignore is None or not np.array_equal(data.ignored.one, source.ignore)
+    parts = (data.part(rows[start : start + size], own) for start in range(0, len(rows), size))
     work = JudgeTask(scorer, source, keep_maps, where)
     # Closed whatever happens: joblib's workers take nothing else before.
     with closing(map_in_order(work, parts, source.n_jobs)) as done:
         judged = [value for value, _ in results(done, data)]
-    return Judgement(*(np.concatenate(column) for column in zip(*judged)))
+    score, category, maps = zip(*judged)
+    return Judgement(np.concatenate(score), np.concatenate(category), _joined(maps))
+
+
+def _joined(maps: Sequence[Any]) -> Any:
+    """Maps of several parts as of one: an array where all are of one size, else a list."""
+    if all(isinstance(each, np.ndarray) for each in maps) and len({each.shape[1:] for each in maps}) == 1:
+        return np.concatenate(maps)
+    return [heat for each in maps for heat in each]
 
 
 def results(done: Iterable[Done], news: ImageSequence | None = None) -> Iterator[tuple[Any, Done]]:
@@ -223,8 +233,10 @@ class JudgeTask:
     ) -> None:
         self.keep_maps, self.where, self.skips = keep_maps, where, skips
         self.map_shape, self.memory, self.of_timm = source.map_shape, source.memory, bool(source.override)
-        self.n_jobs = source.n_jobs
-        self.model: Any = scorer, source.features
+        self.n_jobs, self.tiles = source.n_jobs, None
+        if source.tiling is not None:
+            self.tiles = source.tiling.size, source.tiling.overlap
+        self.model: Any = scorer, source.features, source.ignore
         self.digest = ""
 
     def sent_by(self, backend: Any) -> tuple[JudgeTask, Any]:
@@ -244,8 +256,9 @@ class JudgeTask:
         engine = Engine.pick(*self.where)
         override = {"device": engine.device, "precision": self.where[1]} if self.of_timm else {}
         source = MapSource(
-            images, model[1], engine, map_shape=self.map_shape, memory=self.memory, n_jobs=self.n_jobs, **override
-        )
+            images, model[1], engine, map_shape=self.map_shape, ignore=model[2], tiles=self.tiles, memory=self.memory,
+            n_jobs=self.n_jobs, **override,
+        )  # fmt: skip
         if self.skips:
             return judge_readable(model[0], source, self.keep_maps)
         return judge_images(model[0], source, np.arange(len(images)), self.keep_maps)
@@ -290,13 +303,17 @@ def _unreadable(images: Any, i: int) -> str | None:
     return None
 
 
-def _packed(scorer: Scorer, features: Any) -> tuple[str, np.ndarray]:
+def _packed(scorer: Scorer, features: Any, ignore: np.ndarray | None = None) -> tuple[str, np.ndarray]:
     """Digest and bytes of a model, made once in its life."""
     found = _PACKED.get(scorer)
-    if found is None or found[0] is not features:
+    if found is None or found[0][0] is not features or found[0][1] is not ignore:
         # By value where a class of the caller's own is of a script or notebook, which workers do not have.
-        content = pickle.dumps(joblib.wrap_non_picklable_objects((scorer, features), keep_wrapper=False))
-        _PACKED[scorer] = found = features, hashlib.sha256(content).hexdigest(), np.frombuffer(content, np.uint8)
+        content = pickle.dumps(joblib.wrap_non_picklable_objects((scorer, features, ignore), keep_wrapper=False))
+        _PACKED[scorer] = found = (
+            (features, ignore),
+            hashlib.sha256(content).hexdigest(),
+            np.frombuffer(content, np.uint8),
+        )
     return found[1:]
 
 

@@ -6,9 +6,10 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from vqad.cli._arguments import parser
-from vqad.cli._messages import BROKEN_PIPE, INTERRUPTED, USER_ERROR, complain, one_line, one_line_warnings
+from vqad.cli._messages import BROKEN_PIPE, INTERRUPTED, NO_ROOM, USER_ERROR, complain, one_line, one_line_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names of files may have what it cannot say
             stream.reconfigure(errors="backslashreplace")
     try:
-        with one_line_warnings():
+        with one_line_warnings(), ExitStack() as stack:
             from vqad.cli import _commands  # brings torch, which takes seconds
+            from vqad.cli._files import of_any_size
 
+            if getattr(arguments, "any_size", False):
+                stack.enter_context(of_any_size())
             code: int = getattr(_commands, arguments.command)(arguments)
             sys.stdout.flush()
             return code
@@ -44,11 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (vqad score ... | head). Nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away (vqad score ... | head).
+        _forget_output()
         return BROKEN_PIPE
     except (ValueError, TypeError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
         complain(f"error: {one_line(error)}")
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.strerror:
+            _forget_output()  # that it is what there is no room for, see `one_line`
         return USER_ERROR
+
+
+def _forget_output() -> None:
+    """Let nothing be flushed at exit to where our output goes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -50,8 +50,24 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vqad {vqad.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_fit, _add_score, _add_evaluate, _add_report, _add_export, _add_recalibrate):
+    for add in (
+        _add_demo,
+        _add_fit,
+        _add_score,
+        _add_evaluate,
+        _add_compare,
+        _add_report,
+        _add_export,
+        _add_recalibrate,
+    ):
         command = add(commands)
+        if add is not _add_demo:
+            command.add_argument(
+                "--any-size",
+                action="store_true",
+                help="read images of any number of pixels: Pillow refuses 179 million and more, as a small file may "
+                "be made to fill all memory; only for files that you trust",
+            )
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser
 
@@ -102,6 +118,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         "  vqad fit mvtec/ -o model.safetensors --max-iter 40 --false-alarm-rate 0.005\n"
         "  vqad fit good-parts/ -o small.safetensors --image-size 160 --set d_model=64\n"
         "  vqad fit good-parts/ -o flow.safetensors --detector vq-flow\n"
+        "  vqad fit good-parts/ -o model.safetensors --ignore time-stamp.png    # a mask: white where not to look\n"
         "  vqad fit good-parts/ -o model.safetensors --groups 'piece[0-9]+'    # piece07_left.png, piece07_right.png",
     )
     command.add_argument("directory", type=_name, metavar="DIR", help="folder of normal images")
@@ -129,6 +146,7 @@ def _add_fit(commands: Any) -> argparse.ArgumentParser:
         help="images in whose paths it finds the same, in its parentheses if it has some, belong together, such as "
         "pictures of one piece: thresholds are then for new pieces",
     )
+    _add_ignore(command, "a file: one for all images, which the model keeps; ")
     command.add_argument("--detector", choices=registry.names(), default="hvq-trans", help="hvq-trans by default")
     command.add_argument("--max-iter", type=int, metavar="N", help="passes over the images")
     command.add_argument("--image-size", type=_size, metavar="N or HxW", help="pixels that the backbone sees")
@@ -169,6 +187,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         metavar="FILE",
         help="also the images that a file names, one a line, however many; - reads standard input",
     )
+    _add_ignore(command, "a file: one for all images, beside what the model ignores; ")
     command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file, row by row")
     command.add_argument(
         "--resume", action="store_true", help="keep the rows that the CSV file has, and score only what it lacks"
@@ -208,6 +227,7 @@ def _add_recalibrate(commands: Any) -> argparse.ArgumentParser:
     )
     _add_model(command)
     command.add_argument("directory", type=_name, nargs="?", metavar="DIR", help="folder of new normal images")
+    _add_ignore(command, "a file: one for all images, beside what the model ignores; ")
     command.add_argument(
         "-o", "--output", type=_file, required=True, metavar="MODEL", help="file to write the model to"
     )
@@ -235,6 +255,30 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "--fpr-limit", type=float, default=0.3, metavar="X", help="where AUPRO stops (default: %(default)s)"
     )
     _add_device(command)
+    return command
+
+
+def _add_compare(commands: Any) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "compare",
+        "say which of two models finds more on test images whose labels are known",
+        "Image AUROC, and the share of the anomalies that are found where each model calls as many normal images\n"
+        "anomalous; of both the difference, b less a, with an interval that other test images leave but one time in\n"
+        "twenty (paired bootstrap). It says nothing of another training of either.\n"
+        "example:\n  vqad compare old.safetensors new.safetensors mvtec/",
+    )
+    for name in ("a", "b"):
+        command.add_argument(name, type=_name, metavar=name.upper(), help="file that vqad fit wrote")
+    command.add_argument("directory", type=_name, metavar="ROOT", help="folder as of vqad evaluate")
+    command.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        metavar="RATE",
+        help="share of the normal images over the threshold of each (default: %(default)s)",
+    )
+    _add_running(command)
     return command
 
 
@@ -279,6 +323,16 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=_name, metavar="MODEL", help="file that vqad fit wrote")
+
+
+def _add_ignore(command: argparse.ArgumentParser, of_a_file: str) -> None:
+    command.add_argument(
+        "--ignore",
+        type=_name,
+        metavar="FILE|DIR",
+        help="mask of where not to look, black elsewhere; "
+        f"{of_a_file}a folder: one for each image, of the same name, or of that and _mask",
+    )
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 import vqad
+from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.cli._files import (
     files,
     groups_of,
+    ignored,
     known_images,
+    masks_in,
     spare,
     training_images,
     writable,
@@ -32,6 +35,7 @@ from vqad.datasets import load_mvtec
 from vqad.datasets._layouts import loader_of
 from vqad.demo import FULL, QUICK, run_demo
 from vqad.images import check_images
+from vqad.metrics import compare as compare_scores
 from vqad.metrics import evaluate as measure
 from vqad.persistence import replaceable
 from vqad.registry import detector_class
@@ -58,7 +62,8 @@ def _fit(arguments: argparse.Namespace, saves: bool = True) -> int:
     names, counts = np.unique(images.category, return_counts=True)
     target = writable(arguments.output)
     replaceable(target)
-    spare(files(images), [target])
+    mask = ignored(arguments.ignore, images.paths)
+    spare([*files(images), *masks_in(mask)], [target])
     by_folder = len(names) > 1 if arguments.by_folder is None else arguments.by_folder
     groups = None
     if arguments.groups is not None:
@@ -66,12 +71,15 @@ def _fit(arguments: argparse.Namespace, saves: bool = True) -> int:
         if by_folder:  # the first piece of one category is not that of another
             groups = list(zip(images.category, groups))
     detector = _detector(arguments)
+    if isinstance(mask, str):
+        detector.set_params(ignore=mask)
+    data = check_images(images).ignoring(mask) if isinstance(mask, list) else images
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
     origin = "from the folders" if by_folder else "to be found"
     of = "" if groups is None else f" in groups: {len(set(groups))}"
     print(f"{len(images)} normal images{of} ({listed}); categories {origin}")
     started = time.monotonic()
-    detector.fit(images, category=images.category if by_folder else None, groups=groups)
+    detector.fit(data, category=images.category if by_folder else None, groups=groups)
     if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
         detector.rename_categories(names)
     if saves:
@@ -91,11 +99,13 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     target = writable(arguments.output)
     replaceable(target)
     images = None if arguments.directory is None else training_images(arguments.directory)
-    spare([arguments.model, *([] if images is None else files(images))], [target])
+    mask = None if images is None else ignored(arguments.ignore, images.paths)
+    spare([arguments.model, *files(images), *masks_in(mask)], [target])
     detector = loaded(arguments)
     named = images is not None and set(images.category) <= set(detector.categories_.astype(str))
     category = images.category if named and detector.categories_.dtype.kind == "U" else None
-    detector.recalibrate(images, category=category, false_alarm_rate=rate)
+    data = images if images is None or mask is None else check_images(images).ignoring(mask)
+    detector.recalibrate(data, category=category, false_alarm_rate=rate)
     vqad.save(detector, target)
     seen = "the images held out at fit" if images is None else f"{len(images)} normal images"
     print(f"threshold {thresholds_of(detector)} from {seen}, for a false-alarm rate of {detector.false_alarm_rate:g}")
@@ -125,7 +135,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
         right = (verdicts.category.astype(str) == images.category).mean()
         print(f"category inferred right: {right:.1%}")
     if target is not None:
-        target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with writing(target):
+            target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return OK
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    images = (loader_of(Path(arguments.directory)) or load_mvtec)(arguments.directory, split="test")
+    scores = []
+    for path in (arguments.a, arguments.b):
+        detector = vqad.load(path).set_params(device=arguments.device)
+        scores.append(-detector.score_samples(images))
+    rate, seed = arguments.false_alarm_rate, arguments.seed
+    found = compare_scores(images.target, *scores, category=images.category, false_alarm_rate=rate, random_state=seed)
+    print(f"a: {arguments.a}\nb: {arguments.b}\n{found}")
     return OK
 
 
@@ -167,7 +190,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    with writing(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
     result = run_demo(
         QUICK if arguments.quick else FULL,
         random_state=arguments.seed,
@@ -201,6 +225,9 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
     detector = detector_class(arguments.detector)(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
     detector.set_params(**given, **more)
     return detector
+
+
+# ---- maps and masks ------------------------------------------------------------------------------
 
 
 class _Lazy:

@@ -9,15 +9,28 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vqad._writing import writing
 from vqad.datasets import ImageDataset, load_folder
+from vqad.datasets._files import existing_folder, image_files
 from vqad.datasets._layouts import images_but_masks, loader_of
+from vqad.datasets.labelled import masks_of
+
+
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """Lift Pillow's limit of pixels, which is one for the whole process."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def training_images(folder: str) -> ImageDataset:
@@ -35,6 +48,24 @@ def groups_of(paths: list[str], folder: str, pattern: re.Pattern[str]) -> list[s
             raise ValueError(f"--groups {pattern.pattern!r} finds nothing in {path!r}: each image needs a group.")
         groups.append("\0".join(parts))
     return groups
+
+
+def ignored(given: str | None, paths: Sequence[str]) -> Any:
+    """What `--ignore` gives for images: one mask for all, a file; or one each, of which the folder may lack some."""
+    if given is None or not os.path.isdir(given):
+        return given
+    masks = image_files(existing_folder(given), recursive=True)
+    found = masks_of([Path(path) for path in paths], masks, [])
+    if several := [path for path, mask in zip(paths, found) if isinstance(mask, tuple)]:
+        raise ValueError(f"--ignore {given!r} has several masks of {several[0]!r}: one is expected.")
+    if not any(found):
+        raise ValueError(f"--ignore {given!r} has no mask of any of the images: masks have the names of their images.")
+    return found
+
+
+def masks_in(given: Any) -> list[Any]:
+    """Files of what `ignored` gives."""
+    return [] if given is None else [given] if isinstance(given, str) else [path for path in given if path is not None]
 
 
 def known_images(folder: str) -> tuple[ImageDataset, bool]:
@@ -79,8 +110,9 @@ def _free(path: Path, taken: set[Path]) -> Path:
 
 
 def write_image(path: Path, pixels: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
 
 
 class Listed:
@@ -108,14 +140,14 @@ class Listed:
         with open(self._path, encoding="utf-8", errors="surrogateescape") as file:
             yield from (path for line in file if (path := line.rstrip("\n")))
 
-    def with_outputs(self, wanted: bool) -> Iterator[tuple[str, Path | None]]:
-        """Each path, and where under a folder of maps its map belongs if maps are wanted."""
+    def with_outputs(self, wanted: bool) -> Iterator[tuple[str, Path | None, None]]:
+        """Each path, where under a folder of maps its map belongs if maps are wanted, and no mask."""
         taken: set[Path] = set()
         for path in self.paths():
             output = _free(Path(os.path.basename(path)), taken) if wanted else None
             if output is not None:
                 taken.add(output)
-            yield path, output
+            yield path, output, None
 
 
 CSV_COLUMNS = ["path", "category", "anomaly_score", "threshold", "p_value", "label"]
@@ -167,13 +199,16 @@ def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefor
     target = writable(path)
     before = RowsBefore(target if resume and target.is_file() else None)
     is_kept = before._path is not None
-    with open(target, "r+" if is_kept else "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    mode = "r+" if is_kept else "w"
+    file = open(target, mode, newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    try:
 
         def write(rows: list[list[Any]]) -> None:
             text = io.StringIO(newline="")
             csv.writer(text).writerows(rows)
-            file.write(text.getvalue())
-            file.flush()  # a kill then loses nothing of it
+            with writing(path):
+                file.write(text.getvalue())
+                file.flush()  # a kill then loses nothing of it
 
         def begin(rows: list[list[Any]]) -> None:
             nonlocal ready
@@ -190,6 +225,9 @@ def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefor
         if not is_kept:
             begin([])
         yield before, begin
+    finally:
+        with writing(path):
+            file.close()
 
 
 def check_folder_of_maps(folder: Path, arguments: list[str]) -> None:
@@ -212,7 +250,8 @@ def writable(path: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
         return path
     parent = Path(os.path.realpath(path)).parent
-    parent.mkdir(parents=True, exist_ok=True)
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"nothing may be written to the folder {str(parent)!r}.")
     return path

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Of a disk that is full, of one's share of it, and of files that are longer than they may be.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 
 
@@ -36,5 +39,7 @@ def complain(text: str) -> None:
 
 def one_line(message: object) -> str:
     if isinstance(message, OSError) and message.strerror:
+        if not message.filename and message.errno in NO_ROOM:  # files that we write are named: this is none of them
+            return f"what is printed could not be written: {message.strerror}"
         return f"{message.strerror}: {message.filename!r}" if message.filename else message.strerror
     return " ".join(str(message).split()) or type(message).__name__

@@ -17,10 +17,22 @@ import joblib
 import numpy as np
 
 from vqad._decode import not_there
+from vqad._ignore import Ignored, as_mask
+from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.calibration import drift_p_value
 from vqad.cli._arguments import DRAWN_SIDE
-from vqad.cli._files import Listed, check_folder_of_maps, csv_rows, images_to_score, spare, writable, write_image
+from vqad.cli._files import (
+    Listed,
+    check_folder_of_maps,
+    csv_rows,
+    ignored,
+    images_to_score,
+    masks_in,
+    spare,
+    writable,
+    write_image,
+)
 from vqad.cli._messages import OK, USER_ERROR, complain, one_line, printable
 from vqad.cli._models import loaded, thresholds_of
 from vqad.images import ImageSequence, check_images
@@ -34,16 +46,27 @@ ROWS_AT_ONCE = 32
 DRIFT_ROWS = 100_000
 
 
+Pair = tuple[str, Path | None, str | None]
+"""An image, its heatmap under a folder of maps, and the mask of what is not looked at of it."""
+
+
 class Part(NamedTuple):
-    """Some images that are scored together: their numbers, names and, under a folder of maps, heatmaps."""
+    """Some images that are scored together: their numbers, names, heatmaps, and what is not looked at of them.
+
+    Heatmaps are under a folder of maps; of what is ignored there is ``one`` mask for all, and one of each image.
+    """
 
     numbers: range
     paths: list[str]
     outputs: list[Path | None]
+    one: np.ndarray | None
+    masks: list[str | None]
 
     def images(self) -> ImageSequence:
         paths = [os.path.abspath(path) for path in self.paths]
-        return ImageSequence(paths, np.arange(len(paths)), None, np.asarray(self.numbers))
+        masks = [None if mask is None else os.path.abspath(mask) for mask in self.masks] if any(self.masks) else None
+        ignored = None if self.one is None and masks is None else Ignored(self.one, masks)
+        return ImageSequence(paths, np.arange(len(paths)), None, ignored, np.asarray(self.numbers))
 
 
 def score(arguments: argparse.Namespace) -> int:
@@ -58,12 +81,14 @@ def score(arguments: argparse.Namespace) -> int:
     with table.opened(resume=arguments.resume), _workers(arguments) as are_elsewhere:
         more = () if listed is None else listed.with_outputs(arguments.maps is not None)
         missing = (pair for pair in chain(named, more) if not table.has(pair[0]))
-        for part, readable in _judged(detector, _parts(missing), arguments, are_elsewhere):
+        one = arguments.ignore
+        one = None if one is None or os.path.isdir(one) else as_mask(one, "--ignore")
+        for part, readable in _judged(detector, _parts(missing, one), arguments, are_elsewhere):
             table.add(part, *readable)
     return table.close(n_broken)
 
 
-def _named(arguments: argparse.Namespace) -> tuple[list[tuple[str, Path]], Listed | None, int]:
+def _named(arguments: argparse.Namespace) -> tuple[list[Pair], Listed | None, int]:
     """Images of the command line and of a list, all of whose outputs have been checked, and how many links are broken.
 
     Before the model is opened, which takes long.
@@ -73,27 +98,34 @@ def _named(arguments: argparse.Namespace) -> tuple[list[tuple[str, Path]], Liste
     broken = {path for path in paths if path not in given and not os.path.isfile(path)}  # links that folders have
     for path in sorted(broken):
         complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
-    pairs = [(path, output) for path, output in zip(paths, outputs) if path not in broken]
+    named = [(path, output) for path, output in zip(paths, outputs) if path not in broken]
+    mask = ignored(arguments.ignore, [path for path, _ in named])
+    masks = mask if isinstance(mask, list) else [None] * len(named)
+    pairs: list[Pair] = [(*pair, own) for pair, own in zip(named, masks)]
     listed = None if arguments.list is None else Listed(arguments.list)
-    drawn = [] if arguments.maps is None else [arguments.maps / output for _, output in pairs]
-    spare([arguments.model, *(path for path, _ in pairs)], [arguments.csv, *drawn])
+    drawn = [] if arguments.maps is None else [arguments.maps / output for _, output in named]
+    spare([arguments.model, *(path for path, _ in named), *masks_in(mask)], [arguments.csv, *drawn])
     if listed is not None:
         spare(listed.paths(), [arguments.csv])
     if arguments.csv is not None:
         writable(arguments.csv)
     if arguments.maps is not None:
         check_folder_of_maps(arguments.maps, arguments.images)
-    if pairs:
-        check_images([path for path, _ in pairs])
+    if named:
+        images = check_images([path for path, _ in named])
+        if mask is not None:
+            images.ignoring(mask)
     if arguments.maps is not None:
-        arguments.maps.mkdir(parents=True, exist_ok=True)
+        with writing(arguments.maps):
+            arguments.maps.mkdir(parents=True, exist_ok=True)
     return pairs, listed, len(broken)
 
 
-def _parts(pairs: Iterable[tuple[str, Path | None]]) -> Iterator[Part]:
+def _parts(pairs: Iterable[Pair], one: np.ndarray | None) -> Iterator[Part]:
     pairs, start = iter(pairs), 0
     while some := list(islice(pairs, ROWS_AT_ONCE)):
-        yield Part(range(start, start + len(some)), [path for path, _ in some], [output for _, output in some])
+        paths, outputs, masks = (list(column) for column in zip(*some))
+        yield Part(range(start, start + len(some)), paths, outputs, one, masks)
         start += len(some)
 
 
@@ -223,7 +255,7 @@ class _Table:
             return
         if self.n_scored == self.n_before:
             print(self.form.format("path", "category", "score", "p-value", "label"))
-        verdicts, new = verdicts_of(self.detector.fitted_, judgement), []
+        verdicts, new = verdicts_of(self.detector.fitted_, judgement, self._hidden(part, rows)), []
         for k, i in enumerate(rows.tolist()):
             label, name = "anomaly" if verdicts.label[k] == -1 else "normal", verdicts.category[k]
             score, p = float(verdicts.score[k]), float(verdicts.p_value[k])
@@ -234,6 +266,11 @@ class _Table:
             if self.maps is not None:
                 write_image(self.maps / part.outputs[i], self._drawn(part, i, verdicts, k))
         self.write(new)
+
+    def _hidden(self, part: Part, rows: np.ndarray) -> Any:
+        """Where not to look in these images, if they are to be drawn."""
+        source = None if self.maps is None else self.detector._source(part.images())
+        return None if source is None or not source.ignores else source.data.subset(rows).mask
 
     def _drawn(self, part: Part, i: int, verdicts: Verdicts, k: int) -> Any:
         images = part.images()

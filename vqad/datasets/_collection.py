@@ -33,6 +33,8 @@ class ImageDataset:
     mask_paths : sequence, array or Series of (path-like, tuple of path-like or None), length n, default=None
         Image files that are black where there is no defect, of one image several if it has several defects. None: not
         known.
+    ignore_paths : sequence of (path-like or None), length n, default=None
+        Image files that are black where images are to be looked at, see `vqad.images.ImageSequence.ignoring`.
 
     Attributes
     ----------
@@ -41,12 +43,13 @@ class ImageDataset:
     target : ndarray of shape (n,), int
     category, defect : ndarray of shape (n,), str
     mask_paths : list of (str, tuple of str or None)
+    ignore_paths : list of (str or None)
     shape : tuple
         ``(n,)``: to scikit-learn it looks like an array of n images.
     """
 
     # Arguments with one entry per image, which indexing and concatenation carry along.
-    _columns: ClassVar[tuple[str, ...]] = ("paths", "target", "category", "defect", "mask_paths")
+    _columns: ClassVar[tuple[str, ...]] = ("paths", "target", "category", "defect", "mask_paths", "ignore_paths")
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class ImageDataset:
         category: Any = "images",
         defect: Any = None,
         mask_paths: Sequence[Any] | np.ndarray | None = None,
+        ignore_paths: Sequence[Any] | np.ndarray | None = None,
     ) -> None:
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"paths must be a sequence of file paths; got the single path {os.fspath(paths)!r}.")
@@ -75,6 +79,8 @@ class ImageDataset:
         self.defect = np.asarray(defect, dtype=str)
         masks = [None] * n if mask_paths is None or len(mask_paths) == 0 else mask_paths
         self.mask_paths = [_paths_of_mask(path) for path in masks]
+        ignored = [None] * n if ignore_paths is None or len(ignore_paths) == 0 else ignore_paths
+        self.ignore_paths = [None if is_missing(path) else os.fspath(path) for path in ignored]
         for column in ImageDataset._columns:
             if len(getattr(self, column)) != n:
                 raise ValueError(f"{column} has {len(getattr(self, column))} entries for {n} paths.")

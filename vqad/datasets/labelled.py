@@ -66,7 +66,7 @@ def load_labelled(
     if not good and not bad:
         raise ValueError("normal and anomalous have no images: give folders, patterns or lists of image files.")
     _check_given_once({"normal": good, "anomalous": bad, "masks": marks})
-    found = _masks_of(list(bad), list(marks), list(good))
+    found = masks_of(list(bad), list(marks), list(good))
     kinds = [_kind(path, place) for path, place in bad.items()]
     return ImageDataset(
         [*good, *bad],
@@ -136,7 +136,7 @@ def _check_given_once(given: dict[str, Found]) -> None:
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def _masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list[tuple[Path, ...] | Path | None]:
+def masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list[tuple[Path, ...] | Path | None]:
     """The mask of each anomalous image, by their names, and by those of their folders where names are not enough."""
     by_stem: dict[str, list[int]] = {}
     for i, path in enumerate(images):

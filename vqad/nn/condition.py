@@ -78,8 +78,8 @@ def border_class(h: int, w: int, device: torch.device) -> Tensor:
 
 def _taps_inside(device: torch.device, dtype: torch.dtype) -> Tensor:
     """For each of the 16 border classes, 1 for the taps inside the map and 0 for the others: (16, 9)."""
-    first = torch.tensor([0, 0, 1, 1], device=device, dtype=torch.bool)
-    last = torch.tensor([0, 1, 0, 1], device=device, dtype=torch.bool)
+    classes = torch.arange(4, device=device)
+    first, last = classes >= 2, classes % 2 == 1
     inside = torch.stack([~first, torch.ones_like(first), ~last], 1).to(dtype)  # (4, 3): before, at, after
     return torch.einsum("ra,cb->rcab", inside, inside).reshape(16, 9)
 

@@ -86,7 +86,7 @@ class LocationGaussian(nn.Module):
         return squared.clamp_min(0.0).sqrt()
 
     @torch.no_grad()
-    def learn(self, group: int, x: Tensor, fold: Tensor | None = None) -> Tensor:
+    def learn(self, group: int, x: Tensor, fold: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """Learn a category anew from maps (n, d, h, w) of normal images; the others keep every bit.
 
         One image or two say nothing of how images differ at a place: their cells stand for them, and with a single
@@ -99,6 +99,8 @@ class LocationGaussian(nn.Module):
         fold : Tensor of shape (n,), int64, optional
             Where given, each map is measured by what is learned of those of the other folds; where all are of one fold,
             by all.
+        seen : Tensor of shape (n, h, w), bool, optional
+            The cells to learn from; all when left out.
 
         Returns
         -------
@@ -106,23 +108,40 @@ class LocationGaussian(nn.Module):
             Those distances; empty without ``fold``.
         """
         cells, by_place = x.float().flatten(2).permute(2, 0, 1).contiguous(), len(x) > 2  # (L, n, d)
-        lead = self._learn(group, cells, by_place)
+        counts = None if seen is None else seen.flatten(1).mT.to(cells)  # (L, n)
+        lead = self._learn(group, cells, by_place, counts=counts)
         kinds = torch.unique(fold) if fold is not None else torch.empty(0)
         distance = torch.empty(cells.shape[:2])
         for k in kinds:
             held = fold == k
             other = LocationGaussian(self.dim, self.grid).to(x.device)
-            other._learn(0, cells[:, ~held] if len(kinds) > 1 else cells, by_place, lead)
+            rest = ~held if len(kinds) > 1 else torch.ones_like(held)
+            other._learn(0, cells[:, rest], by_place, lead, None if counts is None else counts[:, rest])
             mean = other.mean[0].flatten(1).mT[:, None]
             distance[:, held] = other._distance(cells[:, held] - mean, 0).cpu()
         return distance.mT.reshape(len(x), *self.grid) if fold is not None else distance[:0]
 
-    def _learn(self, group: int, cells: Tensor, by_place: bool, start: Tensor | None = None) -> Tensor | None:
-        """Learn vectors (L, n, d); gives the leading directions, where the search for similar ones may ``start``."""
+    def _learn(
+        self,
+        group: int,
+        cells: Tensor,
+        by_place: bool,
+        start: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor | None:
+        """Learn vectors (L, n, d); gives the leading directions, where the search for similar ones may ``start``.
+
+        Those that do not count, by ``counts`` (L, n) of 0 and 1, lie at the mean, and the others make up for them.
+        """
         n, d = cells.shape[1:]
         mean = cells.mean(1, keepdim=True) if by_place else cells.mean((0, 1), keepdim=True).expand(len(cells), 1, d)
-        vectors = cells - mean
+        if counts is None:
+            vectors = cells - mean
+        else:
+            mean = _counted_mean(cells, counts[..., None], by_place, mean)
+            vectors = (cells - mean) * (n * counts / counts.sum(1, keepdim=True).clamp_min(1.0)).sqrt()[..., None]
         known = vectors if by_place or len(vectors) > 1 else vectors[:, :0]
+        known = known if counts is None else known[counts.amax(1) > 0]
         whitening = _whitening(known.reshape(-1, d), self.whitening.shape[-1])
         white = vectors @ whitening
         own = n / (n + OWN_IMAGES) if by_place and len(vectors) > 1 else 0.0
@@ -136,6 +155,13 @@ class LocationGaussian(nn.Module):
         new = LocationGaussian(self.dim, self.grid, n)
         for name, buffer in new.named_buffers():
             setattr(self, name, torch.cat([getattr(self, name), buffer.to(getattr(self, name))]))
+
+
+def _counted_mean(cells: Tensor, counts: Tensor, by_place: bool, without: Tensor) -> Tensor:
+    """Mean (L, 1, d) of the vectors (L, n, d) that count; at places where none does, the mean ``without`` counting."""
+    dims = 1 if by_place else (0, 1)
+    total = counts.sum(dims, keepdim=True)
+    return torch.where(total > 0, (counts * cells).sum(dims, keepdim=True) / total.clamp_min(1.0), without)
 
 
 def _whitening(vectors: Tensor, width: int) -> Tensor:

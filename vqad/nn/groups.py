@@ -48,7 +48,7 @@ class Groups:
             return cls(list(range(n_groups)), [], group, group, every, group)
         host = group.detach().to("cpu", torch.long)
         present, row, counts = torch.unique(host, return_inverse=True, return_counts=True)
-        of_image, there, place = (t.to(device, non_blocking=True) for t in (host, present, row))
+        of_image, there, place = (_sent(t, device) for t in (host, present, row))
         return cls(present.tolist(), counts.tolist(), host, of_image, there, place)
 
     @classmethod
@@ -62,11 +62,14 @@ class Groups:
 
     def images(self) -> list[Tensor]:
         """Of each distinct group the numbers of its images, on the device."""
-        order = self.host.argsort(stable=True).to(self.of_image.device, non_blocking=True)
-        return list(torch.split(order, self.counts))
+        return list(torch.split(_sent(self.host.argsort(stable=True), self.of_image.device), self.counts))
 
     def sorted_images(self) -> tuple[Tensor, Tensor]:
         """Numbers of the images, group by group, and the place of each image among them, on the device."""
         order = self.host.argsort(stable=True)
-        device = self.of_image.device
-        return order.to(device, non_blocking=True), order.argsort().to(device, non_blocking=True)
+        return _sent(order, self.of_image.device), _sent(order.argsort(), self.of_image.device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: it copies from pinned memory by itself."""
+    return t.to(device) if device.type != "cuda" else t.pin_memory().to(device, non_blocking=True)

@@ -371,9 +371,9 @@ class HVQTrans(AnomalyModel):
 
         Everything that was there keeps every bit. The new codebooks want :meth:`initialise_codes`.
         """
-        old = self.output_projection[0].weight
+        old = cast(Tensor, self.output_projection[0].weight)
         token_width = self.in_channels * self.patch_size**2
-        self.output_projection.append(nn.Linear(2 * self.d_model, token_width).to(cast(Tensor, old)))
+        self.output_projection.append(nn.Linear(2 * self.d_model, token_width).to(old.device, old.dtype))
         for quantizer in self.quantizers:
             quantizer.add_groups(1)
         return self.n_categories - 1

@@ -364,7 +364,7 @@ class VectorQuantizer(nn.Module):
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` new codebooks (standard normal, zero counts); the others keep every bit."""
-        fresh = VectorQuantizer(self.n_codes, self.dim, n_groups=n).to(self.embed)
+        fresh = VectorQuantizer(self.n_codes, self.dim, n_groups=n).to(self.embed.device, self.embed.dtype)
         for name in ("embed", "cluster_size", "embed_avg"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(fresh, name)]))
 

@@ -25,6 +25,8 @@ LEAST_SPREAD = 0.02
 LARGEST = 1e6
 # Held-out images of a category from which on they alone say where a trained model's terms lie.
 HELD_OUT_IMAGES = 5
+# The field, beside those that are measured, that says which share of each cell is looked at, (N, h, w).
+SEEN = "seen"
 
 
 class Judged(NamedTuple):
@@ -39,13 +41,16 @@ class Judged(NamedTuple):
     terms : dict of str to Tensor (N, h_k, w_k)
         Each on its own grid, as measured.
     standard : dict of str to Tensor (N, h_k, w_k)
-        The same in standard deviations of normal images at that place.
+        The same in standard deviations of normal images at that place; 0 where nothing is looked at.
+    contributions : dict of str to Tensor (N, h, w)
+        What each term of the map adds to it.
     """
 
     score: Tensor
     map: Tensor
     terms: dict[str, Tensor]
     standard: dict[str, Tensor]
+    contributions: dict[str, Tensor]
 
 
 class TermScorer(Configured):
@@ -132,24 +137,26 @@ class TermScorer(Configured):
         Parameters
         ----------
         fields : dict of str to Tensor
-            Of each term its vectors (N, d, h, w), or its numbers (N, h, w).
+            Of each term its vectors (N, d, h, w), or its numbers (N, h, w); and as "seen", where parts of images are
+            ignored, the share of each cell of any grid that is not (N, h, w).
         category : Tensor, scalar, int64
         """
+        seen = fields.get(SEEN)
         terms = {t.name: self._measured(t.name, fields[t.name], category) for t in self.terms}
         moments = {name: (getattr(self, f"mean_{name}"), getattr(self, f"spread_{name}")) for name in terms}
         standard = {name: self._standard(term, *(m[category] for m in moments[name])) for name, term in terms.items()}
-        combined = self.combined(standard)
+        standard = {name: _where_seen(z, seen) for name, z in standard.items()}
+        contributions = self.contributions(standard, seen)
+        combined = torch.stack(list(contributions.values())).sum(0)
         peaks = (self._peaks(standard, combined) - self.peak_center[category]) / self.peak_scale[category]
         center, scale = self.ends[category]
-        return Judged((_fused(peaks, self.peak_weight[category]) - center) / scale, combined, terms, standard)
+        score = (_fused(peaks, self.peak_weight[category]) - center) / scale
+        return Judged(score, combined, terms, standard, contributions)
 
-    def contributions(self, standard: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contributions(self, standard: dict[str, Tensor], seen: Tensor | None = None) -> dict[str, Tensor]:
         """What each term adds to the map, (N, h, w) each on its grid."""
-        return {name: weight * self._on_grid(standard[name]) for name, weight in self.weight.items()}
-
-    def combined(self, standard: dict[str, Tensor]) -> Tensor:
-        """The map, (N, h, w)."""
-        return torch.stack(list(self.contributions(standard).values())).sum(0)
+        on_grid = {name: self._on_grid(standard[name]) for name in self.weight}
+        return {name: weight * _where_seen(on_grid[name], seen) for name, weight in self.weight.items()}
 
     def _measure(self, name: str) -> LocationGaussian:
         return cast(LocationGaussian, self.measures[name])
@@ -195,18 +202,19 @@ class TermScorer(Configured):
         peak : Tensor of shape (n,)
             Highest value of its map, likewise.
         """
-        standard = {}
+        standard, shares = {}, fields.get(SEEN)
         for t in self.terms:
             x = fields[t.name].float()
+            seen = None if shares is None else _is_seen(shares, (x.shape[-2], x.shape[-1]))
             if t.name in self.measures:
-                x = self._measure(t.name).learn(category, x, fold)
+                x = self._measure(t.name).learn(category, x, fold, seen)
             rows = is_held if t.is_trained and int(is_held.sum()) >= PLACE_IMAGES else torch.ones_like(is_held)
-            mean, spread = _place_statistics(x[rows].double())
+            mean, spread = _place_statistics(x.double(), rows, seen)
             getattr(self, f"mean_{t.name}")[category] = mean[0]
             getattr(self, f"spread_{t.name}")[category] = spread[0]
-            without = _place_statistics(x.double(), rows, leave_out=True)
-            standard[t.name] = self._standard(x, *(s.float() for s in without))
-        combined = self.combined(standard)
+            without = _place_statistics(x.double(), rows, seen, leave_out=True)
+            standard[t.name] = _where_seen(self._standard(x, *(s.float() for s in without)), shares)
+        combined = torch.stack(list(self.contributions(standard, shares).values())).sum(0)
         raw = self._peaks(standard, combined)
         trained = [t.is_trained for t in self.terms for _ in t.peaks] if self.map_peak is None else [False]
         z = torch.empty_like(raw)
@@ -246,34 +254,60 @@ def _fused(z: Tensor, weight: Tensor) -> Tensor:
     return torch.logsumexp(z + weight.log(), -1) - weight.sum().log()
 
 
-def _place_statistics(x: Tensor, rows: Tensor | None = None, leave_out: bool = False) -> tuple[Tensor, Tensor]:
+def _is_seen(share: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a grid are not ignored as a whole, (N, *grid), by shares (N, h, w) of the cells of another."""
+    rows, columns = (_overlaps(*pair).to(share) for pair in zip(grid, share.shape[1:]))
+    return rows @ share @ columns.mT > 1e-6
+
+
+def _overlaps(n: int, k: int) -> Tensor:
+    """By how much each of ``n`` equal parts of a side overlaps with each of ``k``, (n, k), in parts of ``n``."""
+    start, other = torch.arange(n)[:, None] / n, torch.arange(k) / k
+    common = torch.minimum(start + 1 / n, other + 1 / k) - torch.maximum(start, other)
+    return torch.where(common > 1e-6, common * n, 0.0)
+
+
+def _where_seen(z: Tensor, share: Tensor | None) -> Tensor:
+    """Standardised values (N, h, w), those of a typical normal image where all is ignored."""
+    return z if share is None else torch.where(_is_seen(share, (z.shape[1], z.shape[2])), z, 0.0)
+
+
+def _place_statistics(
+    x: Tensor, rows: Tensor, seen: Tensor | None = None, leave_out: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation by place, averaged over 3 x 3 cells and shrunk to those of all places.
 
-    Of maps (n, h, w), (1, h, w) each; with ``leave_out``, (n, h, w): of the images of the mask ``rows`` for each image,
-    without it.
+    Of those maps of (n, h, w) that the mask ``rows`` names, and of their cells that are ``seen``; (1, h, w) each, or,
+    with ``leave_out``, (n, h, w): for each image without it.
     """
-    if rows is None:
-        rows = torch.ones(len(x), dtype=torch.bool)
-    n = rows.sum().double()
-    first, second = x[rows].sum(0, keepdim=True), x[rows].square().sum(0, keepdim=True)
-    count = n.view(1, 1, 1)
-    if leave_out and int(n) > 1:
-        own = rows.double().view(-1, 1, 1)
-        first, second, count = first - own * x, second - own * x.square(), n - own
+    counts = torch.ones_like(x[:1]) if seen is None else seen.to(x)
+    weight = rows.to(x).view(-1, 1, 1) * counts
+    n = weight.sum(0, keepdim=True)
+    first, second = (weight * x).sum(0, keepdim=True), (weight * x.square()).sum(0, keepdim=True)
+    if leave_out and int(rows.sum()) > 1:
+        n, first, second = n - weight, first - weight * x, second - weight * x.square()
+    count = n.clamp_min(1.0)
     mean = first / count
     variance = (second / count - mean.square()).clamp_min(0.0)
-    flat_mean = mean.mean((1, 2), keepdim=True)
-    flat = variance.mean((1, 2), keepdim=True) + (mean - flat_mean).square().mean((1, 2), keepdim=True)
-    flat = torch.maximum(flat, (10 * LEAST_SPREAD * flat_mean).square() / count.clamp_min(1.0))
-    keep = count / (count + PLACE_IMAGES)
-    mean = keep * _averaged(mean) + (1 - keep) * flat_mean
+    of_all = n.sum((1, 2), keepdim=True).clamp_min(1.0)
+
+    def over_places(values: Tensor) -> Tensor:
+        return (n * values).sum((1, 2), keepdim=True) / of_all
+
+    flat_mean = over_places(mean)
+    flat = over_places(variance) + over_places((mean - flat_mean).square())
+    flat = torch.maximum(flat, (10 * LEAST_SPREAD * flat_mean).square() / n.amax((1, 2), keepdim=True).clamp_min(1.0))
+    keep = n / (n + PLACE_IMAGES)
+    mean = keep * _averaged(mean, n) + (1 - keep) * flat_mean
     # A tenth of the overall variance always stays: where normal images happen to agree, nothing would divide.
-    variance = keep * (0.9 * _averaged(variance) + 0.1 * flat) + (1 - keep) * flat
+    variance = keep * (0.9 * _averaged(variance, n) + 0.1 * flat) + (1 - keep) * flat
     return mean, torch.maximum(variance.sqrt(), LEAST_SPREAD * flat_mean.abs()).clamp_min(1e-12)
 
 
-def _averaged(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+def _averaged(x: Tensor, n: Tensor) -> Tensor:
+    """Mean over 3 x 3 cells, of which each counts ``n`` times."""
+    total, count = (F.avg_pool2d(each[:, None], 3, 1, 1, count_include_pad=False)[:, 0] for each in (n * x, n))
+    return total / count.clamp_min(1e-12)
 
 
 def _center_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:

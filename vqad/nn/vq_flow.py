@@ -223,8 +223,8 @@ class VQFlow(AnomalyModel):
             ConditionalFlow(c, width, _ADDED_BLOCKS, hidden=self.hidden, clamp=self.clamp) for c in self.channels[:3]
         ]
         mixtures = [MixtureComponent(c, like.shape[2], exact=exact) for c in self.channels[:3]]
-        self.added_flow.append(nn.ModuleList(flows).to(like))
-        self.added_mixture.append(nn.ModuleList(mixtures).to(like))
+        self.added_flow.append(nn.ModuleList(flows).to(like.device, like.dtype))
+        self.added_mixture.append(nn.ModuleList(mixtures).to(like.device, like.dtype))
         return self.n_categories - 1
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.images import ImageSequence
 from vqad.metrics import evaluate
@@ -130,7 +131,8 @@ def write_report(
         n_shown=sum(len(cards) for _, cards in sections),
         n_images=len(data),
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
+    with writing(path):
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
     return path
 
 
