@@ -37,7 +37,7 @@ from vqad.backbones import (
 )
 from vqad.batches import channel_statistics
 from vqad.datasets import make_textured_parts
-from vqad.engine import chunk_size, pad_chunk, side_by_side
+from vqad.engine import chunk_size, filled, pad_chunk, side_by_side
 from vqad.images import check_images
 from vqad.nn.fields import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
@@ -375,8 +375,11 @@ def test_chunks_are_filled_with_copies():
     assert chunk_size(CPU, 10**6) == 1
     assert chunk_size(CPU, 1) >= 1
     x = torch.arange(6.0).view(3, 2)
-    assert pad_chunk(x, 5)[:, 0].tolist() == [0, 2, 4, 0, 0]
-    assert torch.equal(pad_chunk(x, 3), x)
+    assert pad_chunk(x, 5, CPU)[:, 0].tolist() == [0, 2, 4, 0, 0]
+    assert torch.equal(pad_chunk(x, 3, CPU), x)
+    cuda = torch.device("cuda")  # asked for nothing here: a single image does not wait for a whole chunk
+    assert [filled(n, 20, cuda) for n in (1, 2, 3, 5, 16, 17, 20)] == [1, 2, 4, 8, 16, 20, 20]
+    assert pad_chunk(x, 64, cuda)[:, 0].tolist() == [0, 2, 4, 0]
 
 
 # ---- the store -----------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ from vqad.nn.fast.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Images that pass through a network together. A convolution's last bits depend on the size of the batch, so the
-# size is fixed: an image's features are the same alone and in company. On a CPU one at a time is as fast as many.
-_CHUNK_CELLS = {"cpu": 64, "cuda": 4096}
+# Images that pass through a network together. On a CPU one at a time is as fast as many.
+_CHUNK_CELLS = {"cpu": 64, "cuda": 8192}
 # Chunks that one thread takes at a time; and at least, where a chunk has several images: each part has its rests.
 _PART, _LEAST_CHUNKS = 32, 8
 
@@ -373,6 +372,17 @@ def _in_threads(work: Callable[[np.ndarray], Any], parts: list[np.ndarray], thre
                 worker.join()
 
 
-def pad_chunk(x: Tensor, size: int) -> Tensor:
-    """Fill a last, smaller chunk up to ``size`` by repeating its first image."""
+def filled(n: int, size: int, device: torch.device) -> int:
+    """To how many images a chunk of ``n`` is filled up, of ``size`` at most.
+
+    A convolution's last bits depend on the size of the batch. On a CPU it is fixed, so that an image's features are the
+    same alone and in company. On other devices, which only say that they are the same but for last bits, it is the next
+    power of two: few sizes, and a single image does not wait for many.
+    """
+    return size if device.type == "cpu" else min(size, 1 << (n - 1).bit_length())
+
+
+def pad_chunk(x: Tensor, size: int, device: torch.device) -> Tensor:
+    """Fill a smaller chunk up by repeating its first image, see :func:`filled`."""
+    size = filled(len(x), size, device)
     return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])

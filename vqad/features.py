@@ -224,7 +224,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
 
         def compute(pixels: list[Tensor]) -> list[Tensor]:
             def some(part: Tensor, size: int) -> list[Tensor]:
-                chunk = pad_chunk(torch.cat([pixels[k] for k in part]), size)
+                chunk = pad_chunk(torch.cat([pixels[k] for k in part]), size, device)
                 return [m[: len(part)] for m in self._maps(network, chunk.to(device), dtype)]
 
             parts = [maps for _, maps in in_chunks(some, torch.arange(len(pixels)), size)]

@@ -343,9 +343,9 @@ def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine
 
     def some(part: Tensor, size: int) -> dict[str, Tensor]:
         rows = part.to(maps[0].device)
-        chunk = [pad_chunk(m[rows], size).to(engine.device).float() for m in maps]
+        chunk = [pad_chunk(m[rows], size, engine.device).to(engine.device).float() for m in maps]
         chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
-        number = torch.full((size,), int(category[part[0]]))  # on the host, where it is read
+        number = torch.full((len(chunk[0]),), int(category[part[0]]))  # on the host, where it is read
         with torch.inference_mode(), engine.autocast():
             return compute(scorer, chunk, number)
 
