@@ -466,9 +466,10 @@ def test_report_of_known_images_has_their_metrics(folders, model, tmp_path):
     assert main(["report", str(model), str(folders / "bad"), "-o", str(pages[1]), "--n-images", "2"]) == 0
     known, unknown = (page.read_text(encoding="utf-8") for page in pages)
     assert "<h1>Parts</h1>" in known
-    assert known.count("data:image/jpeg") == 2 * 10
-    assert "AUROC" in known
-    assert unknown.count("data:image/jpeg") == 2 * 2
+    assert known.count("data:image/jpeg") == 10
+    assert "image AUROC" in known
+    assert "AUPRO" in known
+    assert unknown.count("data:image/jpeg") == 2
     assert "AUROC" not in unknown
 
 

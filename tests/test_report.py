@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import io
 import re
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from vqad import HVQTransDetector
 from vqad.datasets import load_folder, make_textured_parts
 from vqad.report import heat_colours, judge, overlay, write_report
+from vqad.report._cards import picture_side
 
 TINY = {"image_size": 64, "d_model": 32, "n_codes": 16, "max_iter": 1, "false_alarm_rate": 0.2, "random_state": 0}
 # The title of a page, or the name of a file, that would run as a script if it were not escaped.
@@ -32,9 +34,19 @@ def detector(parts):
 
 
 def pictures(page):
-    """The JPEG pictures of a page, decoded: original and overlay of each image in turn."""
-    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in found]
+    """The pictures of a page, decoded."""
+    return decoded(page, "jpeg")
+
+
+def layers(page):
+    """The heatmaps of a page, decoded: red, green, blue and opacity."""
+    return decoded(page, "png")
+
+
+def decoded(page, kind):
+    found = re.findall(rf'src="data:image/{kind};base64,([^"]+)"', page)
+    form = "RGB" if kind == "jpeg" else "RGBA"
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert(form)) for text in found]
 
 
 def written(tmp_path, *args, **more):
@@ -75,16 +87,21 @@ def test_a_threshold_a_category_is_given_to_each_image(parts):
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def test_the_page_holds_original_and_overlay_of_every_image_most_anomalous_first(detector, parts, tmp_path):
-    page = written(tmp_path, detector, parts.images, n_images=len(parts.images))
-    shown = pictures(page)
-    assert len(shown) == 2 * len(parts.images)
+def test_the_page_holds_picture_and_heatmap_of_every_image_most_anomalous_first(detector, parts, tmp_path):
+    page = written(tmp_path, detector, parts.images)
     order = np.argsort(detector.score_samples(parts.images), kind="stable")
-    for original, i in zip(shown[::2], order):
+    maps = detector.anomaly_map(parts.images)
+    assert len(pictures(page)) == len(layers(page)) == len(parts.images)
+    for picture, heat, i in zip(pictures(page), layers(page), order):
         # JPEG is not exact, but nearer to its own image than to any other
-        distance = np.abs(parts.images.astype(float) - original).mean((1, 2, 3))
+        distance = np.abs(parts.images.astype(float) - picture).mean((1, 2, 3))
         assert distance.argmin() == i
-    scores = [float(text) for text in re.findall(r"score (-?[\d.]+) ·", page)]
+        # Laid over the grey image it is what `overlay` draws, but for the steps of its colours
+        grey = overlay(parts.images[i], np.zeros((64, 64)), 1.0).astype(float)
+        share = heat[..., 3:] / 255
+        mixed = (1 - share) * grey + share * heat[..., :3]
+        np.testing.assert_allclose(mixed, overlay(parts.images[i], maps[i], detector.map_threshold_), atol=6)
+    scores = [float(text) for text in re.findall(r"· score (-?[\d.]+)<", page)]
     np.testing.assert_allclose(scores, -detector.score_samples(parts.images)[order], atol=0.0051)
 
 
@@ -93,7 +110,14 @@ def test_the_page_needs_no_other_file(detector, parts, tmp_path):
     sources = re.findall(r'\b(?:src|href)="([^"]*)"', page)
     assert sources
     assert all(source.startswith("data:image/") for source in sources)
-    assert not re.search(r"<script|@import|url\(", page)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttp|WebSocket|sendBeacon|\bimport\b", page)
+
+
+def test_no_script_but_the_pages_own_may_run(detector, parts, tmp_path):
+    page = written(tmp_path, detector, parts.images[:3])
+    (digest,) = re.findall(r"default-src 'none'; img-src data:; .*script-src 'sha256-([^']+)'\">", page)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == digest
 
 
 def test_names_and_titles_are_escaped(detector, parts, tmp_path):
@@ -111,23 +135,38 @@ def test_names_and_titles_are_escaped(detector, parts, tmp_path):
 @pytest.mark.parametrize("colour", ["grey", "rgb"])
 def test_one_image_is_enough(detector, parts, tmp_path, colour):
     image = parts.images[:1] if colour == "rgb" else parts.images[:1, :, :, 0]
-    assert len(pictures(written(tmp_path, detector, image))) == 2
+    page = written(tmp_path, detector, image)
+    assert len(pictures(page)) == len(layers(page)) == 1
 
 
 def test_images_of_different_sizes_keep_their_shape_and_are_made_small(detector, parts, tmp_path):
-    sizes = [(64, 64), (900, 450), (40, 500)]
+    sizes = [(64, 64), (1200, 600), (80, 1600)]
     images = [np.asarray(Image.fromarray(parts.images[0]).resize(size[::-1])) for size in sizes]
-    shown = pictures(written(tmp_path, detector, images))
-    assert sorted(p.shape[:2] for p in shown) == sorted(2 * [(64, 64), (320, 160), (26, 320)])
+    page = written(tmp_path, detector, images)
+    assert sorted(p.shape[:2] for p in pictures(page)) == [(40, 800), (64, 64), (800, 400)]
+    assert sorted(p.shape[:2] for p in layers(page)) == [(20, 400), (64, 64), (400, 200)]
+
+
+def test_pictures_are_the_smaller_the_more_there_are():
+    sides = [picture_side(n) for n in (1, 100, 101, 1000, 1001, 50_000)]
+    assert sides == [800, 800, 320, 320, 192, 192]
 
 
 def test_no_more_images_are_shown_than_asked_for_and_none_twice(detector, parts, tmp_path):
     page = written(tmp_path, detector, parts.images, y=parts.target, n_images=12)
     names = re.findall(r'<img [^>]*alt="(image \d+)"', page)
-    assert len(names) == 12
-    assert len(set(names)) == 12
-    for heading in ("Most anomalous", "Around the threshold", "Least anomalous", "A random sample of images labelled"):
-        assert heading in page
+    assert len(names) == len(set(names)) == 12
+    score = -detector.score_samples(parts.images)
+    order = [f"image {i}" for i in np.argsort(-score, kind="stable")]
+    assert names == [name for name in order if name in names]
+    nearest = np.argsort(np.abs(score + detector.offset_), kind="stable")[:2]
+    assert {*order[:5], *order[-2:], *(f"image {i}" for i in nearest)} <= set(names)
+    assert "12 of 20 images: the most and the least anomalous" in page
+
+
+def test_few_normal_images_leave_their_room_to_others(detector, parts, tmp_path):
+    page = written(tmp_path, detector, parts.images, y=-np.ones(20), n_images=15)
+    assert len(pictures(page)) == 15
 
 
 def test_n_images_of_one_shows_the_most_anomalous(detector, parts, tmp_path):
@@ -174,8 +213,8 @@ def test_the_page_says_what_the_threshold_keeps(parts, tmp_path, threshold):
 
 def test_categories_may_have_any_name(detector, parts, tmp_path):
     names = np.array(["$5_{$", "no utf-8 \udcff"])
-    page = written(tmp_path, detector, parts.images[:2], category=names)
-    assert "data:image/svg+xml" in page
+    page = written(tmp_path, detector, parts.images[:2], category=names, y=[1, 1])
+    assert "no utf-8 \\udcff" in page
 
 
 def test_scores_at_hand_are_not_computed_again(detector, parts, tmp_path, monkeypatch):

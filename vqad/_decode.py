@@ -17,6 +17,8 @@ from PIL import Image
 
 _LOADING = threading.Lock()
 FLOAT_TOLERANCE = 1e-3
+# Over so many pixels, files that have more than so many pixels a byte are refused. No photograph has.
+LARGE_PIXELS, LARGEST_RATIO = 50_000_000, 200
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -28,7 +30,7 @@ _UNREADABLE = (
 )
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
 _REMEDY = (
-    ", and Pillow refuses so many, as a small file may be made to fill all memory. If you trust it, set "
+    ", which is refused, as a small file may be made to fill all memory. If you trust it, set "
     "PIL.Image.MAX_IMAGE_PIXELS = None first, or give the command --any-size, or pass its pixels as an array; or crop "
     "it, or make it smaller."
 )
@@ -164,12 +166,26 @@ def opened(path: str | bytes, name: str, *, of_any_size: bool = False) -> Iterat
 
 def _image_of(file: BinaryIO, of_any_size: bool) -> Image.Image:
     try:
-        return Image.open(file)
+        image = Image.open(file)
     except _TOO_LARGE:
         image = _opened_unchecked(file)
         if of_any_size:
             return image
         raise _too_large(image) from None
+    if not of_any_size and _is_bomb(image, file):
+        raise _too_large(image)
+    return image
+
+
+def _is_bomb(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether a small file has so many pixels that it would fill memory: within Pillow's limit they take over 1 GB."""
+    pixels = image.size[0] * image.size[1]
+    if Image.MAX_IMAGE_PIXELS is None or pixels <= LARGE_PIXELS:
+        return False
+    place = file.tell()
+    n_bytes = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return n_bytes * LARGEST_RATIO < pixels
 
 
 def _opened_unchecked(file: BinaryIO) -> Image.Image:

@@ -33,11 +33,13 @@ def holding_warnings(work: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def held(*args: Any) -> tuple[Any, list[tuple[str, type[Warning]]]]:
-        _HELD.warnings = []
+        before = getattr(_HELD, "warnings", None)
+        mine: list[tuple[str, type[Warning]]] = []
+        _HELD.warnings = mine
         try:
-            return work(*args), _HELD.warnings
+            return work(*args), mine
         finally:
-            _HELD.warnings = None
+            _HELD.warnings = before
 
     return held
 

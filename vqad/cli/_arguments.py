@@ -286,8 +286,9 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
     command = _command(
         commands,
         "report",
-        "write an HTML page of scores and heatmaps",
-        "For a folder in the layout of MVTec AD or VisA the page is about its test images, and has their metrics.\n"
+        "write an HTML page to look at heatmaps and try thresholds",
+        "The page is one file, which loads nothing from anywhere. For a folder in the layout of MVTec AD or VisA it\n"
+        "is about the test images, counts misses and false alarms, and has metrics with intervals.\n"
         'Needs jinja2 and matplotlib: pip install "vqad[report]".\n'
         "example:\n  vqad report model.safetensors new-parts/ -o page.html",
     )
@@ -296,8 +297,9 @@ def _add_report(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="HTML file to write")
     command.add_argument("--title", help="of the page")
     command.add_argument(
-        "--n-images", type=int, default=40, metavar="N", help="images to show at the most (default: %(default)s)"
+        "--n-images", type=int, default=1000, metavar="N", help="images to show at the most (default: %(default)s)"
     )
+    command.add_argument("--no-pixels", action="store_true", help="leave out the pixel metrics")
     _add_device(command)
     return command
 

@@ -157,6 +157,7 @@ def report(arguments: argparse.Namespace) -> int:
     target = writable(arguments.output)
     spare([arguments.model, *files(images)], [target])
     detector = loaded(arguments)
+    has_masks = truth and not arguments.no_pixels and any(path is not None for path in images.mask_paths)
     page = write_report(
         target,
         detector,
@@ -164,9 +165,10 @@ def report(arguments: argparse.Namespace) -> int:
         y=images.target if truth else None,
         category=images.category if truth else None,
         title=arguments.title or f"Anomaly report: {Path(arguments.directory).resolve().name}",
+        masks=_Lazy(len(images), images.mask) if has_masks else None,
         n_images=arguments.n_images,
     )
-    print(f"page written to {page}")
+    print(f"page written to {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return OK
 
 

@@ -85,13 +85,13 @@ class Evaluation:
         text.insert(2, rule)
         if len(rows) > 1:
             text.insert(-2, rule)
-        return "\n".join([*text, *self._notes()])
+        return "\n".join([*text, *self.notes()])
 
     def __str__(self) -> str:
         return self.table()
 
-    def _notes(self) -> list[str]:
-        """One line for every reason why a metric is nan."""
+    def notes(self) -> list[str]:
+        """Return one line for every reason why a metric is nan."""
         reasons: dict[str, list[str]] = {}
         for name, row in self.per_category.items():
             if row["n_anomalies"] in (0, row["n_images"]):

@@ -19,14 +19,6 @@ BINS = 40
 LONGEST = 4.0
 
 
-def histograms(score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None) -> bytes:
-    """Score histogram of every group, one under the other on one axis, with its threshold."""
-    figure, axes = _figure(len(np.unique(group)), 1.35)
-    draw_histograms(axes, score, threshold, group, y)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)
-    return _svg(figure)
-
-
 def draw_histograms(
     axes: Sequence[Any], score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None
 ) -> None:
@@ -49,7 +41,7 @@ def draw_histograms(
     axes[-1].set_xlabel(f"anomaly score{beyond}")
 
 
-def curves(loss: list[float], validation: list[float]) -> bytes:
+def loss_curves(loss: list[float], validation: list[float]) -> bytes:
     """Training loss after every pass, and the validation loss where there is one."""
     figure, (axis,) = _figure(1, 2.2)
     passes = np.arange(1, len(loss) + 1)

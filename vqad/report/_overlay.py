@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from scipy import ndimage
 
 from vqad._decode import to_unit_range
@@ -18,6 +20,8 @@ OPACITY = (0.0, 0.6)
 _HEAT = np.array([[255, 255, 204], [254, 217, 118], [253, 141, 60], [227, 26, 28], [128, 0, 38]], dtype=float)
 _CONTOUR = np.array([0, 229, 255], dtype=float)
 _GREY = np.array([0.299, 0.587, 0.114])
+# Steps of colour in a layer: few enough that its file is small, enough that no step is seen.
+_LAYER_LEVELS = 48
 
 
 def heat_colours(level: ArrayLike) -> NDArray[np.float64]:
@@ -71,6 +75,34 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
     mixed = (1 - share) * grey[..., None] + share * heat_colours(level)
     mixed[_outline(heat > threshold)] = _CONTOUR
     return np.rint(mixed).astype(np.uint8)
+
+
+def heat_layer(anomaly_map: NDArray[Any], threshold: float) -> bytes:
+    """Draw an anomaly map as `overlay` does, on a transparent ground: a PNG file to lay over a grey image.
+
+    Parameters
+    ----------
+    anomaly_map : ndarray of shape (H, W)
+        Higher is more anomalous.
+    threshold : float
+        The detector's ``map_threshold_``.
+
+    Returns
+    -------
+    bytes
+        Of a PNG of H x W pixels with a palette.
+    """
+    level = np.linspace(0, 1, _LAYER_LEVELS)
+    colours = np.vstack([heat_colours(level), _CONTOUR])
+    opacity = np.append(np.interp(level, [0, 1 / SCALE_TOP], OPACITY), 1.0)
+    relative = np.clip(anomaly_map / (SCALE_TOP * max(float(threshold), 1e-6)), 0, 1)
+    index = np.rint(relative * (_LAYER_LEVELS - 1)).astype(np.uint8)
+    index[_outline(anomaly_map > threshold)] = _LAYER_LEVELS
+    image = Image.fromarray(index, mode="P")
+    image.putpalette(np.rint(colours).astype(np.uint8).tobytes())
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True, transparency=np.rint(255 * opacity).astype(np.uint8).tobytes())
+    return out.getvalue()
 
 
 def _grey(image: NDArray[Any]) -> NDArray[np.float64]:

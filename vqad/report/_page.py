@@ -1,50 +1,30 @@
-"""The HTML report: facts about the model, diagrams, and a grid of what it saw where."""
+"""The HTML report: what the model says of some images, and what other thresholds would say."""
 
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from vqad._writing import writing
 from vqad.base import BaseImageDetector
 from vqad.images import ImageSequence
-from vqad.metrics import evaluate
 from vqad.persistence import replaceable
-from vqad.report._figures import curves, histograms
-from vqad.report._overlay import heat_colours, overlay
+from vqad.report._cards import make_cards, picture_side, rows_to_show, uri
+from vqad.report._curves import Evidence, evidence
+from vqad.report._dials import Scores
+from vqad.report._figures import loss_curves
+from vqad.report._overlay import heat_colours
 from vqad.report._verdicts import Verdicts, judge, sequence_of
 
-THUMBNAIL = 320  # pixels, the longer side
-JPEG_QUALITY = 85
-MAX_HISTOGRAMS = 12
-# Of the images that the page has room for: shares of the most anomalous, of those nearest the threshold and of the
-# least anomalous ones; the rest is drawn at random from the normal ones.
-SHARES = (0.4, 0.2, 0.15)
-
-
-@dataclass(frozen=True)
-class Card:
-    """One image of the page."""
-
-    name: str
-    path: str
-    score: float
-    p_value: float
-    category: str
-    is_anomaly: bool
-    truth: str
-    is_wrong: bool
-    original: str
-    overlay: str
+MAX_GROUPS_MEASURED = 30
 
 
 def write_report(
@@ -55,12 +35,15 @@ def write_report(
     y: ArrayLike | None = None,
     category: ArrayLike | None = None,
     title: str = "Anomaly report",
-    n_images: int = 40,
+    masks: Sequence[Any] | None = None,
+    n_images: int = 1000,
     facts: Mapping[str, str] | None = None,
     verdicts: Verdicts | None = None,
     random_state: int = 0,
 ) -> Path:
     """Write one self-contained HTML page about what a detector says of some images.
+
+    Its scripts try other thresholds, sort and filter; it asks for nothing from anywhere, and is readable without them.
 
     Parameters
     ----------
@@ -70,13 +53,17 @@ def write_report(
     images : images
         Any of the forms that the detector takes.
     y : array-like of shape (n,) of +1 normal / -1 anomaly, default=None
-        What the images are, if that is known: then the page has image metrics and marks wrong labels.
+        What the images are, if that is known: then the page counts misses and false alarms, and has metrics.
     category : array-like of shape (n,), default=None
-        The kind of object on each image, by which the histograms are parted; None: the inferred one.
+        The kind of object on each image, by which metrics are given; None: the inferred one.
     title : str, default="Anomaly report"
-    n_images : int, default=40
-        How many images the page shows at the most: it holds the most and the least anomalous ones, some around the
-        threshold and some of the others.
+    masks : sequence of n arrays of shape (H_i, W_i), bool, or None, default=None
+        Where the images are defective, as `vqad.metrics.evaluate` takes them: then, with `y`, the page has pixel
+        metrics. It may be lazy: it is read three times, one image at a time.
+    n_images : int, default=1000
+        How many images the page shows at the most. Of more it shows the most and the least anomalous ones, some around
+        the threshold and some of the normal ones; counts are of all. Pictures are up to 800 pixels wide or high for up
+        to 100 images, 320 for up to 1,000 and 192 for more: some 10 kB an image then.
     facts : mapping of str to str, default=None
         Further rows of the table of facts.
     verdicts : Verdicts, default=None
@@ -112,24 +99,30 @@ def write_report(
         raise ValueError(f"verdicts has {len(verdicts)} entries for {len(data)} images.")
     given = _one_each("category", category, len(data))
     group = (verdicts.category if given is None else given).astype(str)
-    paths = [data.path(i) or "" for i in range(len(data))]
-    sections = [
-        (heading, [_card(detector, data, verdicts, truth, paths, i) for i in rows])
-        for heading, rows in _sections(verdicts, truth, n_images, random_state)
-    ]
-    by_group = group if len(np.unique(group)) <= MAX_HISTOGRAMS else np.full(len(group), "all categories")
+    rows = rows_to_show(verdicts, truth, n_images, random_state)
+    side = picture_side(len(rows))
+    cards = list(make_cards(data, verdicts, truth, rows, float(detector.map_threshold_), side))
+    scores = Scores.of(detector, verdicts, truth)
+    script = _file("page.js")
     page = _template().render(
         title=title,
+        style=_file("page.css"),
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        dials=scores.dials(),
+        scores=scores.to_json(),
         facts={**_facts(detector, verdicts, truth), **(facts or {})},
         parameters={name: repr(value) for name, value in detector.get_params(deep=False).items()},
-        table=None if truth is None else evaluate(truth, verdicts.score, group).table(),
-        histogram=_uri(histograms(verdicts.score, verdicts.threshold, by_group, truth), "svg+xml"),
-        loss=_uri(curves(list(detector.loss_curve_), list(detector.validation_curve_)), "svg+xml"),
+        evidence=None if truth is None else _evidence(data, verdicts, truth, group, masks),
+        loss=uri(loss_curves(list(detector.loss_curve_), list(detector.validation_curve_)), "svg+xml"),
         gradient=", ".join(_css(colour) for colour in heat_colours(np.linspace(0, 1, 9))),
         map_threshold=float(detector.map_threshold_),
-        sections=sections,
-        n_shown=sum(len(cards) for _, cards in sections),
+        cards=cards,
+        one_category=len(detector.categories_) == 1,
+        categories=sorted({card.category for card in cards}),
         n_images=len(data),
+        side=side,
+        megabytes=sum(len(card.picture) + len(card.heat) for card in cards) / 1e6,
     )
     with writing(path):
         path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
@@ -149,6 +142,38 @@ def _template() -> Any:
 
     loader = PackageLoader("vqad.report", "templates")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html")
+
+
+def _file(name: str) -> Any:
+    """A file of the templates, to go into the page as it is."""
+    from markupsafe import Markup
+
+    return Markup(files("vqad.report").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+def _evidence(
+    data: ImageSequence, verdicts: Verdicts, y: NDArray[Any], group: NDArray[Any], masks: Sequence[Any] | None
+) -> Evidence:
+    if masks is not None and len(masks) != len(data):
+        raise ValueError(f"masks has {len(masks)} entries, but there are {len(data)} images: one each is expected.")
+    if len(np.unique(group)) > MAX_GROUPS_MEASURED:
+        group = np.full(len(group), "all categories")
+    return evidence(verdicts, y, group, masks, _Maps(data, verdicts))
+
+
+class _Maps:
+    """Anomaly maps at the images' own sizes, made when asked for: all together they may not fit into memory."""
+
+    def __init__(self, data: ImageSequence, verdicts: Verdicts):
+        self._data, self._verdicts = data, verdicts
+
+    def __len__(self) -> int:
+        return len(self._verdicts)
+
+    def __getitem__(self, i: int) -> NDArray[np.float32]:
+        if i >= len(self):
+            raise IndexError(i)
+        return self._verdicts.anomaly_map(i, self._data.size(i))
 
 
 def _one_each(name: str, values: ArrayLike | None, n: int) -> NDArray[Any] | None:
@@ -195,79 +220,6 @@ def _facts(detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | No
 
 def _share(hits: NDArray[np.bool_], of: str) -> str:
     return f"{hits.sum()} of {len(hits)} {of}" + (f" ({hits.mean():.1%})" if len(hits) else "")
-
-
-def _sections(
-    verdicts: Verdicts, y: NDArray[Any] | None, n_images: int, random_state: int
-) -> list[tuple[str, list[int]]]:
-    """Which images are shown under which heading; each image once, most anomalous first."""
-    order = np.argsort(-verdicts.score, kind="stable")
-    if len(order) <= n_images:
-        return [("All images, most anomalous first", order.tolist())]
-    counts = [max(1, round(share * n_images)) for share in SHARES]
-    nearness = np.argsort(np.abs(verdicts.score - verdicts.threshold), kind="stable")
-    normal = np.flatnonzero((verdicts.label if y is None else y) == 1)
-    drawn = np.random.RandomState(random_state).permutation(normal)
-    of = "judged" if y is None else "labelled"
-    wanted = [
-        ("Most anomalous", order, counts[0]),
-        ("Around the threshold", nearness, counts[1]),
-        ("Least anomalous", order[::-1], counts[2]),
-        (f"A random sample of images {of} normal", drawn, n_images - sum(counts)),
-    ]
-    shown: set[int] = set()
-    sections = []
-    for heading, candidates, count in wanted:
-        room = min(max(count, 0), n_images - len(shown))
-        rows = [int(i) for i in candidates if int(i) not in shown][:room]
-        shown.update(rows)
-        if rows:
-            sections.append((heading, sorted(rows, key=lambda i: -verdicts.score[i])))
-    return sections
-
-
-def _card(
-    detector: BaseImageDetector,
-    data: ImageSequence,
-    verdicts: Verdicts,
-    y: NDArray[Any] | None,
-    paths: list[str],
-    i: int,
-) -> Card:
-    thumbnail = _thumbnail(data.pixels(i))
-    drawn = overlay(thumbnail, verdicts.anomaly_map(i, thumbnail.shape[:2]), detector.map_threshold_)
-    is_anomaly = bool(verdicts.label[i] == -1)
-    truth = "" if y is None else "normal" if y[i] == 1 else "anomalous"
-    return Card(
-        name="/".join(Path(paths[i]).parts[-2:]) if paths[i] else f"image {i}",
-        path=paths[i],
-        score=float(verdicts.score[i]),
-        p_value=float(verdicts.p_value[i]),
-        category=str(verdicts.category[i]),
-        is_anomaly=is_anomaly,
-        truth=truth,
-        is_wrong=bool(truth) and is_anomaly != (truth == "anomalous"),
-        original=_jpeg(thumbnail),
-        overlay=_jpeg(drawn),
-    )
-
-
-def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) in 0..1 as uint8, the longer side `THUMBNAIL` at the most."""
-    image = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(image)
-
-
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
-    out = io.BytesIO()
-    # Colour at full resolution, or the thin outline would fade.
-    Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return _uri(out.getvalue(), "jpeg")
-
-
-def _uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _css(colour: NDArray[np.float64]) -> str:
