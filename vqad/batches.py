@@ -1,4 +1,4 @@
-"""What training and the start of a model read of stored features: scaled batches, their order, and the scale."""
+"""What training and the start of a model read of stored features: scaled batches, and the scale itself."""
 
 from __future__ import annotations
 
@@ -79,33 +79,6 @@ class TrainingBatches:
     def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         part = self.parts[i]
         return on_device(self.source.batch(part), self.source.engine.device), self.category[part]
-
-
-def one_pass(category: Tensor, balance: float) -> Tensor:
-    r"""Random order of a pass: n places in a list of n images, in which small categories may come more often.
-
-    Of :math:`n` draws a category of :math:`n_c` images gets a share in proportion to :math:`n_c^{1 - b}`, and at least
-    one: with a balance b of 0 each image is drawn once, with 1 each category equally often. Within a category no image
-    is drawn twice more than another.
-
-    Parameters
-    ----------
-    category : Tensor of shape (n,), int64
-    balance : float in [0, 1]
-    """
-    n = len(category)
-    if not balance:
-        return torch.randperm(n)
-    kinds, sizes = torch.unique(category.cpu(), return_counts=True)
-    shares = sizes.double().pow(1 - balance)
-    bounds = (shares.cumsum(0) / shares.sum() * (n - len(kinds))).round().long()
-    counts = 1 + torch.diff(bounds, prepend=bounds.new_zeros(1))
-    drawn = []
-    for kind, count in zip(kinds, counts.tolist()):
-        own = (category == kind).nonzero().squeeze(1)
-        rounds = [own[torch.randperm(len(own))] for _ in range(-(-count // len(own)))]
-        drawn.append(torch.cat(rounds)[:count])
-    return torch.cat(drawn)[torch.randperm(n)]
 
 
 def channel_statistics(store: FeatureStore, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
