@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -212,7 +213,9 @@ def is_expected(rows, batch, expected):
     assert [row["path"] for row in rows] == batch
     read = [row for row in rows if not row["error"]]
     assert [row["path"] for row in rows if row["error"]] == batch[3:5]
-    assert all(np.isnan(row["anomaly_score"]) and row["label"] == 0 and not row["category"] for row in rows[3:5])
+    assert all(
+        np.isnan(np.float64(row["anomaly_score"])) and row["label"] == 0 and not row["category"] for row in rows[3:5]
+    )
     np.testing.assert_array_equal([row["anomaly_score"] for row in read], expected)
     assert [row["label"] for row in read] == [-1 if row["anomaly_score"] > row["threshold"] else 1 for row in read]
     assert all(0 < row["p_value"] <= 1 for row in read)
@@ -267,8 +270,9 @@ def test_dask_bag(dask_client, model, batch, expected):
 
 
 @pytest.mark.slow
-def test_spark(model, batch, expected):
+def test_spark(model, batch, expected, monkeypatch):
     sql = pytest.importorskip("pyspark.sql", reason="the engine Spark is not installed")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
     spark = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
     try:
         scorer = BatchScorer(model)
