@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=["loky", "dask", "ray"])
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--backbone", default="test_efficientnet")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +41,7 @@ def main() -> None:
         print(json.dumps({"images": len(paths), "model_bytes": content.nbytes}), flush=True)
         for engine in arguments.engines:
             with cluster(engine, arguments.workers) as config:
-                measure(detector, paths, engine, config)
+                measure(detector, paths, engine, config, arguments.repeats)
 
 
 def write_images(folder: Path, n: int) -> list[str]:
@@ -58,7 +59,7 @@ def fitted(backbone: str) -> HVQTransDetector:
     return made.fit(parts.images)
 
 
-def measure(detector: HVQTransDetector, paths: list[str], engine: str, config: dict) -> None:
+def measure(detector: HVQTransDetector, paths: list[str], engine: str, config: dict, repeats: int) -> None:
     """One process and the workers, which take turns with the same images."""
     seen = []
 
@@ -70,10 +71,10 @@ def measure(detector: HVQTransDetector, paths: list[str], engine: str, config: d
     vqad.workers.map_in_order = noted
     detector.score_samples(paths[:64])
     with joblib.parallel_config(**config):  # workers start, import and open the model
-        detector.score_samples(paths[:256])
+        detector.score_samples(paths[:128])
     first = {done.worker: done.n_opened for done in seen}
     times: dict[str, list[float]] = {"one process": [], "workers": []}
-    for _ in range(2):
+    for _ in range(repeats):
         started = time.perf_counter()
         alone = detector.score_samples(paths)
         times["one process"].append(time.perf_counter() - started)

@@ -50,7 +50,7 @@ if is_alone:
         self.order = collective.in_turns(train[same_order(train, 0)], two)
         self.n_done, self.total = 0, torch.zeros(())
     training_run.Run.start_pass = start_pass
-    training.Trainer._batches = lambda self, order: collective.batches_of_all(order, self.plan.batch_size, two)
+    collective.batches = lambda order, size: collective.batches_of_all(order, size, two)
 
 shared = dict(backbone=None, max_iter=4, batch_size=8, false_alarm_rate=0.3, random_state=0, early_stopping=True)
 detectors = {

@@ -8,7 +8,7 @@ in its part of the batch. In a training of one process nothing here does anythin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -221,6 +221,37 @@ def sum_gradients(model: nn.Module) -> None:
     total = summed(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]))
     for p, grad in zip(learning, torch.split(total, [p.numel() for p in learning])):
         p.grad = grad.view_as(p)
+
+
+def reader(source: Any) -> Callable[[Tensor], Any]:
+    """What gives features of a training's `own` images."""
+    read: Callable[[Tensor], Any] = source.batch if _crew is None else source.own_batch
+    return read
+
+
+def own(indices: Tensor) -> Tensor:
+    """What this process has of some images."""
+    return indices if _crew is None else _crew.own(indices)
+
+
+def mine(of_each: list[T]) -> T:
+    """What is this process's of what `of_all` gave."""
+    return of_each[0 if _crew is None else _crew.rank]
+
+
+def all_of(fits: bool) -> bool:
+    """Whether all processes had enough memory for a step."""
+    return fits if _crew is None else not summed(torch.tensor([float(not fits)])).item()
+
+
+def shuffled(order: Tensor) -> Tensor:
+    """A pass that all processes take part in, by the draws of the first; `in_turns` where there are several."""
+    return order if _crew is None else in_turns(agreed(order), _crew)
+
+
+def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """What is left of a pass, in batches; see `batches_of_all`."""
+    return torch.split(order, batch_size) if _crew is None else batches_of_all(order, batch_size, _crew)
 
 
 def in_turns(order: Tensor, crew: Crew) -> Tensor:

@@ -45,9 +45,6 @@ class FeatureSource(Protocol):
     def batch(self, indices: Sequence[int] | Tensor) -> Features:
         """Features of some images, float, on the host or already on the device."""
 
-    def own_batch(self, indices: Sequence[int] | Tensor) -> Features:
-        """The same of images that this process has, where several learn together."""
-
 
 class Trainer:
     """Trains one model on cached features.
@@ -163,9 +160,9 @@ class Trainer:
             with drawing():
                 run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
-        parts = self._batches(order[run.n_done :])
-        own = [self._own(indices) for indices in parts]
-        for indices, mine, features in zip(parts, own, ahead(self._read, own, self.device)):
+        parts = collective.batches(order[run.n_done :], self.plan.batch_size)
+        own, read = [collective.own(indices) for indices in parts], collective.reader(self.source)
+        for indices, mine, features in zip(parts, own, ahead(read, own, self.device)):
             run.optimizer.zero_grad(set_to_none=True)
             with nullcontext() if getattr(self.model, "draws_apart", False) else drawing():
                 loss = self._backward(features, self.category[mine], len(indices))
@@ -183,19 +180,6 @@ class Trainer:
                 checkpoint.write(run.state(self.batch_size))
         run.order = None
         return float(run.total) / len(train)
-
-    def _batches(self, order: Tensor) -> Sequence[Tensor]:
-        crew, size = collective.crew(), self.plan.batch_size
-        return torch.split(order, size) if crew is None else collective.batches_of_all(order, size, crew)
-
-    def _own(self, indices: Tensor) -> Tensor:
-        """What this process has of some images."""
-        crew = collective.crew()
-        return indices if crew is None else crew.own(indices)
-
-    def _read(self, indices: Tensor) -> Features:
-        """Features of images that this process has."""
-        return self.source.batch(indices) if collective.crew() is None else self.source.own_batch(indices)
 
     def _set_training_mode(self) -> None:
         self.model.eval()
@@ -222,7 +206,7 @@ class Trainer:
                 if self.batch_size == 1:
                     raise
                 fits = False
-            if self._do_all(fits):
+            if collective.all_of(fits) if self._may_run_out() else fits:
                 return total
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
@@ -237,12 +221,6 @@ class Trainer:
             return []
         norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [(b, b.clone()) for norm in norms for b in norm.buffers()]
-
-    def _do_all(self, fits: bool) -> bool:
-        """Whether this process, and all that learn with it, had enough memory."""
-        if collective.crew() is None or not self._may_run_out():
-            return fits
-        return not summed(torch.tensor([float(not fits)])).item()
 
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
@@ -263,9 +241,10 @@ class Trainer:
         """Mean loss of some images in evaluation mode."""
         self.model.eval()
         try:
-            total, own = torch.zeros((), dtype=torch.float64), self._own(indices)
-            for part in torch.split(own, self.batch_size) if len(own) else ():
-                total += float(self._loss(self._read(part), self.category[part])) * len(part)
+            total, read = torch.zeros((), dtype=torch.float64), collective.reader(self.source)
+            for part in torch.split(collective.own(indices), self.batch_size):
+                if len(part):
+                    total += float(self._loss(read(part), self.category[part])) * len(part)
             return float(summed(total)) / len(indices)
         except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:

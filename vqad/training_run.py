@@ -152,8 +152,7 @@ class Run:
         self.total = torch.zeros((), device=device)
 
     def start_pass(self, train: Tensor, category: Tensor) -> None:
-        crew, order = collective.crew(), one_pass(category[train], self.plan.category_balance)
-        self.order = train[order] if crew is None else collective.in_turns(train[collective.agreed(order)], crew)
+        self.order = collective.shuffled(train[one_pass(category[train], self.plan.category_balance)])
         self.n_done = 0
         self.total = torch.zeros((), device=self.device)
 
@@ -184,8 +183,7 @@ class Run:
         self.best.loss, self.best.waited, self.best.state = best["loss"], best["waited"], best["state"]
         self.order, self.n_done = this_pass["order"], this_pass["n_done"]
         self.total = this_pass["total"].to(self.device)
-        crew, states = collective.crew(), state["random"]
-        set_random_state(states[0 if crew is None else crew.rank])
+        set_random_state(collective.mine(state["random"]))
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         return int(state["batch_size"])

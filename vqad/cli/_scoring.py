@@ -77,7 +77,7 @@ def score(arguments: argparse.Namespace) -> int:
     detector = loaded(arguments)
     if arguments.false_alarm_rate is not None:
         detector.recalibrate(false_alarm_rate=arguments.false_alarm_rate)
-    table = _Table(detector, arguments, max([len("path"), *(len(printable(path)) for path, _ in named)]))
+    table = _Table(detector, arguments, max([len("path"), *(len(printable(path)) for path, _, _ in named)]))
     with table.opened(resume=arguments.resume), _workers(arguments) as are_elsewhere:
         more = () if listed is None else listed.with_outputs(arguments.maps is not None)
         missing = (pair for pair in chain(named, more) if not table.has(pair[0]))
