@@ -1,7 +1,7 @@
 """What tiles find: a fault of 12 pixels in drawn textures of 6,000 x 2,000, with tiles and without.
 
-    python benchmarks/tiles.py                  # a quarter of an hour on two CPU cores
-    python benchmarks/tiles.py --width 3000     # half of that
+python benchmarks/tiles.py                  # a quarter of an hour on two CPU cores
+python benchmarks/tiles.py --width 3000     # half of that
 """
 
 from __future__ import annotations

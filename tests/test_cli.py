@@ -18,6 +18,7 @@ import pytest
 from conftest import save_png
 
 import vqad.cli._commands
+import vqad.cli._scoring
 import vqad.demo
 import vqad.registry
 from vqad import HVQTransDetector, VQFlowDetector
@@ -357,14 +358,14 @@ def test_the_help_names_the_detectors_that_there_are(monkeypatch, capsys):
 def test_maps_of_large_images_are_drawn_smaller(model, tmp_path, monkeypatch):
     pixels = make_textured_parts(1, 0, image_size=64, random_state=1).images[0]
     save_png(tmp_path / "new" / "part.png", pixels[:33])
-    monkeypatch.setattr(vqad.cli._commands, "DRAWN_SIDE", 32)
+    monkeypatch.setattr(vqad.cli._scoring, "DRAWN_SIDE", 32)
     assert main(["score", str(model), str(tmp_path / "new"), "--maps", str(tmp_path / "maps")]) == 0
     (drawn,) = (tmp_path / "maps").rglob("*.png")
     assert vqad.images.check_images([str(drawn)]).size(0) == (16, 32)
 
 
 def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(vqad.cli._commands, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(vqad.cli._scoring, "ROWS_AT_ONCE", 2)
     for name in "abcde":
         save_png(tmp_path / "new" / f"{name}.png", np.zeros((64, 64), np.uint8))
     whole = (tmp_path / "new" / "a.png").read_bytes()
@@ -554,7 +555,7 @@ def test_an_error_that_is_no_users_fault_is_not_dressed_as_one(folders, model, m
     def broken(*args):
         raise RuntimeError
 
-    monkeypatch.setattr(vqad.cli._commands, "judge", broken)
+    monkeypatch.setattr(vqad.workers, "judge_readable", broken)
     with pytest.raises(RuntimeError):
         main(["score", str(model), str(folders / "bad")])
 
@@ -563,7 +564,7 @@ def test_ctrl_c_ends_with_130(folders, model, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vqad.cli._commands, "judge", interrupted)
+    monkeypatch.setattr(vqad.workers, "judge_readable", interrupted)
     assert main(["score", str(model), str(folders / "bad")]) == 130
     assert complaint(capsys) == "vqad: interrupted"
 

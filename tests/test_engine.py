@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from PIL import Image
 
 import vqad._decode
 import vqad.backbones
-from vqad.engine import Engine, one_core_each, seeded, side_by_side, undisturbed
+from vqad import HVQTransDetector, VQFlowDetector
+from vqad.engine import Engine, learning, one_core_each, seeded, side_by_side, undisturbed
 from vqad.images import check_images
+from vqad.nn.draws import drawing
 from vqad.streaming import readers
+from vqad.training import Trainer
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda")
 
@@ -132,6 +136,8 @@ def test_a_seed_of_the_cpu_is_that_of_torch_and_no_other_devices(monkeypatch):
             monkeypatch.setattr(module, name, refuse, raising=False)
     with seeded(5, CPU):
         assert torch.equal(torch.rand(3), expected)
+    with learning(5, CPU), drawing():
+        assert torch.equal(torch.rand(3), expected)
     assert torch.cuda._queued_calls == queued
 
 
@@ -205,3 +211,30 @@ threading.Thread(target=later).start()
 def test_a_thread_that_outlives_the_main_one_may_compute():
     done = subprocess.run([sys.executable, "-c", AFTER_MAIN], capture_output=True, text=True, check=False)
     assert done.stdout == "4950\n", done.stderr
+
+
+def test_fits_that_share_nothing_run_at_once_and_as_alone():
+    """Each waits, in its first step of training, until the others are there too."""
+    rows, state = np.random.default_rng(0).standard_normal((40, 3, 3, 8)).astype(np.float32), torch.get_rng_state()
+    together, waited = threading.Barrier(3), threading.local()
+
+    def fit(seed):
+        made = (HVQTransDetector if seed else VQFlowDetector)(
+            backbone=None, max_iter=2, random_state=seed, false_alarm_rate=0.3
+        )
+        return made.fit(rows).score_samples(rows)
+
+    alone = [fit(seed) for seed in range(3)]
+    plain = Trainer._backward
+
+    def wait_once(self, *batch):
+        if not getattr(waited, "done", False):
+            waited.done = True
+            together.wait(timeout=60)
+        return plain(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(Trainer, "_backward", wait_once)
+        for found, expected in zip(pool.map(fit, range(3)), alone):
+            np.testing.assert_array_equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), state)

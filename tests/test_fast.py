@@ -91,8 +91,10 @@ print(before, usual())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep freed memory")
-def test_freed_memory_is_taken_again_without_page_faults():
+@pytest.mark.parametrize("of_dask", [{}, {"MALLOC_TRIM_THRESHOLD_": "65536"}])
+def test_freed_memory_is_taken_again_without_page_faults(of_dask):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    environment |= of_dask
     command = [sys.executable, "-c", PAGE_FAULTS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())

@@ -34,7 +34,10 @@ _HOMES = {
     "load": "persistence",
     "save": "persistence",
 }
-_PARTS = ("datasets", "display", "explain", "metrics", "model_selection", "nn", "prototypes", "report", "testing")
+_PARTS = (
+    "datasets", "display", "distributed", "explain", "metrics", "model_selection", "nn", "prototypes", "report",
+    "testing",
+)  # fmt: skip
 
 
 def __getattr__(name):

@@ -51,6 +51,13 @@ class Ignored:
         mask = self.at(i, own.shape, name)
         return share_seen(own if mask is None else mask, grid)
 
+    def part(self, numbers: Sequence[int], one: bool = True) -> Ignored:
+        """The same of some images, by their place among ``numbers``; without what is for all images if not ``one``."""
+        each = None if self.each is None else [self.each[i] for i in numbers]
+        if each is not None:
+            each = [os.path.abspath(mask) if isinstance(mask, (str, os.PathLike)) else mask for mask in each]
+        return Ignored(self.one if one else None, each)
+
     def digest(self, i: int) -> str:
         """Of what is ignored in an image; empty where nothing is."""
         digest, masks = hashlib.sha256(), [self.one, self._own(i)]

@@ -68,7 +68,9 @@ class Shared:
         computes in bfloat16 only where "bfloat16" is asked for.
     n_jobs : int or None, default=None
         Threads that read and decode images while the backbone works, at least one for each thread that computes; -1
-        takes all processors. None reads each image when it is its turn. Results are the same.
+        takes all processors. None reads each image when it is its turn. Within ``joblib.parallel_config`` of a backend
+        of processes or machines ("loky", "dask", "ray") it is the number of workers instead, on which many images are
+        scored, as in scikit-learn; None takes as many as the configuration says. Results are the same.
     memory : None, str, path or joblib.Memory, default=None
         Where features of images are kept on disk, as in scikit-learn's `Pipeline`: an image that was seen before, by
         any fit or scoring call with the same backbone, is not passed through the backbone again.

@@ -17,11 +17,13 @@ from vqad import extending, fitting
 from vqad._checks import check_category, check_groups, check_range, normal_rows
 from vqad._ignore import as_mask
 from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
+from vqad.collective import agreed
 from vqad.datasets import ImageDataset
 from vqad.deciding import Deciding
-from vqad.engine import Engine, seeded
+from vqad.engine import Engine, learning
 from vqad.features import check_image_size, fit_features
 from vqad.judging import FORM_OF_X, Judging
+from vqad.nn.draws import drawing
 from vqad.splitting import of_rows
 from vqad.store import FeatureArray
 from vqad.tiling import Tiling
@@ -174,7 +176,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         if before is not None:
             features, map_shape, ignore, tiles = before.features, before.map_shape, before.ignore, before.tiles
         elif self.backbone is not None:
-            with seeded(seed, engine.device):
+            with learning(seed, engine.device), drawing():
                 known = data if ignore is None else data.ignoring(ignore)
                 features = fit_features(self.backbone, known, rows, **self._feature_options())
         source = self._map_source(data, features, engine, map_shape, ignore, tiles)
@@ -245,7 +247,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
     # ---------------------------------------------------------------- what the functions below are given
 
     def _draw_seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        return agreed(int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max)))
 
     def _take(self, learner, fitted) -> None:
         """Have what was learned, all at once: another thread sees all of it or nothing."""

@@ -34,7 +34,7 @@ class ScaledFeatures:
         self.store, self.assemble, self.engine = store, assemble, engine
         self._kept: list[Tensor] | None = None
         self._is_single = False
-        if engine.device.type != "cpu" and len(store):
+        if engine.device.type != "cpu" and len(store) and not store.is_shared:
             self._keep()
 
     def __len__(self) -> int:
@@ -61,6 +61,10 @@ class ScaledFeatures:
             for room, m in zip(kept, [features] if isinstance(features, Tensor) else features):
                 room[int(part[0]) : int(part[-1]) + 1].copy_(m)
         self._kept = kept
+
+    def own_batch(self, indices: Sequence[int] | Tensor) -> Any:
+        """Of images that this process has of those that several share."""
+        return self.assemble(self.store.own_batch(indices))
 
 
 class TrainingBatches:

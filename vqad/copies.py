@@ -141,6 +141,16 @@ class Watched(ImageSequence):
         self._small[int(i)] = _small(torch.from_numpy(pixels).permute(2, 0, 1))
         return pixels
 
+    @property
+    def pictures(self) -> dict[int, np.ndarray]:
+        """Those that are kept, by the number of the image."""
+        return self._small
+
+    def join(self, pictures: Iterable[dict[int, np.ndarray]]) -> None:
+        """Keep those too that other processes have made."""
+        for some in pictures:
+            self._small.update(some)
+
     def small_pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pictures (m, 256) of some images, and which of them these are of.
 

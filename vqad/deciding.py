@@ -9,7 +9,6 @@ import numpy as np
 
 from vqad import fitting, recalibration
 from vqad._checks import check_category, check_labels
-from vqad.scoring import judge_images
 from vqad.thresholds import labelled_offset, quantile_rule, threshold_rule
 
 
@@ -87,7 +86,7 @@ class Deciding:
         y = check_labels(y, len(source))
         if (y == 1).all():
             rule = quantile_rule(self.false_alarm_rate)
-        judged = judge_images(before.scorer, source, np.arange(len(source)), keep_maps=False)
+        judged = now._judged(source, np.arange(len(source)), keep_maps=False)
         per_category = self.threshold == "category"
         old = before.thresholds
         offset = labelled_offset(old.offset, per_category, before.categories, -judged.score, judged.category, y, rule)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqad._warn import holding_warnings, release_warnings, warn
+from vqad.nn.draws import generator_place, own_draws
 from vqad.nn.fast.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -192,26 +193,15 @@ def _cpu_has_bfloat16() -> bool:
 # ---- what belongs to the whole process -----------------------------------------------------------
 
 
-_ALONE = threading.RLock()
-
-
 @contextmanager
 def undisturbed(device: torch.device | None = None) -> Iterator[None]:
     """Run with gradients on and float32 as torch's default, and leave its modes and random state as they were found.
 
-    One thread at a time may be in here. It computes with as many threads as torch had before any `one_core_each`.
+    One thread at a time may be in here, and none draws meanwhile from a state of its own.
     """
     devices = [device] if device is not None and device.type == "cuda" else []
-    with _ALONE, torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        with _COUNTING:
-            if _pools:
-                compute_with(_intended)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+    with generator_place(), torch.random.fork_rng(devices=devices), _modes():
+        yield
 
 
 @contextmanager
@@ -225,6 +215,44 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         elif device.type != "cpu":
             getattr(torch, device.type).manual_seed(seed)
         yield
+
+
+@contextmanager
+def learning(seed: int, device: torch.device) -> Iterator[None]:
+    """As `seeded`; but on a CPU any number of threads may be in here, each of which draws within `drawing`.
+
+    The generator of another device is one for all threads.
+    """
+    if device.type != "cpu":
+        with seeded(seed, device):
+            yield
+        return
+    with own_draws(seed), _modes():
+        yield
+
+
+_learners, _dtype = 0, torch.float32
+
+
+@contextmanager
+def _modes() -> Iterator[None]:
+    """Gradients on, float32 as torch's default, and as many threads as torch had before any `one_core_each`."""
+    global _learners, _dtype
+    with torch.inference_mode(False), torch.enable_grad():
+        with _COUNTING:
+            if not _learners:
+                _dtype = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            _learners += 1
+            if _pools:
+                compute_with(_intended)
+        try:
+            yield
+        finally:
+            with _COUNTING:
+                _learners -= 1
+                if not _learners:
+                    torch.set_default_dtype(_dtype)
 
 
 _COUNTING = threading.Lock()
@@ -260,6 +288,17 @@ def join_pool(threads: int) -> None:
     compute_with(1)
 
 
+@contextmanager
+def at_most_threads(threads: int | None) -> Iterator[None]:
+    """Let what this thread starts side by side take no more threads than that, whatever torch is set to; None: any."""
+    before = getattr(_HERE, "limit", None)
+    _HERE.limit = threads
+    try:
+        yield
+    finally:
+        _HERE.limit = before
+
+
 def threads_beside() -> int:
     """How many threads of a pool do what this one does, itself included."""
     return getattr(_HERE, "threads", 1)
@@ -276,9 +315,9 @@ def compute_with(threads: int) -> None:
 
 def _unlock() -> None:
     """In a process that was forked off, nobody lets go of what other threads held, and their pools are not there."""
-    global _ALONE, _COUNTING, _KEEPING, _pools
-    _pools = 0
-    _ALONE, _COUNTING, _KEEPING = threading.RLock(), threading.Lock(), threading.Lock()
+    global _COUNTING, _KEEPING, _pools, _learners
+    _pools = _learners = 0
+    _COUNTING, _KEEPING = threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -334,6 +373,7 @@ def side_by_side(
     keep_freed_memory()
     least = chunk if chunk == 1 else _LEAST_CHUNKS * chunk
     with one_core_each() as threads:
+        threads = min(threads, getattr(_HERE, "limit", None) or threads)
         n_parts = max(1, min(len(rows) // least, max(threads, math.ceil(len(rows) / (_PART * chunk)))))
         for held in _in_threads(holding_warnings(work), np.array_split(rows, n_parts), threads):
             yield from release_warnings(held)

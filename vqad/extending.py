@@ -19,7 +19,7 @@ from vqad._warn import warn
 from vqad.batches import ScaledFeatures
 from vqad.calibration import Seen, learn_terms
 from vqad.copies import exact_copies, merged, pieces
-from vqad.engine import lent, seeded
+from vqad.engine import learning, lent
 from vqad.fitted import Fitted, History
 from vqad.fitting import (
     Images,
@@ -31,6 +31,7 @@ from vqad.fitting import (
     thresholds_of,
     train_model,
 )
+from vqad.nn.draws import drawing
 from vqad.nn.terms import TermScorer
 from vqad.prototypes import add_prototypes
 from vqad.routing import MIN_CATEGORY_SIZE, CategoryRouter, new_labels
@@ -47,8 +48,9 @@ STRANGE = 10.0
 def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
     """Learn more images of known categories, or categories that were never seen."""
     source, rows, category, groups = images
-    with seeded(seed, source.engine.device):
-        store, descriptor = source.extract(rows, settings.verbose)
+    with learning(seed, source.engine.device):
+        with source.drawing():
+            store, descriptor = source.extract(rows, settings.verbose)
         scorer = copy.deepcopy(before.scorer)
         known = merged(groups, exact_copies(descriptor))
         index, categories = _place(scorer.router, before.categories, descriptor, category, known, seed)
@@ -176,7 +178,8 @@ def _train_more(
     is_new = index[train] >= n_known
     if is_new.any():
         batches = batches_of(features, np.maximum(index, 0), train[is_new], settings)
-        model.extend(scorer.router.n_categories - n_known, batches)
+        with drawing():
+            model.extend(scorer.router.n_categories - n_known, batches)
     for rows, n_passes, is_last in ((train[~is_new], 1, not is_new.any()), (train[is_new], None, True)):
         learning = [c for c in np.unique(index[rows]).tolist() if model.parts_of([c])]
         rows = rows[np.isin(index[rows], learning)]
@@ -186,7 +189,8 @@ def _train_more(
             if log.interrupted and not is_last:
                 raise KeyboardInterrupt  # rather than keep a category that was never trained
     if is_new.any():
-        model.settle(batches)
+        with drawing():
+            model.settle(batches)
     return history
 
 

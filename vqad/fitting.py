@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vqad import collective
 from vqad._checks import known_index
 from vqad._warn import warn
 from vqad.backbones import state_digest
@@ -18,8 +19,9 @@ from vqad.batches import ScaledFeatures, TrainingBatches, channel_statistics
 from vqad.calibration import Seen, learn_terms, score_seen, set_thresholds
 from vqad.checkpoint import Checkpoint, fingerprint
 from vqad.copies import exact_copies, merged, pieces
-from vqad.engine import lent, seeded
+from vqad.engine import learning, lent
 from vqad.fitted import Fitted, History
+from vqad.nn.draws import drawing
 from vqad.nn.model import AnomalyModel, FeatureShape
 from vqad.prototypes import Prototypes, add_prototypes
 from vqad.routing import CategoryRouter
@@ -98,11 +100,11 @@ class Images(NamedTuple):
 def fit(images: Images, settings: Settings, seed: int, before: Fitted | None = None) -> Fitted:
     """Learn all that is to be known, anew, or warm from what was learned before."""
     engine = images.source.engine
-    with seeded(seed, engine.device):
+    with learning(seed, engine.device), images.source.drawing():
         store, descriptor = images.source.extract(images.rows, settings.verbose)
     checkpoint = _open_checkpoint(images, store, settings, seed, before)
     seed = seed if checkpoint is None else checkpoint.seed
-    with seeded(seed, engine.device):
+    with learning(seed, engine.device):
         fitted = _fit(images, store, descriptor, settings, seed, checkpoint, before)
     if checkpoint is not None and not settings.is_seeded and not fitted.history.log.interrupted:
         checkpoint.remove()  # the next fit is another one
@@ -135,7 +137,7 @@ def check_labels(
 
 def _open_checkpoint(
     images: Images, store: FeatureStore, settings: Settings, seed: int, before: Fitted | None
-) -> Checkpoint | None:
+) -> collective.AnyCheckpoint | None:
     """The checkpoint of this very training, which is known by its features, parameters and start."""
     if settings.checkpoint_dir is None:
         return None
@@ -147,7 +149,10 @@ def _open_checkpoint(
     name = fingerprint(
         sorted(settings.training.items()), start, labels, engine.device.type, engine.dtype, drawn, store.digest()
     )
-    return Checkpoint(settings.checkpoint_dir, name, seed)
+    crew = collective.crew()
+    if crew is None:
+        return Checkpoint(settings.checkpoint_dir, name, seed)
+    return collective.SharedCheckpoint(settings.checkpoint_dir, name, seed, crew)
 
 
 def _fit(
@@ -156,7 +161,7 @@ def _fit(
     descriptor: np.ndarray,
     settings: Settings,
     seed: int,
-    checkpoint: Checkpoint | None,
+    checkpoint: collective.AnyCheckpoint | None,
     before: Fitted | None,
 ) -> Fitted:
     source, rows, category, groups = images
@@ -183,7 +188,8 @@ def _fit(
         tuple(m.shape[1] for m in maps), tuple((m.shape[2], m.shape[3]) for m in maps),
         source.strides, source.has_deep_view,
     )  # fmt: skip
-    model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
+    with drawing():
+        model = settings.make_model(shape, len(categories), 0 if before is None else before.scorer.model.n_added)
     scorer = Scorer(
         router, scaling, model,
         gaussian=settings.gaussian, strides=source.strides, own_units=source.features is None,
@@ -193,10 +199,12 @@ def _fit(
     features, known = ScaledFeatures(sample.store, scorer.model_input, source.engine), sample.index
     with lent(model, source.engine.device):
         if before is None and (checkpoint is None or checkpoint.state is None):
-            model.start(batches_of(features, known, some, settings))
+            with drawing():
+                model.start(batches_of(features, known, some, settings))
         watched = sample.split.validation
         log = train_model(features, model, known, train, settings, validation=watched, checkpoint=checkpoint)
-        model.settle(batches_of(features, known, train, settings))
+        with drawing():
+            model.settle(batches_of(features, known, train, settings))
     scorer, held = learn_terms(scorer, sample.learned(descriptor), source.engine, seed)
     if source.tiling is not None:
         held = hold_scans(scorer, source, rows[split.held_out], index[split.held_out], n_known=0)
@@ -272,7 +280,7 @@ def train_model(
     categories: list[int] | None = None,
     n_passes: int | None = None,
     validation: np.ndarray | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: collective.AnyCheckpoint | None = None,
 ) -> TrainingLog:
     """Train the model, or the parts of it that serve these categories alone."""
     plan = replace(settings.plan, clip_norm=model.clip_norm)

@@ -96,10 +96,16 @@ class ImageSequence:
     """
 
     def __init__(
-        self, items: Any, indices: np.ndarray, _said: set[str] | None = None, ignored: Ignored | None = None
+        self,
+        items: Any,
+        indices: np.ndarray,
+        _said: set[str] | None = None,
+        ignored: Ignored | None = None,
+        _numbers: np.ndarray | None = None,
     ) -> None:
         self._items = items
         self._indices = indices
+        self._numbers = indices if _numbers is None else _numbers
         self.ignored = ignored
         # Shared with every subset, so that one X warns once.
         self._said = set() if _said is None else _said
@@ -118,7 +124,7 @@ class ImageSequence:
     def name(self, i: int) -> str:
         """Name of image `i` in the caller's terms, such as ``image 17 of X, path 'a.png'``."""
         path = self.path(i)
-        return f"image {int(self._indices[i])} of X" + ("" if path is None else f", path {path!r}")
+        return f"image {int(self._numbers[i])} of X" + ("" if path is None else f", path {path!r}")
 
     def path(self, i: int) -> str | None:
         """The file of image `i`, if it came as one."""
@@ -130,7 +136,19 @@ class ImageSequence:
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices.astype(np.intp) if indices.size == 0 else indices
-        return ImageSequence(self._items, self._indices[indices], self._said, self.ignored)
+        return ImageSequence(self._items, self._indices[indices], self._said, self.ignored, self._numbers[indices])
+
+    def part(self, indices: Any, ignored: bool = True) -> ImageSequence:
+        """As `subset`, with nothing in it but these images, to be sent to a process that may be in another folder.
+
+        What is ignored of all images is left out where it is not ``ignored``: others know it.
+        """
+        places, masks = self._indices[indices].tolist(), None
+        items = [self._items[place] for place in places]
+        items = [os.path.abspath(item) if isinstance(item, str) else item for item in items]
+        if self.ignored is not None and (ignored or self.ignored.each is not None):
+            masks = self.ignored.part(places, ignored)
+        return ImageSequence(items, np.arange(len(items)), set(self._said), masks, self._numbers[indices])
 
     def ignoring(self, masks: Any) -> ImageSequence:
         """The same images, of which parts are not looked at: neither learned from nor judged.
@@ -171,7 +189,7 @@ class ImageSequence:
             each = [None] * (int(self._indices.max(initial=-1)) + 1)
             for origin, mask in zip(self._indices.tolist(), own):
                 each[origin] = mask
-        return ImageSequence(self._items, self._indices, self._said, Ignored(one, each))
+        return ImageSequence(self._items, self._indices, self._said, Ignored(one, each), self._numbers)
 
     def mask(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
         """What of image `i` is ignored, bool of its own size, or stretched to another; None where nothing is."""
@@ -304,6 +322,14 @@ class ImageSequence:
     def warn_once(self, i: int, what: str) -> None:
         """Warn of what image `i` has, unless another of this X had the same."""
         self._warn_once(self.name(i), what)
+
+    def is_news(self, message: str) -> bool:
+        """Whether a warning that another process had of some of these images was not said of others before."""
+        what = message.rpartition(" has ")[2]
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
 
     def _warn_once(self, name: str, what: str) -> None:
         if what not in self._said:

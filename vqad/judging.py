@@ -12,9 +12,10 @@ from vqad.calibration import drift_p_value
 from vqad.engine import Engine
 from vqad.explain import explain_images
 from vqad.images import check_images
-from vqad.scoring import judge_images, routed_chunks
+from vqad.scoring import Judgement, routed_chunks
 from vqad.source import MapSource
-from vqad.verdicts import Verdicts, resize_map
+from vqad.verdicts import resize_map, verdicts_of
+from vqad.workers import judge_anywhere
 
 # What `fit` sets beside `fitted_`, by scikit-learn's own checks of X.
 FORM_OF_X = ("n_features_in_", "feature_names_in_")
@@ -143,17 +144,8 @@ class Judging:
         now = self._now()
         source, fitted = now._source(X), now._fitted
         rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-        score, category, maps = judge_images(fitted.scorer, source, rows, keep_maps)
-        threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(category)), score.shape)
-        return Verdicts(
-            score=score,
-            threshold=threshold,
-            p_value=fitted.thresholds.conformal.p_values(score, category),
-            label=np.where(threshold - score >= 0, 1, -1),
-            category=fitted.categories[category],
-            grids=maps,
-            hidden=source.data.subset(rows).mask if source.ignores else None,
-        )
+        hidden = source.data.subset(rows).mask if source.ignores else None
+        return verdicts_of(fitted, now._judged(source, rows, keep_maps), hidden)
 
     def predict_category(self, X):
         """Which category each image was judged as.
@@ -185,7 +177,7 @@ class Judging:
         """
         now = self._now()
         source = now._source(X)
-        maps = judge_images(now._fitted.scorer, source, np.arange(len(source))).maps
+        maps = now._judged(source, np.arange(len(source))).maps
         sizes = [source.data.size(i) for i in range(len(source))]
         resized = (resize_map(m, size, source.mask(i)) for i, (m, size) in enumerate(zip(maps, sizes)))
         if len(set(sizes)) > 1:
@@ -224,6 +216,10 @@ class Judging:
     def _source(self, X) -> MapSource:
         """The maps of X, checked."""
         return self._source_of(self._check_X(X, self._fitted))
+
+    def _judged(self, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
+        """One pass over some images, here or on workers."""
+        return judge_anywhere(self._fitted.scorer, source, rows, keep_maps, (self.device, self.precision))
 
     def _source_of(self, data) -> MapSource:
         fitted = self._fitted

@@ -216,26 +216,43 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file of ours, undamaged and of a format that this version knows."""
+def read_checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over all that the file of a saved detector holds, as its header says; nothing else is read."""
+    return _header(Path(path))["checksum"]
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Metadata of a file of ours, of a format that this version knows."""
     if path.is_dir():
         raise IsADirectoryError(f"model {str(path)!r} is a folder; a file that vqad.save or vqad fit wrote is needed.")
     if not path.is_file():
         raise FileNotFoundError(f"model {str(path)!r} does not exist: make one with vqad fit or vqad.save.")
-    foreign = (
-        f"{str(path)!r} is no model that vqad.save or vqad fit wrote, or is damaged or truncated: copy or save it "
-        "again. (What joblib.dump wrote opens with joblib.load, which runs code that the file holds.)"
-    )
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format") != "vqad":
-            raise ValueError(foreign)
-        _check_version(path, metadata)
+    except (safetensors.SafetensorError, UnicodeError) as error:
+        raise _foreign(path) from error
+    if metadata.get("format") != "vqad" or "checksum" not in metadata:
+        raise _foreign(path)
+    _check_version(path, metadata)
+    return metadata
+
+
+def _foreign(path: Path) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} is no model that vqad.save or vqad fit wrote, or is damaged or truncated: copy or save it "
+        "again. (What joblib.dump wrote opens with joblib.load, which runs code that the file holds.)"
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of ours, undamaged and of a format that this version knows."""
+    metadata = _header(path)
+    try:
         tensors = _tensors(path)
     except (safetensors.SafetensorError, LookupError, AttributeError, UnicodeError) as error:
-        raise ValueError(foreign) from error
-    if metadata.get("checksum") != _checksum(metadata, tensors):
+        raise _foreign(path) from error
+    if metadata["checksum"] != _checksum(metadata, tensors):
         raise ValueError(f"model {str(path)!r} is damaged: its content is not what was saved. Copy or save it again.")
     return metadata, tensors
 

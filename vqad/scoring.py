@@ -327,7 +327,9 @@ def stored_images(
             out.append(by_category(ready, maps, category[part], engine, compute))
         return out
 
-    parts = list(side_by_side(compute_part, np.arange(len(rows)), engine.device, chunk=size))
+    # Processes that share a store ask for the same images in the same order, which threads would not.
+    wanted = not store.is_shared
+    parts = list(side_by_side(compute_part, np.arange(len(rows)), engine.device, wanted, chunk=size))
     place = np.argsort(order)
     return {name: np.concatenate([p[name] for p in parts])[place] for name in parts[0]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vqad import collective
 from vqad.copies import Watched
 from vqad.engine import Engine, side_by_side
 from vqad.features import BackboneFeatures, transformer_maps
 from vqad.images import ImageSequence
+from vqad.nn.draws import drawing
 from vqad.routing import describe
 from vqad.store import FeatureArray, FeatureStore
 from vqad.tiling import Box, Tiles, Tiling
@@ -137,13 +140,36 @@ class MapSource:
         chunk = self.data.chunk_size(device) if isinstance(self.data, FeatureArray) else 1
         yield from side_by_side(work, rows, device, wanted=self.data.reads_in_threads and not own, chunk=chunk)
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Where maps are made: a caller's own code may draw random numbers."""
+        own = self.features is not None and not isinstance(self.features, BackboneFeatures)
+        return drawing() if own else nullcontext()
+
     def watch(self) -> None:
         """Keep small pictures of images as they are read, by which copies are known."""
         if isinstance(self.data, ImageSequence) and not isinstance(self.data, Watched):
             self.data = Watched(self.data)
 
     def extract(self, rows: np.ndarray, verbose: int = 0) -> tuple[FeatureStore, np.ndarray]:
-        """Features and descriptors of the images ``rows``: each image passes the backbone once."""
+        """Features and descriptors of the images ``rows``: each image passes the backbone once.
+
+        Of processes that learn together each keeps the features of its share; descriptors go to all.
+        """
+        crew = collective.crew()
+        if crew is None:
+            return self._extract(rows, verbose)
+        if len(rows) < crew.size:
+            raise ValueError(f"{crew.size} processes share the images: at least as many are needed; got {len(rows)}.")
+        own, descriptor = self._extract(rows[crew.rank :: crew.size], verbose if crew.rank == 0 else 0)
+        whole = np.empty((len(rows), *descriptor.shape[1:]), descriptor.dtype)
+        for rank, part in enumerate(collective.of_all(descriptor)):
+            whole[rank :: crew.size] = part
+        if isinstance(self.data, Watched):
+            self.data.join(collective.of_all(self.data.pictures))
+        self.map_shape = collective.agreed(self.map_shape)
+        return collective.SharedStore(own, len(rows), crew), whole
+
+    def _extract(self, rows: np.ndarray, verbose: int) -> tuple[FeatureStore, np.ndarray]:
         # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
         store = FeatureStore(len(rows))
         self.watch()

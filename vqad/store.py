@@ -47,6 +47,8 @@ class FeatureStore:
         POSIX system nothing of it is left even if the process is killed.
     """
 
+    is_shared = False
+
     def __init__(self, n: int, dtype: torch.dtype = torch.float32, limit: int | None = None):
         self.n = n
         self.dtype = dtype
@@ -105,6 +107,10 @@ class FeatureStore:
         """Float32 maps of some images."""
         indices = torch.as_tensor(indices)
         return [m[indices].float() for m in self.maps]
+
+    def own_batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> list[Tensor]:
+        """The same of what this process has, which here is all."""
+        return self.batch(indices)
 
 
 class FeatureArray:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
+from joblib.parallel import get_active_backend
 from torch import Tensor
 
 from vqad._warn import holding_warnings, release_warnings
@@ -71,7 +71,10 @@ def stream_maps(
 
 def readers(n_jobs: int | None) -> int:
     """Threads that read for this one, which shares them with the others of its pool; 0 where it reads itself."""
-    n_threads = joblib.effective_n_jobs(n_jobs)
+    backend, configured = get_active_backend(prefer="threads")
+    if not getattr(backend, "supports_sharedmem", False):  # it counts workers elsewhere
+        return 0
+    n_threads = 1 if n_jobs == 1 else backend.effective_n_jobs(configured if n_jobs is None else n_jobs)
     return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
 
 

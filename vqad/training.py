@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vqad import collective
 from vqad._warn import warn
-from vqad.checkpoint import Checkpoint
+from vqad.collective import AnyCheckpoint
 from vqad.engine import ahead, lent, on_device
+from vqad.nn.draws import drawing, random_state, set_random_state
 from vqad.nn.quantize import VectorQuantizer
+from vqad.nn.ranks import summed
 
 logger = logging.getLogger("vqad")
 
@@ -41,6 +44,9 @@ class FeatureSource(Protocol):
 
     def batch(self, indices: Sequence[int] | Tensor) -> Features:
         """Features of some images, float, on the host or already on the device."""
+
+    def own_batch(self, indices: Sequence[int] | Tensor) -> Features:
+        """The same of images that this process has, where several learn together."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,9 @@ class Trainer:
         self.parts = [model] if parts is None else list(parts)
         self.batch_size = plan.batch_size
 
-    def fit(self, train: Tensor, validation: Tensor | None = None, checkpoint: Checkpoint | None = None) -> TrainingLog:
+    def fit(
+        self, train: Tensor, validation: Tensor | None = None, checkpoint: AnyCheckpoint | None = None
+    ) -> TrainingLog:
         """Train on the images ``train``, watch the loss on the images ``validation``.
 
         Parameters
@@ -168,7 +176,7 @@ class Trainer:
             In the first pass; later ones are left with what was learned.
         """
         plan, started = self.plan, time.monotonic()
-        with lent(self.model, self.device), _frozen(self.model, self.parts):
+        with lent(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
             run = _Run(self.model, plan, n_steps, self.device)
             try:
@@ -193,7 +201,7 @@ class Trainer:
         run.log.seconds += time.monotonic() - started
         return run.log
 
-    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: Checkpoint | None) -> None:
+    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: AnyCheckpoint | None) -> None:
         plan, log = self.plan, run.log
         bar = tqdm(total=plan.max_iter, initial=log.n_iter, desc="training", unit="pass", disable=not plan.verbose)
         with bar:
@@ -217,34 +225,57 @@ class Trainer:
                 if checkpoint is not None and checkpoint.due(after_pass=True):
                     checkpoint.write(run.state(self.batch_size))
 
-    def _one_pass(self, run: _Run, train: Tensor, checkpoint: Checkpoint | None) -> float:
+    def _one_pass(self, run: _Run, train: Tensor, checkpoint: AnyCheckpoint | None) -> float:
         """Train on every image once, or on those that are left of a pass that a kill cut short."""
         self._set_training_mode()
         if run.order is None:
-            run.start_pass(train, self.category)
+            with drawing():
+                run.start_pass(train, self.category)
         order = cast(Tensor, run.order)
-        parts = torch.split(order[run.n_done :], self.plan.batch_size)
-        for indices, features in zip(parts, ahead(self.source.batch, parts, self.device)):
+        parts = self._batches(order[run.n_done :])
+        own = [self._own(indices) for indices in parts]
+        for indices, mine, features in zip(parts, own, ahead(self._read, own, self.device)):
             run.optimizer.zero_grad(set_to_none=True)
-            run.total += self._backward(features, self.category[indices]) * len(indices)
+            with nullcontext() if getattr(self.model, "draws_apart", False) else drawing():
+                loss = self._backward(features, self.category[mine], len(indices))
+            run.total += summed(loss) * len(indices)
+            collective.sum_gradients(self.model)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm)
             run.optimizer.step()
             run.schedule.step()
-            for codebook in codebooks(self.model):
-                codebook.step(revive=run.schedule.last_epoch % REVIVE_EVERY == 0)
+            revive = run.schedule.last_epoch % REVIVE_EVERY == 0
+            with drawing() if revive else nullcontext():
+                for codebook in codebooks(self.model):
+                    codebook.step(revive)
             run.n_done += len(indices)
             if checkpoint is not None and run.n_done < len(order) and checkpoint.due(after_pass=False):
                 checkpoint.write(run.state(self.batch_size))
         run.order = None
         return float(run.total) / len(train)
 
+    def _batches(self, order: Tensor) -> Sequence[Tensor]:
+        crew, size = collective.crew(), self.plan.batch_size
+        return torch.split(order, size) if crew is None else collective.batches_of_all(order, size, crew)
+
+    def _own(self, indices: Tensor) -> Tensor:
+        """What this process has of some images."""
+        crew = collective.crew()
+        return indices if crew is None else crew.own(indices)
+
+    def _read(self, indices: Tensor) -> Features:
+        """Features of images that this process has."""
+        return self.source.batch(indices) if collective.crew() is None else self.source.own_batch(indices)
+
     def _set_training_mode(self) -> None:
         self.model.eval()
         for part in self.parts:
             part.train()
 
-    def _backward(self, features: Features, category: Tensor) -> Tensor:
-        """Add the gradient of a batch's mean loss; in parts where the device's memory does not hold it whole."""
+    def _backward(self, features: Features, category: Tensor, n: int) -> Tensor:
+        """Add the gradient of the mean loss of ``n`` images, of which this process has these; gives their part of it.
+
+        They go in parts where the device's memory does not hold them at once.
+        """
         while True:
             before = self._running_statistics()
             try:
@@ -252,13 +283,16 @@ class Trainer:
                 for start in range(0, len(category), self.batch_size):
                     part = slice(start, start + self.batch_size)
                     loss = self._loss(_images(features, part), category[part])
-                    loss = loss * (len(category[part]) / len(category))
+                    loss = loss * (len(category[part]) / n)
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
-                return total
+                fits = True
             except torch.cuda.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
+                fits = False
+            if self._do_all(fits):
+                return total
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
             for buffer, value in before:  # what the parts that did fit have moved them by
@@ -272,6 +306,12 @@ class Trainer:
             return []
         norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [(b, b.clone()) for norm in norms for b in norm.buffers()]
+
+    def _do_all(self, fits: bool) -> bool:
+        """Whether this process, and all that learn with it, had enough memory."""
+        if collective.crew() is None or not self._may_run_out():
+            return fits
+        return not summed(torch.tensor([float(not fits)])).item()
 
     def _may_run_out(self) -> bool:
         return self.device.type != "cpu"
@@ -292,10 +332,10 @@ class Trainer:
         """Mean loss of some images in evaluation mode."""
         self.model.eval()
         try:
-            total = 0.0
-            for part in torch.split(indices, self.batch_size):
-                total += float(self._loss(self.source.batch(part), self.category[part])) * len(part)
-            return total / len(indices)
+            total, own = torch.zeros((), dtype=torch.float64), self._own(indices)
+            for part in torch.split(own, self.batch_size) if len(own) else ():
+                total += float(self._loss(self._read(part), self.category[part])) * len(part)
+            return float(summed(total)) / len(indices)
         except torch.cuda.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
@@ -404,7 +444,8 @@ class _Run:
         self.total = torch.zeros((), device=device)
 
     def start_pass(self, train: Tensor, category: Tensor) -> None:
-        self.order = train[one_pass(category[train], self.plan.category_balance)]
+        crew, order = collective.crew(), one_pass(category[train], self.plan.category_balance)
+        self.order = train[order] if crew is None else collective.in_turns(train[collective.agreed(order)], crew)
         self.n_done = 0
         self.total = torch.zeros((), device=self.device)
 
@@ -418,7 +459,7 @@ class _Run:
             "log": asdict(self.log),
             "best": {"loss": self.best.loss, "waited": self.best.waited, "state": self.best.state},
             "pass": {"order": self.order, "n_done": self.n_done, "total": self.total},
-            "random": torch.get_rng_state(),
+            "random": collective.of_all(random_state()),
             "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
             "batch_size": batch_size,
         }
@@ -435,7 +476,8 @@ class _Run:
         self.best.loss, self.best.waited, self.best.state = best["loss"], best["waited"], best["state"]
         self.order, self.n_done = this_pass["order"], this_pass["n_done"]
         self.total = this_pass["total"].to(self.device)
-        torch.set_rng_state(state["random"])
+        crew, states = collective.crew(), state["random"]
+        set_random_state(states[0 if crew is None else crew.rank])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         return int(state["batch_size"])

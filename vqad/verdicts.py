@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from vqad.fitted import Fitted
 from vqad.images import ImageSequence, check_images
+from vqad.scoring import Judgement
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,20 @@ class Verdicts:
     def anomaly_map(self, i: int, size: tuple[int, int]) -> NDArray[np.float32]:
         """Anomaly map of image `i` at `size` (height, width); higher is more anomalous."""
         return resize_map(self.grids[i], size, None if self.hidden is None else self.hidden(i, size))
+
+
+def verdicts_of(fitted: Fitted, judged: Judgement, hidden: Any = None) -> Verdicts:
+    """What thresholds and p-values make of scores and categories."""
+    threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(judged.category)), judged.score.shape)
+    return Verdicts(
+        score=judged.score,
+        threshold=threshold,
+        p_value=fitted.thresholds.conformal.p_values(judged.score, judged.category),
+        label=np.where(threshold - judged.score >= 0, 1, -1),
+        category=fitted.categories[judged.category],
+        grids=judged.maps,
+        hidden=hidden,
+    )
 
 
 def resize_map(grid_map: np.ndarray, size: tuple[int, int], hidden: np.ndarray | None = None) -> np.ndarray:

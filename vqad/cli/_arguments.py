@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,15 @@ DRAWN_SIDE = 1600
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one line on stderr for a wrong argument."""
+    """argparse, with one line on stderr for a wrong argument, and for what `wrong` says of all of them."""
+
+    wrong: Callable[[argparse.Namespace], str | None] | None = None
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        arguments, rest = super().parse_known_args(*given, **named)
+        if self.wrong is not None and (said := self.wrong(arguments)):
+            self.error(said)
+        return arguments, rest
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -63,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, text: str, more: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
+def _command(commands: Any, name: str, text: str, more: str) -> _Parser:
+    command: _Parser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
@@ -166,18 +175,40 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "A damaged image, or a broken link in a folder, is named and left out; the exit code then is 2.\n"
         "examples:\n"
         "  vqad score model.safetensors new-parts/\n"
-        "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/",
+        "  vqad score model.safetensors a.png b.png --csv scores.csv --maps heatmaps/\n"
+        "  vqad score model.safetensors --list millions.txt --csv scores.csv --resume --workers 8\n"
+        "  vqad score model.safetensors --list - --csv scores.csv --scheduler tcp://10.0.0.1:8786 < millions.txt",
     )
     _add_model(command)
-    command.add_argument("images", type=_name, nargs="+", metavar="DIR|FILE", help="images, or folders of images")
+    command.add_argument("images", type=_name, nargs="*", metavar="DIR|FILE", help="images, or folders of images")
+    command.add_argument(
+        "--list",
+        type=_name,
+        metavar="FILE",
+        help="also the images that a file names, one a line, however many; - reads standard input",
+    )
     _add_ignore(command, "a file: one for all images, beside what the model ignores; ")
-    command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file")
+    command.add_argument("--csv", type=_file, metavar="FILE", help="also write the table to a CSV file, row by row")
+    command.add_argument(
+        "--resume", action="store_true", help="keep the rows that the CSV file has, and score only what it lacks"
+    )
+    command.add_argument(
+        "--workers", type=_workers, metavar="N", help="processes that score, one core each; -1: one a core"
+    )
+    command.add_argument(
+        "--scheduler",
+        type=_name,
+        metavar="ADDRESS",
+        help="score on the workers of a cluster, which must see the images under the same paths: tcp://HOST:PORT of "
+        "dask, ray://HOST:PORT of ray, or ray for the one that this machine is part of",
+    )
     command.add_argument(
         "--maps", type=_folder, metavar="DIR", help=f"also write heatmaps, as PNG of up to {DRAWN_SIDE} pixels a side"
     )
     command.add_argument(
         "--false-alarm-rate", type=float, metavar="RATE", help="another share of false alarms than the model is set for"
     )
+    command.wrong = _wrong_of_score
     _add_device(command)
     return command
 
@@ -331,6 +362,20 @@ def _file(text: str) -> str:
     if _name(text).endswith(("/", os.sep)):
         raise argparse.ArgumentTypeError(f"{text!r} is the name of a folder; give that of a file")
     return text
+
+
+def _wrong_of_score(arguments: argparse.Namespace) -> str | None:
+    if not arguments.images and arguments.list is None:
+        return "no images: give files or folders, or --list FILE"
+    if arguments.resume and arguments.csv is None:
+        return "--resume goes on with a table: give it with --csv FILE"
+    return None
+
+
+def _workers(text: str) -> int:
+    if not re.fullmatch(r"-1|[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of workers: give 1 or more, or -1 for one a core")
+    return int(text)
 
 
 def _size(text: str) -> int | tuple[int, int]:

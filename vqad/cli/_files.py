@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,22 +115,116 @@ def write_image(path: Path, pixels: Any) -> None:
         Image.fromarray(pixels).save(path)
 
 
+class Listed:
+    """Images that a file names, one path a line, of any number: they are read anew whenever they are gone through.
+
+    Parameters
+    ----------
+    name : str
+        A file, or ``-`` for standard input, which is first copied.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._copy = None
+        if name == "-":
+            self._copy = tempfile.NamedTemporaryFile(prefix="vqad-list-")  # noqa: SIM115 - it goes with this
+            shutil.copyfileobj(sys.stdin.buffer, self._copy)
+            self._copy.flush()
+        self._path = name if self._copy is None else self._copy.name
+        if not os.path.isfile(self._path):
+            raise FileNotFoundError(
+                f"--list {name!r} is no file: give one with a path a line, or - for standard input."
+            )
+
+    def paths(self) -> Iterator[str]:
+        with open(self._path, encoding="utf-8", errors="surrogateescape") as file:
+            yield from (path for line in file if (path := line.rstrip("\n")))
+
+    def with_outputs(self, wanted: bool) -> Iterator[tuple[str, Path | None, None]]:
+        """Each path, where under a folder of maps its map belongs if maps are wanted, and no mask."""
+        taken: set[Path] = set()
+        for path in self.paths():
+            output = _free(Path(os.path.basename(path)), taken) if wanted else None
+            if output is not None:
+                taken.add(output)
+            yield path, output, None
+
+
+CSV_COLUMNS = ["path", "category", "anomaly_score", "threshold", "p_value", "label"]
+
+
+class RowsBefore:
+    """The whole rows of a table that a kill may have cut short; when they are gone through, ``end`` is where they end.
+
+    Parameters
+    ----------
+    path : Path or None
+        None has no rows.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self.end = path, 0
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        if self._path is None:
+            return
+        with open(self._path, "rb") as file:
+            read, is_whole = 0, False
+
+            def lines() -> Iterator[str]:
+                nonlocal read, is_whole
+                for line in file:
+                    read, is_whole = read + len(line), line.endswith(b"\n")
+                    yield line.decode("utf-8", "surrogateescape")
+
+            for row in csv.reader(lines()):
+                if not is_whole or (self.end and len(row) != len(CSV_COLUMNS)):
+                    return
+                if not self.end and row != CSV_COLUMNS:
+                    raise ValueError(f"{str(self._path)!r} is no table that vqad score --csv wrote: give another name.")
+                if self.end:
+                    yield dict(zip(CSV_COLUMNS, row))
+                self.end = read
+
+
 @contextmanager
-def csv_rows(path: str | None) -> Iterator[Callable[[list[Any]], Any]]:
-    """A function that writes a row, into nothing if there is no path."""
+def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefore, Callable[[list[list[Any]]], None]]]:
+    """Rows that a table has, and a function that writes some more, all at once; into nothing if there is no path.
+
+    The rows must be gone through before the first are written.
+    """
     if path is None:
-        yield lambda row: None
+        yield RowsBefore(None), lambda rows: None
         return
-    file = open(writable(path), "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-    writer = csv.writer(file)
-
-    def write(row: list[Any]) -> None:
-        with writing(path):
-            writer.writerow(row)
-
+    target = writable(path)
+    before = RowsBefore(target if resume and target.is_file() else None)
+    is_kept = before._path is not None
+    mode = "r+" if is_kept else "w"
+    file = open(target, mode, newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
     try:
-        write(["path", "category", "anomaly_score", "threshold", "p_value", "label"])
-        yield write
+
+        def write(rows: list[list[Any]]) -> None:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(rows)
+            with writing(path):
+                file.write(text.getvalue())
+                file.flush()  # a kill then loses nothing of it
+
+        def begin(rows: list[list[Any]]) -> None:
+            nonlocal ready
+            if not ready:
+                if is_kept:
+                    file.seek(before.end)
+                    file.truncate()
+                if not before.end:
+                    write([CSV_COLUMNS])
+                ready = True
+            write(rows)
+
+        ready = False
+        if not is_kept:
+            begin([])
+        yield before, begin
     finally:
         with writing(path):
             file.close()
@@ -159,9 +257,9 @@ def writable(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def spare(inputs: list[Any], outputs: list[Any]) -> None:
+def spare(inputs: Iterable[Any], outputs: list[Any]) -> None:
     """Raise where an output would be written over what is read."""
-    read = set(map(os.path.realpath, inputs))
-    for path in outputs:
-        if path is not None and os.path.realpath(path) in read:
+    written = {os.path.realpath(path): path for path in outputs if path is not None}
+    for path in inputs if written else ():
+        if (path := written.get(os.path.realpath(path))) is not None:
             raise ValueError(f"the output {str(path)!r} is the model or one of the images or masks; give another name.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqad.nn.condition import Condition
 from vqad.nn.groups import Groups
 from vqad.nn.quantize import SAMPLE_NUMBERS, Quantized, VectorQuantizer
+from vqad.nn.ranks import BatchNorm1d, is_shared
 
 
 def positional_encoding(width: int, h: int, w: int) -> Tensor:
@@ -261,12 +262,12 @@ class CodeHierarchy(nn.Module):
 
 
 def _linear(width_in: int, width: int) -> list[nn.Module]:
-    return [nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    return [nn.Linear(width_in, width), BatchNorm1d(width), nn.ReLU(inplace=True)]
 
 
 def _encode(encoder: nn.Module, rows: Tensor) -> Tensor:
     """Encode (n, D) rows; a single one, which has no statistics of a batch, by the running ones."""
-    if len(rows) > 1:
+    if len(rows) > 1 or is_shared():
         encoded: Tensor = encoder(rows)
         return encoded
     for layer in encoder.children():

@@ -65,6 +65,7 @@ class HVQTrans(AnomalyModel):
     """
 
     clip_norm = 0.1
+    draws_apart = True
 
     def __init__(
         self,

@@ -76,6 +76,10 @@ class AnomalyModel(Configured, ABC):
 
     clip_norm: ClassVar[float]
     """Largest norm of the gradient in training."""
+    draws_apart: ClassVar[bool] = False
+    """Whether all that draws random numbers in a training step does so within `vqad.nn.draws.drawing`.
+
+    Trainings in several threads then take their steps at once; else one at a time."""
 
     @property
     @abstractmethod

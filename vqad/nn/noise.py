@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .draws import drawing
+
 
 class GaussianNoise(nn.Module):
     """Add independent normal numbers in training; hand on what comes in otherwise.
@@ -32,7 +34,9 @@ class GaussianNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.std:
             return x
-        return torch.add(x, torch.randn_like(x), alpha=self.std)
+        with drawing():
+            noise = torch.randn_like(x)
+        return torch.add(x, noise, alpha=self.std)
 
     def extra_repr(self) -> str:
         return f"std={self.std}"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import Groups
+from .ranks import gathered, is_shared, of_first, summed
 
 SAMPLE_NUMBERS = 2**28
 """What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
@@ -211,6 +212,9 @@ class VectorQuantizer(nn.Module):
         x, indices, groups = _joined(self._seen)
         self._seen.clear()
         revive = revive and self.revive_threshold > 0
+        if is_shared():
+            self._step_together(x, indices, groups, revive)
+            return
         code = self._of_index(indices, groups) if revive else None
         self._update(x, indices, groups)
         if code is not None:
@@ -235,6 +239,29 @@ class VectorQuantizer(nn.Module):
         new = {"cluster_size": size, "embed_avg": mean, "embed": mean / self._smoothed(size).unsqueeze(-1)}
         for name, rows in new.items():
             self.get_buffer(name).index_copy_(0, groups.present, rows)
+
+    def _step_together(self, x: Tensor, indices: Tensor, groups: Groups, revive: bool) -> None:
+        """A step by what all processes that learn together have seen: their counts and sums are added up."""
+        index = (indices + groups.of_image[:, None] * self.n_codes).flatten()
+        vectors = x.flatten(0, 1).to(self.embed.dtype)
+        vectors = torch.cat([vectors, torch.ones_like(vectors[:, :1])], 1)
+        seen = vectors.new_zeros(self.n_groups * self.n_codes, self.dim + 1).index_add_(0, index, vectors)
+        seen = summed(seen).view(self.n_groups, self.n_codes, -1)
+        total, count = seen[..., :-1], seen[..., -1]
+        if revive:
+            groups = Groups.of(gathered(groups.host), self.n_groups, x.device)
+            x, indices = gathered(x), gathered(indices)
+        code = self._of_index(indices, groups) if revive else None
+        is_here, gain = (count.sum(1) > 0)[:, None], 1 - self.decay
+        size = torch.where(is_here, self.cluster_size * self.decay + gain * count, self.cluster_size)
+        mean = torch.where(is_here[..., None], self.embed_avg * self.decay + gain * total, self.embed_avg)
+        self.embed.copy_(torch.where(is_here[..., None], mean / self._smoothed(size).unsqueeze(-1), self.embed))
+        self.cluster_size.copy_(size)
+        self.embed_avg.copy_(mean)
+        if code is not None:
+            self._revive(x, code, groups)
+            for buffer in (self.embed, self.cluster_size, self.embed_avg):  # by the draws of one of them
+                of_first(buffer)
 
     def _rows(self, buffer: Tensor, groups: Groups) -> Tensor:
         return buffer if len(groups.present) == self.n_groups else buffer.index_select(0, groups.present)

@@ -7,9 +7,12 @@ parameter names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from .draws import Dropout, drawing
 
 
 class FeedForward(nn.Module):
@@ -19,7 +22,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -36,7 +39,8 @@ def _attention(dim: int, n_heads: int, dropout: float) -> nn.MultiheadAttention:
 
 def _attend(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
     """Attend from ``x + position`` to ``memory + position``, with values from ``memory``."""
-    attended: Tensor = attention(x + position, memory + position, memory, need_weights=False)[0]
+    with drawing() if attention.training and attention.dropout else nullcontext():
+        attended: Tensor = attention(x + position, memory + position, memory, need_weights=False)[0]
     return attended
 
 

@@ -77,6 +77,7 @@ class VQFlow(AnomalyModel):
     """
 
     clip_norm = 2.0
+    draws_apart = True
 
     def __init__(
         self,

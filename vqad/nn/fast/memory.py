@@ -16,6 +16,8 @@ from functools import cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**29
 LARGEST_IN_HEAP = 2**25
+# What dask sets for each worker that it starts, unless it is told otherwise: nobody has chosen that.
+OF_DASK = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @cache
@@ -27,7 +29,9 @@ def keep_freed_memory() -> bool:
     other settings by the environment.
     """
     chosen = {"GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"}
-    if platform.libc_ver()[0] != "glibc" or chosen & set(os.environ):
+    if platform.libc_ver()[0] != "glibc" or any(
+        os.environ.get(name, OF_DASK.get(name)) != OF_DASK.get(name) for name in chosen
+    ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

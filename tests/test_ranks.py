@@ -1,0 +1,179 @@
+"""One model learned by two processes is what one process learns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqad.collective import Crew, batches_of_all, in_turns, learning_together
+
+DATA = Path(os.environ.get("VQAD_TEST_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
+
+# What each process does: a few fits, of which the first writes down what came out. Run alone it does the same, with the
+# batches that two processes would have.
+SCRIPT = """
+import contextlib, json, os, sys
+import numpy as np, torch
+import vqad, vqad.collective as collective, vqad.training as training
+from vqad.nn.ranks import summed
+
+out, only, kill_at = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
+rng = np.random.default_rng(0)
+kinds = np.repeat(["a", "b", "c"], 21)
+X = (rng.standard_normal((63, 6, 6, 8)) + 3 * (kinds == "b")[:, None, None, None]).astype(np.float32)
+new = rng.standard_normal((9, 6, 6, 8)).astype(np.float32)
+is_alone = "RANK" not in os.environ
+losses, backward = [], training.Trainer._backward
+
+def noted(self, *batch):
+    total = backward(self, *batch)
+    losses.append(float(summed(total.detach().clone())))
+    if len(losses) == kill_at and (is_alone or crew.rank == 0):
+        os._exit(9)
+    return total
+
+training.Trainer._backward = noted
+n_passes = 0
+def same_order(category, balance):
+    global n_passes
+    n_passes += 1
+    return torch.randperm(len(category), generator=torch.Generator().manual_seed(n_passes))
+plain_order = training.one_pass
+if is_alone:
+    two = collective.Crew(0, 2)
+    def start_pass(self, train, category):
+        self.order = collective.in_turns(train[same_order(train, 0)], two)
+        self.n_done, self.total = 0, torch.zeros(())
+    training._Run.start_pass = start_pass
+    training.Trainer._batches = lambda self, order: collective.batches_of_all(order, self.plan.batch_size, two)
+
+shared = dict(backbone=None, max_iter=4, batch_size=8, false_alarm_rate=0.3, random_state=0, early_stopping=True)
+detectors = {
+    "hvq": vqad.HVQTransDetector(dropout=0.0, d_model=16, n_codes=8, **shared),
+    "flow": vqad.VQFlowDetector(n_patterns=8, hidden=8, **shared),
+    "kept": vqad.HVQTransDetector(d_model=16, n_codes=8, checkpoint_dir=out + "-kept", **{**shared, "max_iter": 8}),
+}
+found = {}
+with contextlib.nullcontext() if is_alone else collective.learning_together() as crew:
+    for name in only:
+        losses.clear()
+        n_passes = 0
+        training.one_pass = plain_order if name == "kept" else same_order
+        made = detectors[name].fit(X, category=kinds)
+        scores = made.score_samples(new).tolist()
+        told = collective.of_all((scores, made.offset_, made.loss_curve_))
+        assert all(each == told[0] for each in told), "the processes differ"
+        found[name] = {"losses": losses[:], "scores": scores, "curve": made.loss_curve_,
+                       "validation": made.validation_curve_, "held_out": made.fitted_.held_out.score.tolist()}
+        made.partial_fit(X[:8] + 9, category=["new"] * 8)
+        found[name]["more"] = made.score_samples(new).tolist()
+    if is_alone or crew.rank == 0:
+        with open(out, "w") as file:
+            json.dump(found, file)
+"""
+
+
+REAL = """
+import contextlib, json, os, sys
+import numpy as np
+import vqad
+from vqad.datasets import load_mvtec
+from vqad.distributed import learning_together
+from vqad.metrics import image_auroc
+
+out, root = sys.argv[1:3]
+names = ["bottle", "magnetic_tile"]
+
+def spread(images, n):
+    rows = [np.flatnonzero(images.category == name) for name in names]
+    return images[np.concatenate([own[np.linspace(0, len(own) - 1, min(n, len(own))).astype(int)] for own in rows])]
+
+train = spread(load_mvtec(root, categories=names), 60)
+test = spread(load_mvtec(root, categories=names, split="test"), 60)
+shared, found = dict(image_size=160, max_iter=3, false_alarm_rate=0.1, random_state=0), {}
+with contextlib.nullcontext() if "RANK" not in os.environ else learning_together() as crew:
+    for kind in (vqad.HVQTransDetector, vqad.VQFlowDetector):
+        made = kind(**shared).fit(train, category=train.category)
+        if crew is None or crew.rank == 0:
+            score = -made.score_samples(test)
+            for name in names:
+                own = test.category == name
+                found[f"{kind.__name__} {name}"] = image_auroc(test.target[own], score[own])
+if found:
+    with open(out, "w") as file:
+        json.dump(found, file)
+"""
+
+
+def run(folder, processes, name, kill_at=0, out=None, code=None):
+    """What came out of the script, run by so many processes."""
+    script, out = folder / "script.py", folder / f"{out or f'{processes}'}.json"
+    script.write_text(SCRIPT if code is None else code)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(out), name, str(kill_at)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if kill_at:
+        assert done.returncode, done.stderr
+        return None
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    alone, together = (run(tmp_path, n, "hvq,flow") for n in (1, 2))
+    for name in ("hvq", "flow"):
+        one, two = alone[name], together[name]
+        assert len(one["losses"]) == len(two["losses"]) >= 20
+        np.testing.assert_allclose(two["losses"][:20], one["losses"][:20], atol=1e-4)
+        np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-3)
+        np.testing.assert_allclose(two["validation"], one["validation"], rtol=1e-3)
+        for what in ("held_out", "scores", "more"):
+            assert np.corrcoef(two[what], one[what])[0, 1] > 0.99, (name, what)
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_model(tmp_path):
+    whole = run(tmp_path, 2, "kept", out="whole")["kept"]
+    run(tmp_path, 2, "kept", kill_at=20, out="killed")
+    kept = list((tmp_path / "killed.json-kept").glob("*.vqad"))
+    assert kept
+    again = run(tmp_path, 2, "kept", out="killed")["kept"]
+    assert len(again["losses"]) < len(whole["losses"])
+    assert again["curve"] == whole["curve"]
+    assert again["scores"] == whole["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all((DATA / name / "train" / "good").is_dir() for name in ("bottle", "magnetic_tile")),
+    reason=f"NO REAL IMAGES: set VQAD_TEST_DATA to a folder in MVTec layout with bottle, magnetic_tile (not in {DATA})",
+)
+def test_two_processes_find_what_one_does_on_real_images(tmp_path):
+    alone, together = (run(tmp_path, n, str(DATA), code=REAL) for n in (1, 2))
+    assert len(alone) == 4
+    assert together == pytest.approx(alone, abs=0.01)
+
+
+def test_batches_of_several_processes_have_something_of_each():
+    crew, train = Crew(1, 3), torch.randperm(100, generator=torch.Generator().manual_seed(0))[:80]
+    order = in_turns(train, crew)
+    assert sorted(order.tolist()) == sorted(train.tolist())
+    shares = [torch.bincount(crew.owner(batch), minlength=3) for batch in batches_of_all(order, 9, crew)]
+    assert torch.stack(shares).min() >= 1
+    assert torch.stack(shares[:-1]).max() <= 5
+    own = torch.cat([crew.own(batch) for batch in batches_of_all(order, 9, crew)])
+    assert own.tolist() == [row for row in train.tolist() if row % 3 == 1]
+
+
+def test_a_process_that_is_alone_is_told_so(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError, match="torchrun --nproc-per-node"), learning_together():
+        pass
