@@ -38,7 +38,8 @@ from vqad.datasets import make_textured_parts
 from vqad.engine import Engine, lent
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.vq_flow import VQFlow
-from vqad.training import Trainer, TrainingPlan, codebooks
+from vqad.training import Trainer, codebooks
+from vqad.training_run import TrainingPlan
 
 DETECTORS = (HVQTransDetector, VQFlowDetector)
 # Dense floating-point operations a second that makers state, by a part of the device's name: bfloat16, float32.

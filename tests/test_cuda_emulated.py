@@ -12,7 +12,8 @@ from emulated_cuda import MixedDevices, emulated_cuda
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.vq_flow import VQFlow
-from vqad.training import Trainer, TrainingPlan, codebooks
+from vqad.training import Trainer, codebooks
+from vqad.training_run import TrainingPlan
 
 HVQ = {"d_model": 32, "n_layers": 2, "n_heads": 4, "dim_feedforward": 64, "n_codes": 16, "dropout": 0.1}
 FLOW = {"n_concepts": 4, "n_patterns": 8, "d_concept": 8, "d_position": 8, "n_blocks": (2, 2, 2), "hidden": 16}

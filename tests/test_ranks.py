@@ -19,7 +19,7 @@ DATA = Path(os.environ.get("VQAD_TEST_DATA") or Path(__file__).parents[1].parent
 SCRIPT = """
 import contextlib, json, os, sys
 import numpy as np, torch
-import vqad, vqad.collective as collective, vqad.training as training
+import vqad, vqad.collective as collective, vqad.training as training, vqad.training_run as training_run
 from vqad.nn.ranks import summed
 
 out, only, kill_at = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
@@ -43,13 +43,13 @@ def same_order(category, balance):
     global n_passes
     n_passes += 1
     return torch.randperm(len(category), generator=torch.Generator().manual_seed(n_passes))
-plain_order = training.one_pass
+plain_order = training_run.one_pass
 if is_alone:
     two = collective.Crew(0, 2)
     def start_pass(self, train, category):
         self.order = collective.in_turns(train[same_order(train, 0)], two)
         self.n_done, self.total = 0, torch.zeros(())
-    training._Run.start_pass = start_pass
+    training_run.Run.start_pass = start_pass
     training.Trainer._batches = lambda self, order: collective.batches_of_all(order, self.plan.batch_size, two)
 
 shared = dict(backbone=None, max_iter=4, batch_size=8, false_alarm_rate=0.3, random_state=0, early_stopping=True)
@@ -63,7 +63,7 @@ with contextlib.nullcontext() if is_alone else collective.learning_together() as
     for name in only:
         losses.clear()
         n_passes = 0
-        training.one_pass = plain_order if name == "kept" else same_order
+        training_run.one_pass = plain_order if name == "kept" else same_order
         made = detectors[name].fit(X, category=kinds)
         scores = made.score_samples(new).tolist()
         told = collective.of_all((scores, made.offset_, made.loss_curve_))

@@ -14,7 +14,8 @@ from torch import nn
 
 from vqad.engine import native_precision, pick_device, seeded
 from vqad.nn.quantize import VectorQuantizer
-from vqad.training import Trainer, TrainingPlan, codebook_perplexity, one_pass
+from vqad.training import Trainer, codebook_perplexity
+from vqad.training_run import TrainingPlan, one_pass
 
 CPU = torch.device("cpu")
 

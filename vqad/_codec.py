@@ -25,7 +25,7 @@ from vqad.fitted import Fitted, History
 from vqad.prototypes import Prototypes
 from vqad.registry import detector_classes
 from vqad.scoring import Scorer
-from vqad.training import TrainingLog
+from vqad.training_run import TrainingLog
 
 # What a detector has learned is written by the fields of `Fitted`. Every class that a file may name, beside the
 # detectors: dataclasses are made of their fields, others without arguments and then given their attributes. A name is

@@ -84,7 +84,7 @@ class Shared:
         Values of ``anomaly_map`` over this are anomalous.
     n_iter_ : int
         Passes that were run.
-    training_log_ : vqad.training.TrainingLog
+    training_log_ : vqad.training_run.TrainingLog
         The last training: its curves, codes in use, seconds, and whether Ctrl-C ended it.
     n_images_ : int
         Normal images given, held-out ones among them.

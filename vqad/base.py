@@ -27,7 +27,7 @@ from vqad.nn.draws import drawing
 from vqad.splitting import of_rows
 from vqad.store import FeatureArray
 from vqad.tiling import Tiling
-from vqad.training import TrainingPlan
+from vqad.training_run import TrainingPlan
 
 # A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
 DEEP_VIEW = 7 / 9

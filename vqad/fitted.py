@@ -10,7 +10,7 @@ import numpy as np
 from vqad.calibration import HeldOut, Seen, Thresholds
 from vqad.prototypes import Prototypes
 from vqad.scoring import Scorer
-from vqad.training import TrainingLog
+from vqad.training_run import TrainingLog
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,8 @@ from vqad.scoring import Scaling, Scorer, judge_images
 from vqad.source import MapSource
 from vqad.splitting import hold_out, of_rows, some_of_each, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
-from vqad.training import Trainer, TrainingLog, TrainingPlan
+from vqad.training import Trainer
+from vqad.training_run import TrainingLog, TrainingPlan
 
 # Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
 # as make 2,000 in all.

@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,10 @@ from vqad import collective
 from vqad._warn import warn
 from vqad.collective import AnyCheckpoint
 from vqad.engine import ahead, lent, on_device
-from vqad.nn.draws import drawing, random_state, set_random_state
+from vqad.nn.draws import drawing
 from vqad.nn.quantize import VectorQuantizer
 from vqad.nn.ranks import summed
+from vqad.training_run import Run, TrainingLog, TrainingPlan
 
 logger = logging.getLogger("vqad")
 
@@ -47,75 +47,6 @@ class FeatureSource(Protocol):
 
     def own_batch(self, indices: Sequence[int] | Tensor) -> Features:
         """The same of images that this process has, where several learn together."""
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How to train. Names follow scikit-learn's ``MLPClassifier`` where it has one.
-
-    Attributes
-    ----------
-    max_iter : int
-        Passes over the training images.
-    schedule : {"cosine", "constant", "step"}
-        "cosine": linear warm-up over the first twentieth of the steps, then half a cosine down to zero.
-        "constant": linear warm-up from a tenth over the first twelfth (VQ-Flow: 5 epochs of 60), then constant.
-        "step": constant, times 0.1 at 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
-    clip_norm : float
-        Gradients are scaled down to this norm; infinity leaves them alone.
-    category_balance : float in [0, 1]
-        How far a pass makes up for categories of different sizes, see `one_pass`.
-    """
-
-    max_iter: int = 50
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    schedule: str = "cosine"
-    early_stopping: bool = False
-    n_iter_no_change: int = 10
-    tol: float = 1e-4
-    verbose: int = 0
-    category_balance: float = 0.0
-
-    def rate(self, step: int, n_steps: int) -> float:
-        """Factor on the learning rate at ``step`` of ``n_steps``."""
-        if self.schedule == "step":
-            return 1.0 if step < 0.8 * n_steps else 0.1
-        if self.schedule == "constant":
-            return min(1.0, 0.1 + 0.9 * step / max(1, n_steps // 12))
-        warm_up = max(1, n_steps // 20)
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
-
-
-@dataclass
-class TrainingLog:
-    """What happened.
-
-    Attributes
-    ----------
-    loss_curve : list of float
-        Mean training loss of every pass.
-    validation_curve : list of float
-        Loss of the validation images after every pass; empty without early stopping.
-    perplexity : list of float
-        Mean number of codes in effective use after every pass.
-    interrupted : bool
-        Whether Ctrl-C ended the training. All is as it was after the last finished step.
-    """
-
-    loss_curve: list[float] = field(default_factory=list)
-    validation_curve: list[float] = field(default_factory=list)
-    perplexity: list[float] = field(default_factory=list)
-    interrupted: bool = False
-    seconds: float = 0.0
-
-    @property
-    def n_iter(self) -> int:
-        return len(self.loss_curve)
 
 
 class Trainer:
@@ -178,7 +109,7 @@ class Trainer:
         plan, started = self.plan, time.monotonic()
         with lent(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
             n_steps = plan.max_iter * math.ceil(len(train) / plan.batch_size)
-            run = _Run(self.model, plan, n_steps, self.device)
+            run = Run(self.model, plan, n_steps, self.device)
             try:
                 if checkpoint is not None and checkpoint.state is not None:
                     self.batch_size = run.restore(checkpoint.state, plan.batch_size)
@@ -201,7 +132,7 @@ class Trainer:
         run.log.seconds += time.monotonic() - started
         return run.log
 
-    def _run(self, run: _Run, train: Tensor, validation: Tensor | None, checkpoint: AnyCheckpoint | None) -> None:
+    def _run(self, run: Run, train: Tensor, validation: Tensor | None, checkpoint: AnyCheckpoint | None) -> None:
         plan, log = self.plan, run.log
         bar = tqdm(total=plan.max_iter, initial=log.n_iter, desc="training", unit="pass", disable=not plan.verbose)
         with bar:
@@ -225,7 +156,7 @@ class Trainer:
                 if checkpoint is not None and checkpoint.due(after_pass=True):
                     checkpoint.write(run.state(self.batch_size))
 
-    def _one_pass(self, run: _Run, train: Tensor, checkpoint: AnyCheckpoint | None) -> float:
+    def _one_pass(self, run: Run, train: Tensor, checkpoint: AnyCheckpoint | None) -> float:
         """Train on every image once, or on those that are left of a pass that a kill cut short."""
         self._set_training_mode()
         if run.order is None:
@@ -345,33 +276,6 @@ class Trainer:
         return self.evaluate(indices)
 
 
-def one_pass(category: Tensor, balance: float) -> Tensor:
-    r"""Random order of a pass: n places in a list of n images, in which small categories may come more often.
-
-    Of :math:`n` draws a category of :math:`n_c` images gets a share in proportion to :math:`n_c^{1 - b}`, and at least
-    one: with a balance b of 0 each image is drawn once, with 1 each category equally often. Within a category no image
-    is drawn twice more than another.
-
-    Parameters
-    ----------
-    category : Tensor of shape (n,), int64
-    balance : float in [0, 1]
-    """
-    n = len(category)
-    if not balance:
-        return torch.randperm(n)
-    kinds, sizes = torch.unique(category.cpu(), return_counts=True)
-    shares = sizes.double().pow(1 - balance)
-    bounds = (shares.cumsum(0) / shares.sum() * (n - len(kinds))).round().long()
-    counts = 1 + torch.diff(bounds, prepend=bounds.new_zeros(1))
-    drawn = []
-    for kind, count in zip(kinds, counts.tolist()):
-        own = (category == kind).nonzero().squeeze(1)
-        rounds = [own[torch.randperm(len(own))] for _ in range(-(-count // len(own)))]
-        drawn.append(torch.cat(rounds)[:count])
-    return torch.cat(drawn)[torch.randperm(n)]
-
-
 def codebooks(model: nn.Module) -> list[VectorQuantizer]:
     """All codebooks of a model."""
     return [m for m in model.modules() if isinstance(m, VectorQuantizer)]
@@ -399,85 +303,3 @@ def _frozen(model: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for p, required in before:
             p.requires_grad_(required)
-
-
-class _Best:
-    """The best state seen, and how long ago that was."""
-
-    def __init__(self, tol: float, patience: int) -> None:
-        self.tol = tol
-        self.patience = patience
-        self.loss = math.inf
-        self.waited = 0
-        self.state: dict[str, Tensor] | None = None
-
-    @property
-    def exhausted(self) -> bool:
-        return self.waited >= self.patience
-
-    def look_at(self, loss: float, model: nn.Module) -> None:
-        self.waited = 0 if loss < self.loss - self.tol else self.waited + 1
-        if loss < self.loss:
-            self.loss = loss
-            self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    def restore(self, model: nn.Module) -> None:
-        if self.state is not None:
-            model.load_state_dict(self.state)
-
-
-class _Run:
-    """All that the rest of a training depends on, beside the images."""
-
-    def __init__(self, model: nn.Module, plan: TrainingPlan, n_steps: int, device: torch.device) -> None:
-        self.model = model
-        self.plan = plan
-        self.device = device
-        learning = [p for p in model.parameters() if p.requires_grad]
-        fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(learning, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: plan.rate(step, n_steps))
-        self.best = _Best(plan.tol, plan.n_iter_no_change)
-        self.log = TrainingLog()
-        self.order: Tensor | None = None
-        self.n_done = 0
-        self.total = torch.zeros((), device=device)
-
-    def start_pass(self, train: Tensor, category: Tensor) -> None:
-        crew, order = collective.crew(), one_pass(category[train], self.plan.category_balance)
-        self.order = train[order] if crew is None else collective.in_turns(train[collective.agreed(order)], crew)
-        self.n_done = 0
-        self.total = torch.zeros((), device=self.device)
-
-    def state(self, batch_size: int) -> dict[str, Any]:
-        """Plain values and tensors only, so that reading them back runs no code."""
-        on_cuda = self.device.type == "cuda"
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "log": asdict(self.log),
-            "best": {"loss": self.best.loss, "waited": self.best.waited, "state": self.best.state},
-            "pass": {"order": self.order, "n_done": self.n_done, "total": self.total},
-            "random": collective.of_all(random_state()),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
-            "batch_size": batch_size,
-        }
-
-    def restore(self, state: dict[str, Any], batch_size: int) -> int:
-        """Go back to where a training was; gives its size of batches, of a finished one ``batch_size``."""
-        self.model.load_state_dict(state["model"])
-        self.log = TrainingLog(**state["log"])
-        if state["finished"]:
-            return batch_size
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        best, this_pass = state["best"], state["pass"]
-        self.best.loss, self.best.waited, self.best.state = best["loss"], best["waited"], best["state"]
-        self.order, self.n_done = this_pass["order"], this_pass["n_done"]
-        self.total = this_pass["total"].to(self.device)
-        crew, states = collective.crew(), state["random"]
-        set_random_state(states[0 if crew is None else crew.rank])
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        return int(state["batch_size"])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import Groups
+from .k_means import device_of, draw_far_apart, k_means
 from .ranks import gathered, is_shared, of_first, summed
 
 SAMPLE_NUMBERS = 2**28
@@ -308,7 +309,7 @@ class VectorQuantizer(nn.Module):
         if not n_revived:
             return 0
         dead = dead[size[dead].argsort(stable=True)[:n_revived]]
-        drawn = _draw_far_apart(x, distance, n_revived, generator)
+        drawn = draw_far_apart(x, distance, n_revived, generator)
         size[dead] = mean
         self.embed[g, dead] = x[drawn]
         self.embed_avg[g, dead] = x[drawn] * self._smoothed(size)[dead, None]
@@ -353,10 +354,10 @@ class VectorQuantizer(nn.Module):
         for g, image in zip(groups.numbers, groups.images()):
             vectors = x[image].flatten(0, 1)
             if len(vectors) > limit:
-                chosen = torch.randperm(len(vectors), generator=generator, device=_device(x, generator))
+                chosen = torch.randperm(len(vectors), generator=generator, device=device_of(x, generator))
                 vectors = vectors[chosen[:limit].to(x.device)]
             vectors = vectors.to(self.embed.dtype)
-            codes, count = _k_means(vectors, self.n_codes, n_iter, generator)
+            codes, count = k_means(vectors, self.n_codes, n_iter, generator)
             size = count * ((update_size or x.shape[1]) / count.sum())
             self.embed[g] = codes
             self.cluster_size[g] = size
@@ -400,76 +401,3 @@ class _StraightThrough(torch.autograd.Function):
         (offset,) = ctx.saved_tensors
         pull = (grad_loss * (2 / offset[0].numel())).to(offset.dtype)
         return torch.addcmul(grad_quantized, offset, pull[:, None, None]), None
-
-
-def _device(x: Tensor, generator: torch.Generator | None) -> torch.device:
-    return x.device if generator is None else generator.device
-
-
-def _sums(vectors: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Count and sum of the vectors (V, D) of each index: (n,) and (n, D)."""
-    count = torch.bincount(index, minlength=n).to(vectors.dtype)
-    total = vectors.new_zeros(n, vectors.shape[1]).index_add_(0, index, vectors)
-    return count, total
-
-
-def _assign(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Nearest code of each vector, (V, D) and (K, D) to (V,)."""
-    return torch.addmm(codes.square().sum(-1), vectors, codes.T, alpha=-2).argmin(-1)
-
-
-def _k_means(vectors: Tensor, n_codes: int, n_iter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Codes (K, D) of the vectors (V, D), and how many vectors each has (K,), at least one."""
-    if len(vectors) <= n_codes:
-        extra = _draw(vectors.new_ones(len(vectors)), n_codes - len(vectors), True, generator)
-        copies = vectors[extra]
-        # Two equal codes would never part: the first takes every vector.
-        noise = torch.randn(copies.shape, generator=generator, device=_device(vectors, generator))
-        spread = vectors.std(0, correction=0).mean()
-        codes = torch.cat([vectors, copies + 0.01 * spread * noise.to(copies)])
-        return codes, codes.new_ones(n_codes)
-    centre = vectors.mean(0)
-    vectors = vectors - centre
-    codes = _seed(vectors, n_codes, generator)
-    count = codes.new_ones(n_codes)
-    for _ in range(n_iter):
-        count, total = _sums(vectors, _assign(vectors, codes), n_codes)
-        codes = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], codes)
-    return codes + centre, count.clamp_min(1)
-
-
-def _seed(vectors: Tensor, n_codes: int, generator: torch.Generator | None) -> Tensor:
-    """k-means++ seeds (K, D) out of the vectors (V, D)."""
-    first = _draw(vectors.new_ones(len(vectors)), 1, False, generator)
-    distance = (vectors - vectors[first]).square().sum(-1)
-    others = _draw_far_apart(vectors, distance, n_codes - 1, generator)
-    return vectors[torch.cat([first, others])]
-
-
-def _draw_far_apart(vectors: Tensor, distance: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """Draw ``n`` of the vectors (V, D) in the manner of k-means++.
-
-    The probabilities are proportional to the squared distance to the nearest code, at first ``distance``
-    (V,), and those drawn count as codes from the next round on. A round draws an eighth more.
-    """
-    distance, norm = distance.clone(), vectors.square().sum(-1)
-    # Where only copies of the codes are left, they are drawn like any other.
-    least = 1e-12 * float(norm.mean()) + 1e-30
-    drawn = torch.zeros(0, dtype=torch.long, device=vectors.device)
-    while len(drawn) < n:
-        weight = distance.clamp_min(least)
-        weight[drawn] = 0
-        chosen = _draw(weight, min(n - len(drawn), max(1, len(drawn) // 8)), False, generator)
-        new = vectors[chosen]
-        squared = torch.addmm(new.square().sum(-1), vectors, new.T, alpha=-2).amin(-1) + norm
-        distance = torch.minimum(distance, squared.clamp_min_(0))
-        drawn = torch.cat([drawn, chosen])
-    return drawn
-
-
-def _draw(weight: Tensor, n: int, replacement: bool, generator: torch.Generator | None) -> Tensor:
-    """``n`` indices drawn with probabilities proportional to ``weight``."""
-    if not n:
-        return torch.zeros(0, dtype=torch.long, device=weight.device)
-    here = weight.to(_device(weight, generator))
-    return torch.multinomial(here, n, replacement, generator=generator).to(weight.device)
