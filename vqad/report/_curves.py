@@ -170,10 +170,10 @@ def _image_steps(score: NDArray[Any], y: NDArray[Any]) -> Steps:
     )
 
 
-def _pixel_steps(grids: NDArray[Any], masks: Sequence[Any], maps: Any) -> Steps:
+def _pixel_steps(grids: NDArray[Any] | list[NDArray[Any]], masks: Sequence[Any], maps: Any) -> Steps:
     # Dense at the top, where few good pixels are: there PRO rises.
     shares = np.concatenate([np.geomspace(1e-6, 0.01, N_THRESHOLDS // 2), np.linspace(0.0101, 1, N_THRESHOLDS // 2)])
-    limits = np.quantile(grids, 1 - shares)
+    limits = np.quantile(np.concatenate([np.ravel(grid) for grid in grids]), 1 - shares)  # scans differ in size
     n = len(grids)
     made = Steps(np.zeros((n, len(limits))), np.zeros((n, len(limits))), np.zeros(n), np.zeros(n))
     for i, (mask, heat) in enumerate(zip(masks, maps)):
