@@ -118,8 +118,8 @@ def main() -> None:
             alarms.append(float((detector.predict(kind(NEW, rng, False)[0]) == -1).mean()))
         error = np.std(alarms, ddof=1) / np.sqrt(a.fits)
         print(
-            f"{kind.__name__:<7} {np.mean(alarms):.4f} false alarms, standard error {error:.4f}; at most {RATE} expected; held "
-            f"out {sorted(held)}; {a.fits} fits in {time.monotonic() - started:.0f} s",
+            f"{kind.__name__:<7} {np.mean(alarms):.4f} false alarms, standard error {error:.4f}; {RATE} at most; "
+            f"held out {sorted(held)}; {a.fits} fits in {time.monotonic() - started:.0f} s",
             flush=True,
         )
 
