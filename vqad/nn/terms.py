@@ -25,6 +25,10 @@ LEAST_SPREAD = 0.02
 LARGEST = 1e6
 # Held-out images of a category from which on they alone say where a trained model's terms lie.
 HELD_OUT_IMAGES = 5
+# The spread of a trained model's terms comes from few held-out images: it counts as 1 + CAUTION / sqrt(n) times what n
+# of them show: one and a half standard errors of a spread that is read off a 90th percentile. An underestimate would let
+# the term drown all others.
+CAUTION = 2.0
 # The field, beside those that are measured, that says which share of each cell is looked at, (N, h, w).
 SEEN = "seen"
 
@@ -220,8 +224,10 @@ class TermScorer(Configured):
         z = torch.empty_like(raw)
         for k, is_trained in enumerate(trained):
             rows = is_held if is_trained and int(is_held.sum()) >= HELD_OUT_IMAGES else torch.ones_like(is_held)
-            self.peak_center[category, k], self.peak_scale[category, k] = _center_and_scale(raw[rows, k])
-            z[:, k] = _left_out(raw[:, k], rows)
+            caution = 1.0 + CAUTION / math.sqrt(int(rows.sum())) if is_trained else 1.0
+            center, scale = _center_and_scale(raw[rows, k])
+            self.peak_center[category, k], self.peak_scale[category, k] = center, caution * scale
+            z[:, k] = _left_out(raw[:, k], rows) / caution
             self.peak_weight[category, k] = len(raw) / (len(raw) + OWN_IMAGES) if is_trained else 1.0
         fused = _fused(z, self.peak_weight[category])
         self.ends[category] = torch.stack(_center_and_scale(fused))
