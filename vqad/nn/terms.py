@@ -26,8 +26,8 @@ LARGEST = 1e6
 # Held-out images of a category from which on they alone say where a trained model's terms lie.
 HELD_OUT_IMAGES = 5
 # The spread of a trained model's terms comes from few held-out images: it counts as 1 + CAUTION / sqrt(n) times what n
-# of them show: one and a half standard errors of a spread that is read off a 90th percentile. An underestimate would let
-# the term drown all others.
+# of them show, one and a half standard errors of a spread that is read off a 90th percentile. An underestimate would
+# let the term drown all others.
 CAUTION = 2.0
 # The field, beside those that are measured, that says which share of each cell is looked at, (N, h, w).
 SEEN = "seen"
