@@ -123,7 +123,8 @@ detector.set_threshold(both[::2], both.target[::2], target="cost", miss_cost=20,
 rest = both[1::2]
 label = detector.predict(rest)
 print(
-    f"threshold {-detector.offset_:.2f}: missed {np.sum(label[rest.target == -1] == 1)} of {np.sum(rest.target == -1)}, "
+    f"threshold {-detector.offset_:.2f}: "
+    f"missed {np.sum(label[rest.target == -1] == 1)} of {np.sum(rest.target == -1)}, "
     f"false alarms {np.sum(label[rest.target == 1] == -1)} of {np.sum(rest.target == 1)}"
 )
 
@@ -131,8 +132,8 @@ print(
 # At the line
 # -----------
 #
-# One ONNX graph holds everything from pixels to score, label, map and category, and runs without Python and torch. It is
-# compared with the detector before it is written.
+# One ONNX graph holds everything from pixels to score, label, map and category, and runs without Python and torch. It
+# is compared with the detector before it is written.
 #
 # .. code-block:: sh
 #
@@ -155,7 +156,8 @@ for axis, title in zip(axes, ("a defective part", "its map, by ONNX")):
 # Another lamp
 # ------------
 #
-# Some weeks later a lamp is replaced. Normal parts score higher, and ``drift`` notices. ``recalibrate`` with a few dozen good
+# Some weeks later a lamp is replaced. Normal parts score higher, and ``drift`` notices. ``recalibrate`` with a few
+# dozen good
 # pictures under the new lamp sets the scales anew; the model stays. Then try the defects again, under the new lamp:
 # if too few are found, learn again.
 #
