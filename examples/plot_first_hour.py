@@ -193,7 +193,8 @@ same = detector.predict_category(fresh) == fresh.category
 print(f"products: {', '.join(detector.categories_)}; tiles with a defect found: ", end="")
 print(f"{np.sum(detector.predict(tiles.images[100:]) == -1)} of 10")
 print(
-    f"judged as before: {same.sum()} of {len(fresh)}; largest change of their scores: {np.abs(after - before)[same].max():.1g}"
+    f"judged as before: {same.sum()} of {len(fresh)}; "
+    f"largest change of their scores: {np.abs(after - before)[same].max():.1g}"
 )
 
 # %%
