@@ -96,7 +96,7 @@ def test_a_small_image_file_fills_no_memory(name):
 def test_a_model_file_with_a_header_of_any_length_is_refused(tmp_path, length):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + b'{"__metadata__":{"format":"vqad"}}')
-    with pytest.raises(ValueError, match="is no model that vqad.save or vqad fit wrote, or is damaged"):
+    with pytest.raises(ValueError, match=r"is no model that vqad.save or vqad fit wrote, or is damaged"):
         vqad.load(path)
 
 
@@ -111,5 +111,5 @@ def test_a_model_file_whose_tensors_claim_any_size_is_refused(tmp_path, shape):
     header = json.dumps({"__metadata__": metadata, "a": tensor}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    with pytest.raises(ValueError, match="is no model that vqad.save or vqad fit wrote, or is damaged"):
+    with pytest.raises(ValueError, match=r"is no model that vqad.save or vqad fit wrote, or is damaged"):
         vqad.load(path)
