@@ -30,7 +30,7 @@ _UNREADABLE = (
 )
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
 _REMEDY = (
-    ", which is refused, as a small file may be made to fill all memory. If you trust it, set "
+    ", and so many are refused, as a small file may be made to fill all memory. If you trust it, set "
     "PIL.Image.MAX_IMAGE_PIXELS = None first, or give the command --any-size, or pass its pixels as an array; or crop "
     "it, or make it smaller."
 )

@@ -98,6 +98,10 @@ class TermScorer(Configured):
         super().__init__()
         every = (Term(name, weight, tuple(peaks), trained) for name, weight, peaks, trained in terms)
         self.terms = tuple(t for t in every if t.name in shapes)
+        shares = [share for t in self.terms for share in t.peaks]
+        for share in shares if map_peak is None else [map_peak]:
+            if not 0 <= share <= 1:
+                raise ValueError(f"shares of the highest cells must lie in [0, 1]; got {share}.")
         self.shapes = {name: (int(d), int(h), int(w)) for name, (d, h, w) in shapes.items()}
         self.map_peak = map_peak
         self.measures = nn.ModuleDict(
