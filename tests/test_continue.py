@@ -179,7 +179,7 @@ def killings(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     made = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), os.path.dirname(__file__), str(folder)],
-        capture_output=True, text=True, env=environment, timeout=300,
+        capture_output=True, text=True, env=environment, timeout=900,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout), lambda case: np.load(folder / f"{case}.npz")
