@@ -298,14 +298,14 @@ def test_wrong_arguments_are_explained(fitted, labelled, wrong, match):
 
 def test_a_threshold_is_not_set_for_another_fit(fitted, labelled, monkeypatch):
     detector = copy_of(fitted)
-    judge = vqad.deciding.judge_images
+    judge = vqad.judging.judge_anywhere
 
     def and_fit(*args, **more):
         found = judge(*args, **more)
         detector.fit(labelled[0])
         return found
 
-    monkeypatch.setattr("vqad.deciding.judge_images", and_fit)
+    monkeypatch.setattr("vqad.judging.judge_anywhere", and_fit)
     with pytest.raises(RuntimeError, match="Another thread's fit ended while the threshold was set: set it again"):
         detector.set_threshold(*labelled)
     assert detector.fitted_.thresholds.origin is None
