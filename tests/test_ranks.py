@@ -93,9 +93,9 @@ def spread(images, n):
     rows = [np.flatnonzero(images.category == name) for name in names]
     return images[np.concatenate([own[np.linspace(0, len(own) - 1, min(n, len(own))).astype(int)] for own in rows])]
 
-train = spread(load_mvtec(root, categories=names), 40)
+train = spread(load_mvtec(root, categories=names), 60)
 test = spread(load_mvtec(root, categories=names, split="test"), 60)
-shared, found = dict(image_size=128, max_iter=3, false_alarm_rate=0.1, random_state=0), {}
+shared, found = dict(image_size=160, max_iter=3, false_alarm_rate=0.1, random_state=0), {}
 with contextlib.nullcontext() if "RANK" not in os.environ else learning_together() as crew:
     for kind in (vqad.HVQTransDetector, vqad.VQFlowDetector):
         made = kind(**shared).fit(train, category=train.category)
