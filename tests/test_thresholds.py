@@ -362,7 +362,7 @@ def trained(request, detector):
     """A detector trained on the first 120 of 800 images, and what is to be measured of all of them."""
     X, kind = draw_features("rows" if request.param == "rows" else "maps", 800)
     made = clone(detector).set_params(gaussian=request.param != "published").fit(X[:120], category=kind[:120])
-    source, router, everything = made._source(X), made.scorer_.router, np.arange(len(X))
+    source, router, everything = made.map_source(X), made.scorer_.router, np.arange(len(X))
     store, descriptor = source.extract(everything)
     remembered = _RememberedFields(made.scorer_, store, kind, source.engine)
     routed, distance = router(torch.from_numpy(descriptor))

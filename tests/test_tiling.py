@@ -102,7 +102,7 @@ def test_the_score_is_that_of_the_worst_tile_and_explained_by_it(detector):
             top, left, height, width = e.tile
             assert top <= 70 < 86 <= top + height or top <= 78 < top + height
             assert left <= 158 < left + width
-        source = detector._source(X)
+        source = detector.map_source(X)
         found = tile_chunks(detector.scorer_, source, i, source.boxes(i), 0, score_and_map)
         worst = max(float(f["score"].max()) for _, f in found)
         assert worst + 10 * e.too_far == pytest.approx(score[i], abs=1e-6)
@@ -197,7 +197,7 @@ def test_what_is_ignored_is_no_tile_and_changes_nothing():
     np.testing.assert_array_equal(a.score_samples(scans(2, 1)), b.score_samples(scans(2, 1)))
     np.testing.assert_array_equal(a.score_samples(scans(9)), a.score_samples(changed))
     assert not a.anomaly_map(scans(2, 1, fault=True))[:, mask].any()
-    source = a._source(scans(1))
+    source = a.map_source(scans(1))
     assert len(source.boxes(0)) < len(Tiling(64, 16).boxes(SHAPE))
     per = check_images(scans(2, 1)).ignoring([mask, None])
     assert np.isfinite(HVQTransDetector(**HVQ).fit(scans(9)).score_samples(per)).all()

@@ -185,7 +185,7 @@ def test_few_images_stay_here(detector, paths, seen):
 
 
 def test_the_model_does_not_travel_with_a_task(detector, paths):
-    source = detector._source(paths)
+    source = detector.map_source(paths)
     work = vqad.workers.JudgeTask(detector.scorer_, source, False, ("cpu", "auto"))
     task, content = work.sent_by(None)
     assert content.nbytes > 300_000

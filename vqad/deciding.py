@@ -82,7 +82,7 @@ class Deciding:
         """
         now = self._now()
         rule = threshold_rule(target, recall, miss_cost, false_alarm_cost)
-        source, before = now._source(X), now._fitted
+        source, before = now.map_source(X), now._fitted
         y = check_labels(y, len(source))
         if (y == 1).all():
             rule = quantile_rule(self.false_alarm_rate)

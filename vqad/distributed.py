@@ -106,7 +106,7 @@ class BatchScorer:
             return table
         images = ImageSequence([os.path.abspath(path) for path in paths], np.arange(n))
         with at_most_threads(self.n_threads):
-            rows, judged, errors = judge_readable(detector.scorer_, detector._source(images), keep_maps=False)
+            rows, judged, errors = judge_readable(detector.scorer_, detector.map_source(images), keep_maps=False)
         for row, error in errors.items():
             table["error"][row] = error.partition(" of X, ")[2]
         if judged is not None:

@@ -142,7 +142,7 @@ class Judging:
         vqad.verdicts.Verdicts
         """
         now = self._now()
-        source, fitted = now._source(X), now._fitted
+        source, fitted = now.map_source(X), now._fitted
         rows = np.arange(len(source)) if rows is None else np.asarray(rows)
         hidden = source.data.subset(rows).mask if source.ignores else None
         return verdicts_of(fitted, now._judged(source, rows, keep_maps), hidden)
@@ -156,7 +156,7 @@ class Judging:
             Labels as given to fit, or numbers where the categories were discovered.
         """
         now = self._now()
-        source, scorer = now._source(X), now._fitted.scorer
+        source, scorer = now.map_source(X), now._fitted.scorer
 
         def route(part: np.ndarray) -> list[np.ndarray]:
             return [category for _, category, _, _ in routed_chunks(scorer, source, part)]
@@ -176,7 +176,7 @@ class Judging:
             occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
         """
         now = self._now()
-        source = now._source(X)
+        source = now.map_source(X)
         maps = now._judged(source, np.arange(len(source))).maps
         sizes = [source.data.size(i) for i in range(len(source))]
         resized = (resize_map(m, size, source.mask(i)) for i, (m, size) in enumerate(zip(maps, sizes)))
@@ -197,7 +197,7 @@ class Judging:
             into.
         """
         now = self._now()
-        return explain_images(now._fitted, now._source(X))
+        return explain_images(now._fitted, now.map_source(X))
 
     # ---------------------------------------------------------------- what the methods work with
 
@@ -213,7 +213,7 @@ class Judging:
         check_is_fitted(now)
         return now
 
-    def _source(self, X) -> MapSource:
+    def map_source(self, X) -> MapSource:
         """The maps of X, checked."""
         return self._source_of(self._check_X(X, self._fitted))
 

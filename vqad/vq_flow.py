@@ -246,7 +246,7 @@ class VQFlowDetector(BaseImageDetector):
             n_concepts of its own, which are numbered on from there.
         """
         now = self._now()
-        scorer, source = now.fitted_.scorer, now._source(X)
+        scorer, source = now.fitted_.scorer, now.map_source(X)
         ready = source.engine.ready(scorer)
 
         def concepts(part: np.ndarray) -> list[np.ndarray]:

@@ -181,7 +181,7 @@ def _judged(
     """Each part and what is said of its images, in order."""
     if detector.backbone is None:
         sequence_of(detector, None)  # which says why that does not do
-    source = detector._source(ImageSequence([], np.arange(0)))
+    source = detector.map_source(ImageSequence([], np.arange(0)))
     where = (detector.device, detector.precision)
     task = JudgeTask(detector.scorer_, source, arguments.maps is not None, where, skips=True)
     waiting: list[Part] = []
@@ -269,7 +269,7 @@ class _Table:
 
     def _hidden(self, part: Part, rows: np.ndarray) -> Any:
         """Where not to look in these images, if they are to be drawn."""
-        source = None if self.maps is None else self.detector._source(part.images())
+        source = None if self.maps is None else self.detector.map_source(part.images())
         return None if source is None or not source.ignores else source.data.subset(rows).mask
 
     def _drawn(self, part: Part, i: int, verdicts: Verdicts, k: int) -> Any:
