@@ -117,6 +117,20 @@ def test_one_product_has_its_folders_name(folders, tmp_path, capsys, place):
     assert list(detector.partial_fit(weave, category=["weave"] * len(weave)).categories_) == ["disc", "weave"]
 
 
+@pytest.mark.parametrize("place", ["ring/train/good", "ring/train", "ring/OK", "ring/good-parts"])
+def test_no_anomaly_is_of_a_category_called_good(folders, tmp_path, capsys, place):
+    path, table = str(tmp_path / "model.safetensors"), tmp_path / "scores.csv"
+    images = tmp_path / place / ("good" if place.endswith("train") else "")
+    shutil.copytree(folders / "good" / "disc", images)
+    assert main(["fit", str(tmp_path / place), "-o", path, *TINY]) == 0
+    assert "1 category: ring\n" in capsys.readouterr().out
+    assert main(["score", path, str(folders / "bad"), "--csv", str(table)]) == 0
+    printed = capsys.readouterr().out.splitlines()[1:-2]
+    assert {line.split()[1] for line in printed} == {"ring"}
+    with open(table, newline="") as file:
+        assert {row["category"] for row in csv.DictReader(file)} == {"ring"}
+
+
 def test_fit_on_mvtec_layout_learns_from_its_training_images(folders, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(HVQTransDetector, "fit", lambda self, X, **given: seen.update(given, X=X))
@@ -172,12 +186,12 @@ def test_pictures_of_one_piece_can_be_told(folders, tmp_path, capsys, monkeypatc
     for pattern in ("piece[0-9]+", "x*", "(x)?disc|weave"):
         assert main([*arguments, pattern]) == 2
         said = complaint(capsys)
-        assert said.startswith(f"vqad: error: --groups {pattern!r} finds nothing in '")
+        assert said.startswith(f"vqad: error: --groups {pattern!r} does not match '")
         assert said.endswith("': each image needs a group.")
     for pattern in ("piece(", "x{99999999999999999999}"):
         with pytest.raises(SystemExit):
             main([*arguments, pattern])
-        assert f"{pattern!r} is no regular expression: " in complaint(capsys)
+        assert f"{pattern!r} is not a regular expression: " in complaint(capsys)
 
 
 def test_the_detector_can_be_chosen(folders, tmp_path, capsys):
@@ -236,7 +250,7 @@ def test_nothing_is_written_over_the_model_or_an_image(folders, model, tmp_path,
         ["export", str(model), "--images", str(tmp_path / "mvtec"), "-o", str(image)],
     ):
         assert main(command) == 2
-        assert "is the model or one of the images or masks" in complaint(capsys)
+        assert "would overwrite an input" in complaint(capsys)
     assert main(["score", str(model), str(image), str(kept), "--maps", str(image.parent)]) == 2
     assert "is the model or one of the images" in complaint(capsys)
     assert {path: path.read_bytes() for path in before} == before

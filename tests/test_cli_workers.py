@@ -97,7 +97,7 @@ def test_a_table_that_was_cut_short_is_completed(model, folder, tmp_path, cut, c
     assert main(["score", model, str(folder), "--csv", str(table), "--resume"]) == 2
     said = capsys.readouterr()
     n_before = 40 - bool(cut)
-    assert f"going on after {n_before} images" in said.err
+    assert f"already has rows for {n_before} images" in said.err
     assert table.read_bytes() == whole.read_bytes()
     assert said.out.splitlines()[1:] == expected[1 + n_before :]
     main(["score", model, str(folder), "--csv", str(table), "--resume"])
@@ -114,7 +114,7 @@ def test_a_table_of_another_kind_or_model_is_not_gone_on_with(model, folder, tmp
     assert table.read_bytes() == before
     table.write_bytes(b"a,b\r\n1,2\r\n")
     assert main(arguments) == 2
-    assert "no table that vqad score" in capsys.readouterr().err
+    assert "was not written by vqad score" in capsys.readouterr().err
     assert table.read_bytes() == b"a,b\r\n1,2\r\n"
 
 
@@ -138,7 +138,7 @@ def test_arguments_that_do_not_go_together(model, capsys):
     for arguments, expected in (
         ([], "no images"),
         (["x.png", "--resume"], "give it with --csv"),
-        (["x.png", "--workers", "0"], "no number of workers"),
+        (["x.png", "--workers", "0"], "not a number of workers"),
     ):
         with pytest.raises(SystemExit):
             main(["score", model, *arguments])
@@ -168,7 +168,7 @@ def test_after_a_kill_every_image_has_one_row(model, folder, tmp_path, victim):
         n_before = len(rows_of(table)) - 1
         assert 0 < n_before < 1200
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert "going on after" in done.stderr
+        assert "already has rows for" in done.stderr
         code, told = done.returncode, done.stderr
     else:
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()

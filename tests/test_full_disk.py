@@ -123,7 +123,7 @@ def test_what_is_printed_is_named_too(files, capsys, monkeypatch):
     monkeypatch.setattr("vqad.cli._forget_output", lambda: forgotten.append(True))
     assert main(["score", str(files / "model.safetensors"), str(files / "new")]) == 2
     assert forgotten == [True]
-    assert "what is printed could not be written: No space left on device" in capsys.readouterr().err
+    assert "the output could not be written: No space left on device" in capsys.readouterr().err
 
 
 def test_errors_keep_their_kind_and_number():

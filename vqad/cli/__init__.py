@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 2 for what the user can mend (one line on stderr says what), 130 after Ctrl-C.
+        Exit code: 0 success, 2 an error that the user can fix (one line on stderr says what), 130 after Ctrl-C,
+        141 when the reader of the output went away.
 
     Raises
     ------
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may have what it cannot say
+        if isinstance(stream, io.TextIOWrapper):  # file names may have characters that it cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
         with one_line_warnings(), ExitStack() as stack:
@@ -56,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {one_line(error)}")
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.strerror:
-            _forget_output()  # that it is what there is no room for, see `one_line`
+            _forget_output()  # flushing it again would fail again
         return USER_ERROR
 
 
 def _forget_output() -> None:
-    """Let nothing be flushed at exit to where our output goes."""
+    """Redirect stdout to nowhere, so that nothing is flushed to it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -41,12 +41,9 @@ from vqad.persistence import replaceable
 from vqad.registry import detector_class
 from vqad.report import judge, write_report
 
-# Images that are scored, and then told of, together.
-ROWS_AT_ONCE = 32
-
 
 def fit(arguments: argparse.Namespace) -> int:
-    """Learn; of the processes that torchrun started each does its share, and the first speaks and saves."""
+    """Fit. Of the processes that torchrun started, each does its share; only the first prints and saves."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         return _fit(arguments)
     with learning_together() as crew, contextlib.ExitStack() as quiet:
@@ -68,19 +65,19 @@ def _fit(arguments: argparse.Namespace, saves: bool = True) -> int:
     groups = None
     if arguments.groups is not None:
         groups = groups_of(images.paths, arguments.directory, arguments.groups)
-        if by_folder:  # the first piece of one category is not that of another
+        if by_folder:  # piece 1 of one category is not piece 1 of another
             groups = list(zip(images.category, groups))
     detector = _detector(arguments)
     if isinstance(mask, str):
         detector.set_params(ignore=mask)
     data = check_images(images).ignoring(mask) if isinstance(mask, list) else images
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
-    origin = "from the folders" if by_folder else "to be found"
+    origin = "from the folders" if by_folder else "to be discovered"
     of = "" if groups is None else f" in groups: {len(set(groups))}"
     print(f"{len(images)} normal images{of} ({listed}); categories {origin}")
     started = time.monotonic()
     detector.fit(data, category=images.category if by_folder else None, groups=groups)
-    if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:  # no other kind was found
+    if arguments.by_folder is None and not by_folder and len(detector.categories_) == 1:
         detector.rename_categories(names)
     if saves:
         vqad.save(detector, target)
@@ -95,7 +92,7 @@ def _fit(arguments: argparse.Namespace, saves: bool = True) -> int:
 def recalibrate(arguments: argparse.Namespace) -> int:
     rate = arguments.false_alarm_rate
     if rate is None and arguments.directory is None:
-        raise ValueError("nothing to do: give a folder of new normal images, --false-alarm-rate, or both.")
+        raise ValueError("nothing to do: give a folder of new normal images, or --false-alarm-rate, or both.")
     target = writable(arguments.output)
     replaceable(target)
     images = None if arguments.directory is None else training_images(arguments.directory)
@@ -122,7 +119,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     data = check_images(images)
     pixels: dict[str, Any] = {}
     if any(path is not None for path in images.mask_paths) and not arguments.no_pixels:
-        # Made one at a time: at full size they would not fit into memory.
+        # Resized one at a time: together, maps at full size may not fit into memory.
         maps = _Lazy(len(images), lambda i: verdicts.anomaly_map(i, data.size(i)))
         pixels = {"masks": _Lazy(len(images), images.mask), "maps": maps, "fpr_limit": arguments.fpr_limit}
     found = measure(images.target, verdicts.score, images.category, **pixels)
@@ -133,7 +130,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(what.format(int(alarm[mine].sum()), int(mine.sum())))
     if not detector.scorer_.router.discovered and set(images.category) <= set(detector.categories_.astype(str)):
         right = (verdicts.category.astype(str) == images.category).mean()
-        print(f"category inferred right: {right:.1%}")
+        print(f"category inferred correctly: {right:.1%}")
     if target is not None:
         with writing(target):
             target.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -180,11 +177,11 @@ def export(arguments: argparse.Namespace) -> int:
     detector = vqad.load(arguments.model)
     try:
         vqad.export_onnx(detector, target, X=images)
-    except RuntimeError as error:  # of the comparison, or of torch's exporter
+    except RuntimeError as error:  # from the comparison, or from torch's exporter
         raise ValueError(f"the model could not be exported: {error}") from error
-    compared = "drawn images" if images is None else f"{len(images)} images"
+    compared = "synthetic images" if images is None else f"{len(images)} images"
     size = target.stat().st_size / 1e6
-    print(f"graph written to {target} ({size:.1f} MB); on {compared} it gives what the model gives in float32")
+    print(f"graph written to {target} ({size:.1f} MB); on {compared} it agrees with the model in float32")
     print("input: image, float32 (height, width, 3) in 0..1; outputs: score (higher is more normal), label,")
     print("map (higher is more anomalous), category")
     return OK
@@ -221,9 +218,9 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
     options = {**{name: name for name in named}, "random_state": "seed"}
     for name in more:
         if name in options:
-            raise ValueError(f"--set {name} is not taken: give it as --{options[name].replace('_', '-')}.")
+            raise ValueError(f"--set {name} is refused: give it as --{options[name].replace('_', '-')}.")
     if more.get("backbone", "") is None:
-        raise ValueError("--set backbone=None is for features: images need a backbone, such as the default one.")
+        raise ValueError("--set backbone=None expects features, and images need a backbone: leave it out.")
     detector = detector_class(arguments.detector)(random_state=arguments.seed, verbose=int(sys.stderr.isatty()))
     detector.set_params(**given, **more)
     return detector
@@ -233,7 +230,7 @@ def _detector(arguments: argparse.Namespace) -> BaseImageDetector:
 
 
 class _Lazy:
-    """What a function makes of 0, 1, ..., made whenever it is asked for."""
+    """A sequence whose items a function computes when they are asked for."""
 
     def __init__(self, n: int, make: Callable[[int], Any]):
         self._n, self._make = n, make

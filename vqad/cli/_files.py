@@ -1,4 +1,4 @@
-"""Files that the command reads and writes: images of folders, and outputs that take no input's place."""
+"""Files that the command reads and writes: images in folders, and outputs that must not overwrite an input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vqad.datasets.labelled import masks_of
 
 @contextmanager
 def of_any_size() -> Iterator[None]:
-    """Lift Pillow's limit of pixels, which is one for the whole process."""
+    """Lift Pillow's limit on pixels, which holds for the whole process."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -39,43 +39,43 @@ def training_images(folder: str) -> ImageDataset:
 
 
 def groups_of(paths: list[str], folder: str, pattern: re.Pattern[str]) -> list[str]:
-    """What a pattern finds in the path of each image, from its folder on."""
+    """The text that a pattern matches in each image's path relative to the folder."""
     groups = []
     for path in paths:
         found = pattern.search(os.path.relpath(path, folder))
         parts = [] if found is None else [part or "" for part in found.groups() or (found[0],)]
         if not any(parts):
-            raise ValueError(f"--groups {pattern.pattern!r} finds nothing in {path!r}: each image needs a group.")
+            raise ValueError(f"--groups {pattern.pattern!r} does not match {path!r}: each image needs a group.")
         groups.append("\0".join(parts))
     return groups
 
 
 def ignored(given: str | None, paths: Sequence[str]) -> Any:
-    """What `--ignore` gives for images: one mask for all, a file; or one each, of which the folder may lack some."""
+    """The masks of `--ignore`: a file for all images, or a list with a mask or None for each."""
     if given is None or not os.path.isdir(given):
         return given
     masks = image_files(existing_folder(given), recursive=True)
     found = masks_of([Path(path) for path in paths], masks, [])
     if several := [path for path, mask in zip(paths, found) if isinstance(mask, tuple)]:
-        raise ValueError(f"--ignore {given!r} has several masks of {several[0]!r}: one is expected.")
+        raise ValueError(f"--ignore {given!r} has several masks for {several[0]!r}: give one per image.")
     if not any(found):
-        raise ValueError(f"--ignore {given!r} has no mask of any of the images: masks have the names of their images.")
+        raise ValueError(f"--ignore {given!r} has no mask for any of the images: name masks after their images.")
     return found
 
 
 def masks_in(given: Any) -> list[Any]:
-    """Files of what `ignored` gives."""
+    """The files that `ignored` returned."""
     return [] if given is None else [given] if isinstance(given, str) else [path for path in given if path is not None]
 
 
 def known_images(folder: str) -> tuple[ImageDataset, bool]:
-    """Images of a folder, and whether it says what they are: then they are its test images."""
+    """Images of a folder, and whether its layout labels them; if so, only the test images."""
     loader = loader_of(Path(folder))
     return (load_folder(folder), False) if loader is None else (loader(folder, split="test"), True)
 
 
 def files(images: ImageDataset | None) -> list[str]:
-    """What is read of a collection: images and masks."""
+    """All files of a collection: images and masks."""
     if images is None:
         return []
     masks = [(path,) if isinstance(path, str) else path for path in images.mask_paths if path is not None]
@@ -83,7 +83,7 @@ def files(images: ImageDataset | None) -> list[str]:
 
 
 def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Paths of all images in files and folders, and where under a folder of maps each one's map belongs."""
+    """Paths of all images in files and folders, and each one's heatmap relative to the folder of maps."""
     paths: list[str] = []
     outputs: list[Path] = []
     taken: set[Path] = set()
@@ -102,7 +102,7 @@ def images_to_score(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def _free(path: Path, taken: set[Path]) -> Path:
-    """A name of its own for the map of an image: a.jpg and a.png in one folder are two images."""
+    """A heatmap's name that is not taken yet: a.jpg and a.png in one folder are two images."""
     output, k = path.with_name(f"{path.stem}_map.png"), 2
     while output in taken:
         output, k = path.with_name(f"{path.stem}_map-{k}.png"), k + 1
@@ -116,12 +116,12 @@ def write_image(path: Path, pixels: Any) -> None:
 
 
 class Listed:
-    """Images that a file names, one path a line, of any number: they are read anew whenever they are gone through.
+    """Paths listed in a file, one per line. The file is read anew on every pass, so it may have any length.
 
     Parameters
     ----------
     name : str
-        A file, or ``-`` for standard input, which is first copied.
+        A file, or ``-`` for standard input, which is copied first.
     """
 
     def __init__(self, name: str) -> None:
@@ -133,7 +133,7 @@ class Listed:
         self._path = name if self._copy is None else self._copy.name
         if not os.path.isfile(self._path):
             raise FileNotFoundError(
-                f"--list {name!r} is no file: give one with a path a line, or - for standard input."
+                f"--list {name!r} is not a file: give one with a path per line, or - for standard input."
             )
 
     def paths(self) -> Iterator[str]:
@@ -141,7 +141,7 @@ class Listed:
             yield from (path for line in file if (path := line.rstrip("\n")))
 
     def with_outputs(self, wanted: bool) -> Iterator[tuple[str, Path | None, None]]:
-        """Each path, where under a folder of maps its map belongs if maps are wanted, and no mask."""
+        """Each path, its heatmap relative to the folder of maps if heatmaps are wanted, and no mask."""
         taken: set[Path] = set()
         for path in self.paths():
             output = _free(Path(os.path.basename(path)), taken) if wanted else None
@@ -154,7 +154,7 @@ CSV_COLUMNS = ["path", "category", "anomaly_score", "threshold", "p_value", "lab
 
 
 class RowsBefore:
-    """The whole rows of a table that a kill may have cut short; when they are gone through, ``end`` is where they end.
+    """The complete rows of a table whose writer may have been killed; after iteration, ``end`` is their end in bytes.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ class RowsBefore:
                 if not is_whole or (self.end and len(row) != len(CSV_COLUMNS)):
                     return
                 if not self.end and row != CSV_COLUMNS:
-                    raise ValueError(f"{str(self._path)!r} is no table that vqad score --csv wrote: give another name.")
+                    raise ValueError(f"{str(self._path)!r} was not written by vqad score --csv: give another name.")
                 if self.end:
                     yield dict(zip(CSV_COLUMNS, row))
                 self.end = read
@@ -189,9 +189,9 @@ class RowsBefore:
 
 @contextmanager
 def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefore, Callable[[list[list[Any]]], None]]]:
-    """Rows that a table has, and a function that writes some more, all at once; into nothing if there is no path.
+    """The rows that a table already has, and a function that appends rows. Without a path, nothing is written.
 
-    The rows must be gone through before the first are written.
+    Iterate over the existing rows before writing new ones.
     """
     if path is None:
         yield RowsBefore(None), lambda rows: None
@@ -208,7 +208,7 @@ def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefor
             csv.writer(text).writerows(rows)
             with writing(path):
                 file.write(text.getvalue())
-                file.flush()  # a kill then loses nothing of it
+                file.flush()  # so that a kill loses nothing
 
         def begin(rows: list[list[Any]]) -> None:
             nonlocal ready
@@ -231,35 +231,35 @@ def csv_rows(path: str | None, resume: bool = False) -> Iterator[tuple[RowsBefor
 
 
 def check_folder_of_maps(folder: Path, arguments: list[str]) -> None:
-    """Raise where there is a file, or where the heatmaps would be among the images of the next call."""
+    """Raise if the folder is a file, or if the next call would take the heatmaps for images."""
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--maps {str(folder)!r} is a file; give the name of a folder.")
+        raise NotADirectoryError(f"--maps {str(folder)!r} is a file; name a folder.")
     for root in map(Path, arguments):
         if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
             raise ValueError(
-                f"--maps {str(folder)!r} is in {str(root)!r}, where a second call would take the heatmaps for images; "
-                "give a folder outside it."
+                f"--maps {str(folder)!r} is inside {str(root)!r}: the next call would take the heatmaps for images. "
+                "Name a folder outside it."
             )
 
 
 def writable(path: str | os.PathLike[str]) -> Path:
-    """Make the folder of an output file: before the work, which must not be lost at its end."""
+    """Create the folder of an output file before the work, so that no result is lost at the end."""
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"the output {str(path)!r} is a folder; give the name of a file.")
+        raise IsADirectoryError(f"the output {str(path)!r} is a folder; name a file.")
     if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
         return path
     parent = Path(os.path.realpath(path)).parent
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
-        raise PermissionError(f"nothing may be written to the folder {str(parent)!r}.")
+        raise PermissionError(f"the folder {str(parent)!r} is not writable.")
     return path
 
 
 def spare(inputs: Iterable[Any], outputs: list[Any]) -> None:
-    """Raise where an output would be written over what is read."""
+    """Raise if an output would overwrite an input."""
     written = {os.path.realpath(path): path for path in outputs if path is not None}
     for path in inputs if written else ():
         if (path := written.get(os.path.realpath(path))) is not None:
-            raise ValueError(f"the output {str(path)!r} is the model or one of the images or masks; give another name.")
+            raise ValueError(f"the output {str(path)!r} would overwrite an input; give another name.")

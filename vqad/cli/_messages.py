@@ -1,4 +1,4 @@
-"""What the command says on stderr, one line each, and the code that it ends with."""
+"""Messages of the command on stderr, one line each, and its exit codes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Of a disk that is full, of one's share of it, and of files that are longer than they may be.
+# Errors of a full disk, an exhausted quota and a file over the size limit.
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Show warnings meant for users, one line each, without the place in the code."""
+    """Show warnings for users on one line each, without the line of code."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
@@ -29,7 +29,7 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """On one line, whatever a file is called."""
+    """Escape what is not printable, so that any file name fits on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -39,7 +39,7 @@ def complain(text: str) -> None:
 
 def one_line(message: object) -> str:
     if isinstance(message, OSError) and message.strerror:
-        if not message.filename and message.errno in NO_ROOM:  # files that we write are named: this is none of them
-            return f"what is printed could not be written: {message.strerror}"
+        if not message.filename and message.errno in NO_ROOM:  # errors of our own files have names: this is stdout
+            return f"the output could not be written: {message.strerror}"
         return f"{message.strerror}: {message.filename!r}" if message.filename else message.strerror
     return " ".join(str(message).split()) or type(message).__name__

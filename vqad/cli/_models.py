@@ -1,4 +1,4 @@
-"""Models that the command opens, and how it tells of their thresholds."""
+"""Opening models for the command, and printing their thresholds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqad.base import BaseImageDetector
 
 
 def loaded(arguments: argparse.Namespace) -> BaseImageDetector:
-    """The model, to work on the device of this machine that was asked for, not on the one it was fitted on."""
+    """The model, set to the device asked for rather than the one that it was fitted on."""
     detector: BaseImageDetector = vqad.load(arguments.model)
     detector.set_params(device=arguments.device)
     return detector

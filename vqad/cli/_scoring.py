@@ -1,4 +1,4 @@
-"""`vqad score`: images of folders and lists, here or on workers, to rows that are written as they come."""
+"""`vqad score`: images from folders and lists, scored here or on workers, to rows written as they come."""
 
 from __future__ import annotations
 
@@ -40,21 +40,18 @@ from vqad.report import overlay
 from vqad.verdicts import Verdicts, sequence_of, verdicts_of
 from vqad.workers import Done, JudgeTask, do_task, map_in_order, results
 
-# Images that are scored, and then told of, together.
+# Images that are scored and reported together.
 ROWS_AT_ONCE = 32
-# Rows whose order and scores say whether anything has drifted: of more, the first.
+# Largest number of scores, the first ones, that the drift test uses.
 DRIFT_ROWS = 100_000
 
 
 Pair = tuple[str, Path | None, str | None]
-"""An image, its heatmap under a folder of maps, and the mask of what is not looked at of it."""
+"""Paths of an image, of its heatmap relative to the folder of maps, and of its mask of what to ignore."""
 
 
 class Part(NamedTuple):
-    """Some images that are scored together: their numbers, names, heatmaps, and what is not looked at of them.
-
-    Heatmaps are under a folder of maps; of what is ignored there is ``one`` mask for all, and one of each image.
-    """
+    """Images that are scored together, with their heatmaps; ``one`` mask to ignore for all, ``masks`` for each."""
 
     numbers: range
     paths: list[str]
@@ -70,7 +67,7 @@ class Part(NamedTuple):
 
 
 def score(arguments: argparse.Namespace) -> int:
-    """Judge all images that are named, in folders or in a list, but those that have a row already."""
+    """Judge all images in the folders and the list, except those that already have a row."""
     named, listed, n_broken = _named(arguments)
     if not named and listed is None:
         return USER_ERROR
@@ -89,13 +86,13 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def _named(arguments: argparse.Namespace) -> tuple[list[Pair], Listed | None, int]:
-    """Images of the command line and of a list, all of whose outputs have been checked, and how many links are broken.
+    """Images of the command line, images of the list, and the number of broken links. Checks all outputs.
 
-    Before the model is opened, which takes long.
+    This comes before opening the model, which is slow.
     """
     paths, outputs = images_to_score(arguments.images)
     given = set(arguments.images)
-    broken = {path for path in paths if path not in given and not os.path.isfile(path)}  # links that folders have
+    broken = {path for path in paths if path not in given and not os.path.isfile(path)}  # links in folders
     for path in sorted(broken):
         complain(f"error: {one_line(not_there(path, f'path {path!r}'))}")
     named = [(path, output) for path, output in zip(paths, outputs) if path not in broken]
@@ -134,7 +131,7 @@ def _parts(pairs: Iterable[Pair], one: np.ndarray | None) -> Iterator[Part]:
 
 @contextmanager
 def _workers(arguments: argparse.Namespace) -> Iterator[bool]:
-    """Have joblib use the workers that were asked for; gives whether there are any."""
+    """Have joblib use the workers asked for; yields whether there are any."""
     address, workers = arguments.scheduler, arguments.workers
     if address is None:
         if workers in (None, 1):
@@ -149,7 +146,7 @@ def _workers(arguments: argparse.Namespace) -> Iterator[bool]:
 
 @contextmanager
 def _cluster(address: str) -> Iterator[dict[str, Any]]:
-    """What `joblib.parallel_config` takes for the scheduler at an address, which is left when this ends."""
+    """Arguments of `joblib.parallel_config` for the scheduler at an address; disconnects at the end."""
     engine = "ray" if address == "ray" or address.startswith("ray://") else "dask"
     try:
         if engine == "ray":
@@ -166,7 +163,7 @@ def _cluster(address: str) -> Iterator[dict[str, Any]]:
         else:
             client = Client(address, timeout=20)
     except (OSError, TimeoutError, ConnectionError, ValueError) as error:
-        raise OSError(f"there is no scheduler of {engine} at {address!r} that answers: {one_line(error)}") from error
+        raise OSError(f"no {engine} scheduler answers at {address!r}: {one_line(error)}") from error
     try:
         if client is None:
             register_ray()
@@ -178,9 +175,9 @@ def _cluster(address: str) -> Iterator[dict[str, Any]]:
 def _judged(
     detector: BaseImageDetector, parts: Iterator[Part], arguments: argparse.Namespace, are_elsewhere: bool
 ) -> Iterator[tuple[Part, Any]]:
-    """Each part and what is said of its images, in order."""
+    """Each part with the judgement of its images, in order."""
     if detector.backbone is None:
-        sequence_of(detector, None)  # which says why that does not do
+        sequence_of(detector, None)  # raises
     source = detector.map_source(ImageSequence([], np.arange(0)))
     where = (detector.device, detector.precision)
     task = JudgeTask(detector.scorer_, source, arguments.maps is not None, where, skips=True)
@@ -206,7 +203,7 @@ def _here(task: JudgeTask, parts: Iterator[ImageSequence]) -> Generator[Done, No
 
 
 class _Table:
-    """Rows on the screen and in a file, which may have some already, and heatmaps in a folder."""
+    """Rows on the screen and in a file, which may already have some, and heatmaps in a folder."""
 
     def __init__(self, detector: BaseImageDetector, arguments: argparse.Namespace, wide: int) -> None:
         self.detector, self.csv, self.maps = detector, arguments.csv, arguments.maps
@@ -223,16 +220,16 @@ class _Table:
             for row in before:
                 self._take_over(row)
             if self.n_before:
-                complain(f"going on after {self.n_before} images that {self.csv!r} has rows of")
+                complain(f"resuming: {self.csv!r} already has rows for {self.n_before} images")
             yield
 
     def _take_over(self, row: dict[str, str]) -> None:
-        """Count a row of an earlier run, which must have been of this model and threshold."""
+        """Count a row of an earlier run, which must have had this model and threshold."""
         thresholds = np.atleast_1d(-np.asarray(self.detector.offset_))
         if not any(float(row["threshold"]) == threshold for threshold in thresholds.tolist()):
             raise ValueError(
-                f"{self.csv!r} has rows of another model or false-alarm rate: their threshold is {row['threshold']}, "
-                "here it is another. Give another name, or leave --resume out to write it anew."
+                f"{self.csv!r} has rows of another model or false-alarm rate, with the threshold {row['threshold']}: "
+                "give another name, or leave --resume out to overwrite the file."
             )
         self.known.add(_key(row["path"]))
         self.n_before += 1
@@ -268,7 +265,7 @@ class _Table:
         self.write(new)
 
     def _hidden(self, part: Part, rows: np.ndarray) -> Any:
-        """Where not to look in these images, if they are to be drawn."""
+        """Masks of what to ignore in these images, if they are to be drawn."""
         source = None if self.maps is None else self.detector.map_source(part.images())
         return None if source is None or not source.ignores else source.data.subset(rows).mask
 
@@ -281,18 +278,18 @@ class _Table:
         return overlay(pixels, verdicts.anomaly_map(k, size), self.detector.map_threshold_)
 
     def close(self, n_broken: int) -> int:
-        """Say what there was; gives the exit code."""
+        """Print the summary; returns the exit code."""
         if self.n_scored:
             thresholds = thresholds_of(self.detector)
             print(f"{self.n_anomalies} of {self.n_scored} images are anomalous (scores over {thresholds})")
             fitted = self.detector.fitted_
             p = drift_p_value(fitted.held_out.score, np.array(self.scores), fitted.seed)
-            low = "the images are not what was learned, or many are defective"
-            print(f"drift: p = {p:.2g}, {low if p < 0.01 else 'nothing seems changed'}")
+            low = "the images differ from those learned from, or many are defective"
+            print(f"drift: p = {p:.2g}, {low if p < 0.01 else 'no change detected'}")
         sys.stdout.flush()
         return USER_ERROR if n_broken or self.n_failed or not self.n_scored else OK
 
 
 def _key(path: str) -> bytes:
-    """What is kept of a path: of millions the names would not fit into memory."""
+    """A digest of a path: the names of millions of images would not fit into memory."""
     return hashlib.blake2b(os.fsencode(path), digest_size=16).digest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from vqad._warn import warn
 from vqad.datasets import _words
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import image_files, some_of, subfolders
+from vqad.datasets._files import image_files, product_of, some_of, subfolders
 from vqad.datasets.labelled import load_labelled
 
 
@@ -61,7 +61,7 @@ def load_by_names(root: str | os.PathLike[str], *, split: str = "train") -> Imag
 def _labelled(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """Of each product the folders of normal images, of others and of masks; empty where names do not tell them all."""
     if found := _told(folder):
-        return {folder.resolve().name: found}
+        return {product_of(folder.resolve()): found}
     products = {path.name: _told(path) for path in subfolders(folder)}
     return products if products and all(products.values()) and not image_files(folder) else {}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqad._decode import not_there
+from vqad.datasets import _words
 
 # Asked for even where this Pillow cannot read them, so that reading says so; .mpo is read as JPEG.
 _ALWAYS = frozenset(
@@ -99,6 +100,16 @@ def existing_folder(root: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"root {str(root)!r} is a file; a folder of images is expected.")
     return path
+
+
+def product_of(folder: Path) -> str:
+    """The name of a folder, or of the nearest one above it that is not named good, bad, train or the like.
+
+    A category is a kind of object: "good" as the category of a defective image would mislead.
+    """
+    folder = Path(os.path.abspath(folder))  # a link keeps its own name
+    names = (path.name for path in (folder, *folder.parents) if path.name)
+    return next((name for name in names if not _words.is_no_product(name)), "images")
 
 
 def describe(folder: Path) -> str:

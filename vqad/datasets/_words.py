@@ -55,6 +55,11 @@ def is_normal(name: str) -> bool:
     return kind_of(name) == NORMAL
 
 
+def is_no_product(name: str) -> bool:
+    """Whether the name of a folder says for sure how its images were judged or split, not what they show."""
+    return kind_of(name) in (NORMAL, ANOMALOUS, TRAIN)
+
+
 def telling(names: Iterable[str]) -> dict[str, str]:
     """What names of folders that lie beside each other say, of those that say something; empty if it is no contrast.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vqad._warn import warn
 from vqad.datasets._collection import ImageDataset
-from vqad.datasets._files import existing_folder, image_files, left_out, no_images, subfolders
+from vqad.datasets._files import existing_folder, image_files, left_out, no_images, product_of, subfolders
 from vqad.datasets._layouts import check_names, loader_of_layout
 
 
@@ -16,8 +16,10 @@ def load_folder(
 ) -> ImageDataset:
     """List the images of a folder; its subfolders are categories.
 
-    Images that lie in `root` itself get its name as their category, images in a subfolder, at any depth, the
-    subfolder's name. Files are in natural order (``part-2`` before ``part-10``); hidden files are skipped.
+    Images directly in `root` get its name as their category; images in a subfolder, at any depth, get the subfolder's
+    name. A folder named good, bad, train or the like is no kind of object: the nearest folder above it with another
+    name counts instead, so that ``bottle/train/good`` is of the category "bottle". Files are in natural order
+    (``part-2`` before ``part-10``); hidden files are skipped.
 
     Parameters
     ----------
@@ -59,12 +61,12 @@ def load_folder(
             )
     others: list[Path] = []
     paths = image_files(folder, others=others)
-    categories = [folder.resolve().name] * len(paths)
+    categories = [product_of(folder.resolve())] * len(paths)
     empty = []
     for subfolder in subfolders(folder) if recursive else []:
         inside = image_files(subfolder, recursive=True, within=folder, others=others)
         paths += inside
-        categories += [subfolder.name] * len(inside)
+        categories += [product_of(subfolder)] * len(inside)
         empty += [] if inside else [subfolder.name]
     if not paths:
         raise no_images(root)
