@@ -685,7 +685,7 @@ def test_strides_of_all_stages():
 
 def test_a_backbone_with_few_stages_is_too_few_for_vq_flow(monkeypatch):
     monkeypatch.setattr("vqad.base.backbone_strides", lambda name: (4, 8, 16))
-    with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(0, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"needs four stages of the backbone; got stages=\(0, 1, 2\)"):
         VQFlowDetector()._feature_options()
 
 

@@ -306,7 +306,7 @@ def test_a_threshold_is_not_set_for_another_fit(fitted, labelled, monkeypatch):
         return found
 
     monkeypatch.setattr("vqad.judging.judge_anywhere", and_fit)
-    with pytest.raises(RuntimeError, match="Another thread's fit ended while the threshold was set: set it again"):
+    with pytest.raises(RuntimeError, match="Another thread fitted the detector while the threshold was set"):
         detector.set_threshold(*labelled)
     assert detector.fitted_.thresholds.origin is None
 

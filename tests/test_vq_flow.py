@@ -198,8 +198,8 @@ def test_parameters_of_the_model_are_checked(maps, name, value):
     ("parameters", "message"),
     [
         ({"d_position": 6}, r"multiple of 4; got d_position=6"),
-        ({"n_blocks": (1, 2)}, r"three numbers of at least 1; got n_blocks=\(1, 2\)"),
-        ({"n_blocks": (1, 0, 2)}, r"three numbers of at least 1"),
+        ({"n_blocks": (1, 2)}, r"three integers of at least 1; got n_blocks=\(1, 2\)"),
+        ({"n_blocks": (1, 0, 2)}, r"three integers of at least 1"),
     ],
 )
 def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, parameters, message, monkeypatch):
@@ -210,7 +210,7 @@ def test_what_does_not_fit_together_is_told_before_features_are_extracted(maps, 
 
 def test_other_than_four_stages_are_refused():
     parts = make_textured_parts(4, 0, image_size=64, random_state=0)
-    with pytest.raises(ValueError, match=r"reads four stages of the backbone; got stages=\(1, 2\)"):
+    with pytest.raises(ValueError, match=r"needs four stages of the backbone; got stages=\(1, 2\)"):
         VQFlowDetector(stages=(1, 2), image_size=64).fit(parts.images)
 
 

@@ -1,4 +1,4 @@
-"""The estimator contract, written once: everything that a detector does but its model."""
+"""The estimator contract of all detectors: everything except the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from vqad import extending, fitting
 from vqad._checks import check_category, check_groups, check_range, normal_rows
 from vqad._ignore import as_mask
-from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, backbone_strides, check_stages, spread_stages
 from vqad.collective import agreed
 from vqad.datasets import ImageDataset
 from vqad.deciding import Deciding
@@ -29,9 +29,10 @@ from vqad.store import FeatureArray
 from vqad.tiling import Tiling
 from vqad.training_run import TrainingPlan
 
-# A view of this share of the image's side is what the coarsest stage sees (docs/choices.md).
+# Size of the view that the coarsest stage sees, as a share of image_size (docs/choices.md).
 DEEP_VIEW = 7 / 9
-# Parameters that a trained model does not depend on, or only by its features, which a checkpoint knows otherwise.
+# Parameters that a trained model does not depend on, or depends on only through its features, whose digest is part of
+# a checkpoint's name.
 NOT_OF_THE_TRAINING = {
     "backbone", "weights", "image_size", "image_shape", "ignore", "contamination", "false_alarm_rate", "threshold",
     "warm_start", "checkpoint_dir", "device", "precision", "n_jobs", "memory", "random_state", "verbose",
@@ -39,13 +40,13 @@ NOT_OF_THE_TRAINING = {
 
 
 class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
-    """Base of the detectors: images in, frozen features, routing, training, calibration, scores.
+    """Base class of the detectors: feature extraction, routing, training, calibration and scoring.
 
-    A detector adds its parameters, ``model_class``, an `AnomalyModel`, and two hooks: ``_stages(strides)`` says which
-    stages of the backbone it wants, and whether the coarsest may come from a smaller view of the image;
-    ``_model_config(shape, n_categories, n_added)`` gives the arguments of the model for maps of a `FeatureShape`, where
-    the last ``n_added`` categories were added by `partial_fit`. What it has learned is in ``fitted_``, which is
-    replaced as a whole.
+    A detector adds its parameters, ``model_class``, an `AnomalyModel`, and two hooks. ``_stages(strides)`` returns the
+    stages of the backbone that it uses, and whether the coarsest may come from a smaller view of the image.
+    ``_model_config(shape, n_categories, n_added)`` returns the arguments of the model for maps of a `FeatureShape`; the
+    last ``n_added`` categories were added by `partial_fit`. The learned state is ``fitted_``, which is replaced as a
+    whole.
     """
 
     _parameter_constraints: dict = {
@@ -53,6 +54,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         "weights": [str, Path, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list],
         "image_shape": [tuple, list, None],
+        "stages": [tuple, list, None],
         "ignore": ["array-like", str, Path, None],
         "tiles": [Integral, tuple, list, None],
         "standardize": ["boolean"],
@@ -123,7 +125,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
 
     @classmethod
     def _get_param_names(cls):
-        """Those of the base too, so that a detector may hand on what it takes as ``**shared``."""
+        """Include the base's parameters, so that a detector may pass them on as ``**shared``."""
         return sorted({*super()._get_param_names(), *signature(BaseImageDetector.__init__).parameters} - {"self"})
 
     # ---------------------------------------------------------------- fitting
@@ -136,38 +138,38 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         X : images, or features with ``backbone=None``
             Array (n, H, W) or (n, H, W, C), list of images, file paths, or a `vqad.datasets` collection.
         y : None or array-like of shape (n,) of +1 / -1, default=None
-            Images labelled -1 are left out. Other values are ignored, with a warning. When left out, the ``target``
-            of a `vqad.datasets` collection counts.
+            Images labelled -1 are left out. If y has other values it is ignored, with a warning. None uses the
+            ``target`` of a `vqad.datasets` collection, if X is one.
         category : array-like of shape (n,) of str or int, default=None
-            The kind of object on each image. Discovered when left out. Never needed again.
+            Kind of object in each image; discovered if None. Scoring never needs it.
         groups : array-like of shape (n,), default=None
-            Which images belong together, such as several pictures of one piece: any labels that hash. Thresholds then
-            hold for new groups: ``calibration_fraction`` is a share of the groups of each category, and of each that is
-            held out one image counts. Where categories are discovered a group is taken to be of one. When left out,
-            every image stands for itself.
+            Which images belong together, such as several pictures of one piece: any hashable labels. Thresholds then
+            hold for new groups: ``calibration_fraction`` is a share of the groups of each category, and one image of
+            each held-out group is used. If categories are discovered, all images of a group get the same one. None:
+            every image is a group of its own.
 
         Returns
         -------
         self : object
-            As it was before if the call fails. Until it ends, other threads that score have what was fitted before.
+            Unchanged if the call fails. Until it returns, other threads score with the previous state.
 
         Raises
         ------
         KeyboardInterrupt
-            When interrupted before the end of the first pass, or after the last one. In between an interrupt ends the
-            training early: what was learned so far stays, with a warning.
+            When interrupted before the end of the first pass, or after the last one. In between, an interrupt ends the
+            training early, with a warning, and what was learned so far is kept.
         ValueError
-            When X has the wrong form, an image cannot be read or a parameter is out of its range.
+            When X has the wrong form, an image cannot be read or a parameter is out of range.
         FileNotFoundError
             When the backbone's weights are not on this machine.
         """
         self._validate_params()
         before = self._fitted if self.warm_start and self.__sklearn_is_fitted__() else None
-        now = self._as_it_is(fresh=before is None)
+        now = self._snapshot(fresh=before is None)
         data, rows, category, groups = now._check_images(X, y, category, groups, before)
         if len(rows) == 1:
             raise ValueError(
-                "At least 2 normal images are needed, one to learn from and one to set the threshold; got n_samples=1."
+                "At least 2 normal images are needed, one to train on and one to set the threshold; got n_samples=1."
             )
         engine, settings = Engine.pick(self.device, self.precision), now._settings(data)
         fitting.check_labels(category, groups, settings, before, warm=before is not None)
@@ -185,42 +187,43 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         return self
 
     def partial_fit(self, X, y=None, *, category=None, groups=None):
-        """Go on learning, with more images of known categories or with categories that were never seen.
+        """Learn more images of known categories, or new categories.
 
-        What the model has for each category alone is trained: of a new category for ``max_iter`` passes, of a known
-        one for one. In HVQ-Trans these are codes and a last layer; in VQ-Flow codes and a short flow behind the shared
-        ones, which only categories have that were added here (of those that `fit` learned together, only the scale of
-        scores and thresholds go on learning). Held-out images set the scale of a new category's scores; of a known one
-        they join the ones of before. All that the categories share stays as it is: while an image is judged as a
-        category that gets no image here, its score does not change by a bit. It is judged as another if it is nearer to
-        a new one, as with one kind under two names. ``map_threshold_`` changes, and ``offset_`` and p-values where all
-        categories share one threshold.
+        Only the parts of the model that belong to a single category are trained: ``max_iter`` passes for a new
+        category, one pass for a known one. In HVQ-Trans these are codes and an output layer. In VQ-Flow they are codes
+        and a short flow after the shared ones, which only categories added by this method have; for the categories that
+        `fit` learned together, only distance limits and thresholds are updated. Held-out images set the scale of a new
+        category's scores; those of a known category are added to its earlier ones.
 
-        The first call is `fit`. It sets the scale of the features for good, so give it what is typical.
+        Everything that categories share stays fixed. As long as an image is judged as a category that gets no images
+        here, its score stays the same to the last bit. It may be judged as another category if a new one is nearer.
+        ``map_threshold_`` changes, and so do ``offset_`` and p-values if all categories share one threshold.
+
+        The first call is the same as `fit`. It fixes the scale of the features, so pass typical images.
 
         Parameters
         ----------
         X : images, or features with ``backbone=None``
-            Only the new ones; those seen before are not needed.
+            Only the new ones; earlier images are not needed.
         y : None or array-like of shape (n,) of +1 / -1, default=None
             As for `fit`.
         category : array-like of shape (n,) of str or int, default=None
-            Known or new labels, of the type that the detector has. When left out, each image is taken for the category
-            that it is nearest to, and images too far from all of them make new categories, if they are five or more.
+            Known or new labels, of the same type as ``categories_``. If None, each image is assigned to the nearest
+            category; images that are too far from all of them form new categories if there are at least five.
         groups : array-like of shape (n,), default=None
-            As for `fit`, of the images of this call: a group that `fit` has seen should not come again.
+            As for `fit`, for the images of this call. Groups seen by an earlier call should not be split over calls.
 
         Returns
         -------
         self : object
-            As it was before if the call fails. Until it ends, other threads that score have what was fitted before.
+            Unchanged if the call fails. Until it returns, other threads score with the previous state.
 
         Raises
         ------
         KeyboardInterrupt
-            When interrupted, as by `fit`, of which known categories have one pass only.
+            As by `fit`; known categories have one pass only.
         ValueError
-            When X has the wrong form, an image cannot be read or labels are of another type.
+            When X has the wrong form, an image cannot be read or labels have another type.
         """
         if not self.__sklearn_is_fitted__():
             return self.fit(X, y, category=category, groups=groups)
@@ -238,33 +241,42 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
     def fit_predict(self, X, y=None, *, category=None, groups=None):
         """Fit, then label the same images: +1 normal, -1 anomaly.
 
+        Parameters
+        ----------
+        X, y, category, groups
+            As for `fit`.
+
         Returns
         -------
         label : ndarray of shape (n,), int
         """
         return self.fit(X, y, category=category, groups=groups).predict(X)
 
-    # ---------------------------------------------------------------- what the functions below are given
+    # ---------------------------------------------------------------- arguments of the functions that learn
+
+    def _validate_params(self):
+        super()._validate_params()
+        check_stages(getattr(self, "stages", None))
 
     def _draw_seed(self) -> int:
         return agreed(int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max)))
 
     def _take(self, learner, fitted) -> None:
-        """Have what was learned, all at once: another thread sees all of it or nothing."""
+        """Replace the learned state in one step: another thread sees all of it or none."""
         form = {name: vars(learner)[name] for name in FORM_OF_X if name in vars(learner)}
         kept = {name: value for name, value in vars(self).copy().items() if name not in FORM_OF_X}
         self.__dict__ = {**kept, **form, "_fitted": fitted}
 
     def _ignore(self):
-        """The mask of what is not looked at of any image, checked; None if there is none."""
+        """The mask of what to ignore in every image, checked; None if there is none."""
         if self.ignore is not None and self.backbone is None:
-            raise ValueError("ignore= is a mask of images, and backbone=None takes features: leave them out of these.")
+            raise ValueError("ignore= is a mask for images, but with backbone=None X holds features: set ignore=None.")
         return None if self.ignore is None else as_mask(self.ignore, "ignore")
 
     def _tiles(self):
-        """Size and overlap of tiles, checked; None where images are seen as a whole."""
+        """Size and overlap of tiles, checked; None if images are not cut."""
         if self.tiles is not None and self.backbone is None:
-            raise ValueError("tiles= cuts images, and backbone=None takes features: cut before these are made.")
+            raise ValueError("tiles= cuts images, but with backbone=None X holds features: set tiles=None.")
         return None if self.tiles is None else tuple(Tiling.of(self.tiles))
 
     def _settings(self, data) -> fitting.Settings:
@@ -283,7 +295,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         )  # fmt: skip
 
     def _feature_options(self) -> dict:
-        """Of `BackboneFeatures`, for a timm model."""
+        """Arguments of `BackboneFeatures`; empty if the backbone is not a timm model."""
         if not isinstance(self.backbone, str):
             return {}
         strides = backbone_strides(self.backbone)
@@ -299,7 +311,7 @@ class BaseImageDetector(Deciding, Judging, OutlierMixin, BaseEstimator):
         return options
 
     def _check_images(self, X, y, category, groups, before):
-        """Images, which rows of them are normal, and of these the categories and groups, if given; all checked."""
+        """Check the arguments of `fit`: the images, the rows that are normal, and these rows' categories and groups."""
         data = self._check_X(X, before)
         y = X.target if y is None and isinstance(X, ImageDataset) else y
         rows = normal_rows(y, len(data))

@@ -1,4 +1,4 @@
-"""What a fitted detector calls an anomaly: its thresholds, which can be set anew without another training."""
+"""Setting the thresholds of a fitted detector without training it again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Deciding:
     """The part of `BaseImageDetector` that sets thresholds after `fit`."""
 
     def set_params(self, **params):
-        """Set parameters, which take effect at the next `fit`; but ``false_alarm_rate`` at once, as `recalibrate` does.
+        """Set parameters. They take effect at the next `fit`, except ``false_alarm_rate``, which takes effect at once.
+
+        Parameters
+        ----------
+        **params
+            Parameters of the detector.
 
         Returns
         -------
@@ -29,27 +34,27 @@ class Deciding:
         return self
 
     def set_threshold(self, X, y, target="f1", *, recall=0.95, miss_cost=1.0, false_alarm_cost=1.0):
-        """Set ``offset_`` by labelled images, where some defects are at hand.
+        """Set ``offset_`` from labelled images, if some defects are available.
 
-        With ``threshold="category"`` each category gets its own, from the images that are judged as it; categories
-        without both labels keep theirs. Scores, p-values and ``map_threshold_`` stay as they are. `fit` and
-        `partial_fit` set ``offset_`` anew.
+        With ``threshold="category"`` each category gets its own offset, from the images that are judged as it;
+        categories without both labels keep theirs. Scores, p-values and ``map_threshold_`` do not change. `fit` and
+        `partial_fit` reset ``offset_``.
 
         Parameters
         ----------
         X : images, or features with ``backbone=None``
-            None that `fit` has seen: those it trained on score too well.
+            Images that `fit` has not seen: images it was trained on score too well.
         y : array-like of shape (n,) of +1 / -1
-            +1 normal, -1 anomaly. Of normal images alone the threshold is the conformal quantile of their scores at
+            +1 normal, -1 anomaly. If all are normal, the threshold is the conformal quantile of their scores at
             ``false_alarm_rate``.
         target : {"f1", "recall", "cost"}, default="f1"
-            What the threshold is best for: the largest F1, anomalies being the positive class; the fewest false alarms
-            with at least the share ``recall`` of the anomalies found; or the smallest total cost. Where several serve
-            equally well it is the one with the fewest false alarms. It lies midway between two scores.
+            What to optimise: "f1", the largest F1 with anomalies as the positive class; "recall", the fewest false
+            alarms with at least the share ``recall`` of the anomalies found; "cost", the smallest total cost. Of
+            equally good thresholds the one with the fewest false alarms is used. It lies midway between two scores.
         recall : float in (0, 1], default=0.95
-            Least share of the anomalies to find, of ``target="recall"``.
+            Minimum recall for ``target="recall"``.
         miss_cost, false_alarm_cost : float, default=1.0
-            What one missed anomaly and one false alarm cost, of ``target="cost"``.
+            Cost of one missed anomaly and of one false alarm for ``target="cost"``.
 
         Returns
         -------
@@ -60,14 +65,15 @@ class Deciding:
         NotFittedError
             When the detector is not fitted.
         ValueError
-            When y has other values, only one of the two or the wrong length, or a parameter is out of its range.
+            When y has other values or the wrong length or holds no normal image, or a parameter is out of range; with
+            ``threshold="category"``, when no category has both labels.
         RuntimeError
-            When meanwhile another thread fitted the detector.
+            When another thread fitted the detector in the meantime.
 
         Warns
         -----
         UserWarning
-            Of categories that keep their offset.
+            When some categories keep their offset.
 
         Examples
         --------
@@ -91,42 +97,44 @@ class Deciding:
         old = before.thresholds
         offset = labelled_offset(old.offset, per_category, before.categories, -judged.score, judged.category, y, rule)
         if self._fitted.scorer is not before.scorer:
-            raise RuntimeError("Another thread's fit ended while the threshold was set: set it again.")
+            raise RuntimeError(
+                "Another thread fitted the detector while the threshold was set: call set_threshold again."
+            )
         origin = f"{target} on {len(y)} labelled images"
         self._fitted = replace(before, thresholds=replace(old, offset=offset, origin=origin))
         return self
 
     def recalibrate(self, X=None, y=None, *, category=None, groups=None, false_alarm_rate=None):
-        """Set scales and thresholds anew, without training: for another rate, or from new normal images.
+        """Reset scales and thresholds without training: for another rate, or from new normal images.
 
-        The model stays. With images, scores of their categories are standardised by them, and they take the place of
-        those that `fit` held out: after a change of lamp or camera, normal images are normal again. How much is found
-        then is to be tried: a model has not learned what the new light looks like.
+        The model does not change. With images, the scores of their categories are standardised on them, and they
+        replace the images that `fit` held out: after a change of lamp or camera, normal images score as normal again.
+        Check how many defects are still found then, because the model has not learned what the new light looks like.
 
         Parameters
         ----------
         X : None or images, or features with ``backbone=None``, default=None
-            New normal images, none that `fit` has seen. None: thresholds come from the images that were held out.
+            New normal images that `fit` has not seen. None: thresholds come from the images that were held out.
         y : None or array-like of shape (n,) of +1 / -1, default=None
             As for `fit`: images labelled -1 are left out.
         category : array-like of shape (n,) of str or int, default=None
-            Known labels. When left out, each image is taken for the category that it is nearest to.
+            Known labels. If None, each image is assigned to the nearest category.
         groups : array-like of shape (n,), default=None
-            As for `fit`; of each group one image counts.
+            As for `fit`; one image of each group is used.
         false_alarm_rate : float in (0, 1), default=None
-            Takes the place of the parameter of this name, which counts when left out.
+            New value of this parameter; None keeps the current one.
 
         Returns
         -------
         self : object
-            As it was before if the call fails.
+            Unchanged if the call fails.
 
         Raises
         ------
         NotFittedError
             When the detector is not fitted.
         ValueError
-            When X has the wrong form, a label is not known, a category has a single image or the rate is out of range.
+            When X has the wrong form, a label is unknown, a category has a single image or the rate is out of range.
 
         Examples
         --------
@@ -155,16 +163,23 @@ class Deciding:
         return self
 
     def rename_categories(self, names):
-        """Give the categories other labels.
+        """Rename the categories.
 
         Parameters
         ----------
         names : array-like of shape (n_categories,) of str or int
-            In the order of ``categories_``, all different.
+            New labels, all different, in the order of ``categories_``.
 
         Returns
         -------
         self : object
+
+        Raises
+        ------
+        NotFittedError
+            When the detector is not fitted.
+        ValueError
+            When there are not as many labels as categories, or some are equal.
         """
         before = self.fitted_
         names = check_category(names, len(before.categories))

@@ -8,7 +8,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from vqad._parameters import with_shared_parameters
 from vqad._warn import warn
-from vqad.backbones import DEFAULT_BACKBONE, check_stages, default_stages, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, default_stages, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.hvq_trans import HVQTrans
 
@@ -17,71 +17,71 @@ from vqad.nn.hvq_trans import HVQTrans
 class HVQTransDetector(BaseImageDetector):
     """Hierarchical vector-quantised transformer for multi-class anomaly detection.
 
-    Features of a frozen backbone go through a transformer in which every layer's output is replaced by the
-    nearest of a category's learned codes, level by level, and are rebuilt from those codes. What normal images
-    did not teach cannot be rebuilt: the reconstruction error, and the cost of transporting an image's cells to
-    the codes, say how anomalous an image is and where [1]_.
+    Features of a frozen backbone pass through a transformer that replaces the output of each encoder layer with the
+    nearest of the category's learned codes, and reconstructs the features from these codes. Because the codes are
+    learned from normal images, anomalies cannot be reconstructed: the reconstruction error, and the cost of
+    transporting the image's cells to the codes, tell how anomalous an image is and where [1]_.
 
-    One model serves many kinds of object. The kind of a new image is inferred from the image.
+    One model serves many kinds of object. Each new image's category is inferred from the image.
 
     Parameters
     ----------
     backbone : str, transformer or None, default="tf_efficientnet_lite0"
-        Name of a timm model; or a transformer that gives feature maps (n, h, w, C); or None when X is features
-        already: rows (n, C) or maps (n, h, w, C).
+        Name of a timm model; or a transformer whose ``transform`` returns feature maps (n, h, w, C); or None if X
+        already holds features: rows (n, C) or maps (n, h, w, C).
     %(weights)s
     stages : tuple of int or None, default=None
-        Stages of the backbone whose features are rebuilt, counted from 0; the coarsest has the grid of the tokens. None
-        takes those of strides 8 and 16: (2, 3) of the default backbone. Of a vision transformer, whose stages are its
-        blocks, it takes the last block of each quarter.
+        Stages of the backbone whose features are reconstructed, counted from 0; the coarsest sets the grid of tokens.
+        None selects those of strides 8 and 16, (2, 3) for the default backbone; for a vision transformer, whose stages
+        are its blocks, the last block of each quarter.
     %(image_size)s
     %(image_shape)s
     %(ignore)s
     %(tiles)s
     standardize : bool, default=True
-        Whether each feature channel is brought to mean 0 and variance 1 over training images, so that all channels
-        count alike in the reconstruction. The published system does not.
+        Whether to standardise each feature channel to mean 0 and variance 1 over the training images, so that all
+        channels weigh the same in the reconstruction. The published method does not.
     gaussian : bool, default=True
-        Whether scores and maps come from Gaussians by location, see `vqad.scoring.Scorer`: of the features
-        themselves, the coarsest stage among them, and of the decoder's error. They find far more than the
-        published terms alone, which False gives.
+        Whether scores and maps come from Gaussians fitted at each location, see `vqad.scoring.Scorer`: to the features
+        themselves, including the coarsest stage, and to the decoder's error. They find far more than the published
+        terms alone, which False selects.
     patch_size : int, default=2
-        Cells along each side of a token: features are taken on a grid this many times finer than the tokens' and
-        rebuilt there. Finer features and maps at the same cost of attention. No more than the finest stage has in one
-        cell of the coarsest; 1, with a warning, for maps that it does not divide. The published system has 1.
+        Cells along each side of a token: features are reconstructed on a grid this many times finer than the grid of
+        tokens, which gives finer maps at the same cost of attention. It is limited to the ratio of the coarsest to the
+        finest stride; 1, with a warning, is used for maps that it does not divide. The published method has 1.
     n_codes : int, default=512
-        Codes of one codebook: one a category and level.
+        Codes per codebook; each category has a codebook at each level.
     d_model : int, default=128
         Width of the encoder; the decoder has twice that.
     n_layers : int, default=2
-        Layers of the encoder and of the decoder; there is one level of codes more.
+        Layers of the encoder and of the decoder. There is one more level of codes.
     n_heads : int, default=8
         Attention heads.
     dim_feedforward : int, default=256
         Width of the transformer's feed-forward layers.
     dropout : float, default=0.0
-        Share of activations that are dropped in training.
+        Dropout rate in training.
     transport : {"conditional", "nearest", "sinkhorn", "exact"}, default="nearest"
-        How cells are transported to codes. "conditional" is the published one-directional cost. "sinkhorn" and
-        "exact" are optimal transport plans between an image's cells and the codes, whose marginal is their usage.
-        "nearest" is the plan when only the cells' marginal is fixed.
+        How the transport cost is computed. "conditional" is the published one-directional cost. "sinkhorn" and "exact"
+        use an optimal transport plan between the image's cells and the codes, whose marginal is their usage. "nearest"
+        fixes only the cells' marginal, so each cell goes to its nearest code.
     transport_weight : float, default=0.0
         Weight of the transport cost in the training loss.
     %(max_iter)s
     batch_size : int, default=16
-        Images per training step; also bounds the memory that images take.
+        Images per training step.
     learning_rate : float, default=1e-3
-        Peak rate of AdamW.
+        Peak learning rate of AdamW.
     schedule : {"cosine", "step"}, default="cosine"
-        How the rate runs: a short warm-up and half a cosine down to zero; or, as published, constant and a tenth of it
-        over the last fifth of the passes.
+        Learning-rate schedule. "cosine": a short warm-up, then half a cosine down to zero. "step", as published:
+        constant, then a tenth of it over the last fifth of the passes.
     %(weight_decay)s
     %(category_balance)s
     %(early_stopping)s
     %(validation_fraction)s
     %(n_iter_no_change)s
     tol : float, default=1e-4
-        Improvement of the validation loss that counts.
+        Smallest decrease of the validation loss that counts as an improvement.
     %(warm_start)s
     %(checkpoint_dir)s
     %(contamination)s
@@ -98,11 +98,11 @@ class HVQTransDetector(BaseImageDetector):
     Attributes
     ----------
     categories_ : ndarray of shape (n_categories,)
-        Labels given to fit, sorted; or 0, 1, ... where the categories were discovered.
+        Labels given to `fit`, sorted; or 0, 1, ... if the categories were discovered.
     %(offset_)s
     %(map_threshold_)s
     loss_curve_, validation_curve_ : list of float
-        After every pass.
+        Training and validation loss after each pass.
     %(n_iter_)s
     %(training_log_)s
     %(n_images_)s
@@ -111,7 +111,7 @@ class HVQTransDetector(BaseImageDetector):
     %(features_)s
     %(scorer_)s
     prototypes_ : vqad.prototypes.Prototypes
-        Of every code the nearest patch of the normal images.
+        For each code, the nearest patch of the normal images.
 
     References
     ----------
@@ -131,7 +131,6 @@ class HVQTransDetector(BaseImageDetector):
     model_class = HVQTrans
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
-        "stages": [tuple, list, None],
         "patch_size": [Interval(Integral, 1, None, closed="left")],
         "n_codes": [Interval(Integral, 2, None, closed="left")],
         "d_model": [Interval(Integral, 2, None, closed="left")],
@@ -213,8 +212,18 @@ class HVQTransDetector(BaseImageDetector):
     def paper(cls, **overrides):
         """The published configuration: EfficientNet-B4 at 224², d = 256, 4 layers, 512 codes, 1000 passes.
 
-        Its weights have no package: give ``weights=`` a file, or "hub". What is not the paper's even so: codes start
-        from the data, dead codes are revived, and scores are calibrated.
+        This backbone has no weight package: pass ``weights=`` a file or "hub". It still differs from the paper in that
+        codes are initialised from the data, dead codes are revived, and scores are calibrated.
+
+        Parameters
+        ----------
+        **overrides
+            Parameters of the detector that replace published ones.
+
+        Returns
+        -------
+        HVQTransDetector
+            Not fitted.
         """
         published = {
             "backbone": "tf_efficientnet_b4",
@@ -241,7 +250,6 @@ class HVQTransDetector(BaseImageDetector):
 
     def _validate_params(self):
         super()._validate_params()
-        check_stages(self.stages)
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(
                 f"d_model must be even and a multiple of n_heads; got d_model={self.d_model}, n_heads={self.n_heads}."
@@ -253,20 +261,20 @@ class HVQTransDetector(BaseImageDetector):
         if self.stages is None:
             at_8_and_16 = tuple(i for i, stride in enumerate(strides) if stride in (8, 16))
             return spread_stages(strides) or at_8_and_16 or default_stages(strides), True
-        return self.stages, max(self.stages) < len(strides) - 1  # else the last one is rebuilt too
+        return self.stages, max(self.stages) < len(strides) - 1  # else the last stage is reconstructed too
 
     def _model_config(self, shape, n_categories, n_added):
         n_maps = len(shape.grids) - shape.has_deep_view
         (height, width), patch_size = shape.grids[n_maps - 1], self.patch_size
         if shape.strides is not None:
-            # A grid finer than all stages would show no more.
+            # A grid finer than the finest stage would show nothing new.
             strides = shape.strides[:n_maps]
             patch_size = min(patch_size, max(1, strides[-1] // min(strides)))
         if n_maps > 1:
             height, width = patch_size * height, patch_size * width
         if height % patch_size or width % patch_size:
-            if height * width > 1:  # not rows, which are a grid of a single cell
-                warn(f"patch_size={patch_size} does not divide maps of {height, width} cells: each cell is a token.")
+            if height * width > 1:  # rows of features are a grid of one cell
+                warn(f"patch_size={patch_size} does not divide maps of {height, width} cells: using patch_size=1.")
             patch_size = 1
         return {
             "in_channels": sum(shape.channels[:n_maps]),

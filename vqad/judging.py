@@ -1,4 +1,4 @@
-"""What a fitted detector says of images: scores, labels, maps, and what they are made of."""
+"""The methods of a fitted detector: scores, labels, maps and explanations of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vqad.source import MapSource
 from vqad.verdicts import resize_map, verdicts_of
 from vqad.workers import judge_anywhere
 
-# What `fit` sets beside `fitted_`, by scikit-learn's own checks of X.
+# Attributes that scikit-learn's checks of X set in `fit`, in addition to `fitted_`.
 FORM_OF_X = ("n_features_in_", "feature_names_in_")
 
 
@@ -27,7 +27,7 @@ def _learned(path: str) -> property:
 
 
 class Judging:
-    """The half of `BaseImageDetector` that needs a fitted detector and changes nothing in it."""
+    """The methods of `BaseImageDetector` that need a fitted detector and do not change it."""
 
     categories_ = _learned("categories")
     offset_ = _learned("thresholds.offset")
@@ -42,18 +42,18 @@ class Judging:
 
     @property
     def fitted_(self):
-        """All that was learned, see `vqad.fitted.Fitted`."""
+        """The learned state, a `vqad.fitted.Fitted`."""
         check_is_fitted(self)
         return self._fitted
 
     @property
     def loss_curve_(self):
-        """Loss after every pass."""
+        """Training loss after each pass."""
         return list(self.fitted_.history.loss_curve)
 
     @property
     def validation_curve_(self):
-        """Loss of the validation images after every pass."""
+        """Validation loss after each pass; empty without early stopping."""
         return list(self.fitted_.history.validation_curve)
 
     @property
@@ -64,16 +64,25 @@ class Judging:
     def score_samples(self, X):
         """How normal each image is.
 
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            In any form that `fit` takes.
+
         Returns
         -------
         score : ndarray of shape (n,), float64
-            Higher is more normal. 0 is the typical normal image of any category; the unit is a standard
-            deviation of normal images.
+            Higher is more normal. 0 is a typical normal image of any category; the unit is a standard deviation of
+            normal images.
         """
         return -self.judge(X, keep_maps=False).score
 
     def decision_function(self, X):
         """``score_samples(X) - offset_``: negative for anomalies.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
@@ -83,7 +92,11 @@ class Judging:
         return judged.threshold - judged.score
 
     def predict(self, X):
-        """+1 for normal images, -1 for anomalies.
+        """Label each image: +1 normal, -1 anomaly.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
@@ -92,31 +105,35 @@ class Judging:
         return self.judge(X, keep_maps=False).label
 
     def p_values(self, X):
-        """Conformal p-value of "this image is normal", from held-out normal images.
-
-        Returns
-        -------
-        p : ndarray of shape (n,), float64
-            In (0, 1]. Of normal images at most a share of alpha has a p-value of alpha or less.
-        """
-        return self.judge(X, keep_maps=False).p_value
-
-    def drift(self, X):
-        """Whether normal images still are what was learned: p-value of "nothing has changed".
-
-        It looks for scores that are higher than those of the images that `fit` held out: another lamp, a worn tool,
-        another camera. A few defects among many images do not matter, many do.
+        """Conformal p-value of the hypothesis that each image is normal, from held-out normal images.
 
         Parameters
         ----------
         X : images, or features with ``backbone=None``
-            In the order in which they were taken, none that `fit` has seen.
+
+        Returns
+        -------
+        p : ndarray of shape (n,), float64
+            In (0, 1]. A normal image has a p-value of at most alpha with a probability of at most alpha.
+        """
+        return self.judge(X, keep_maps=False).p_value
+
+    def drift(self, X):
+        """Test for drift: p-value of the hypothesis that images are distributed as when the detector was fitted.
+
+        The test detects scores that are higher than those of the images that `fit` held out, for instance because of
+        another lamp, a worn tool or another camera. It tolerates a few defects among many images, but not many.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
+            In the order in which they were taken, without images that `fit` has seen.
 
         Returns
         -------
         p : float
-            In (0, 1]. It may be looked at after every image: while nothing has changed it ever falls to alpha or less
-            with a probability of alpha at most.
+            In (0, 1]. It is valid at any time, so you may check it after each image: without drift, the probability
+            that it ever falls to alpha or less is at most alpha.
 
         See Also
         --------
@@ -127,13 +144,13 @@ class Judging:
         return drift_p_value(fitted.held_out.score, now.judge(X, keep_maps=False).score, fitted.seed)
 
     def judge(self, X, *, rows=None, keep_maps=True):
-        """All that is known of each image after one pass: score, threshold, p-value, label, category and map.
+        """Score, threshold, p-value, label, category and map of each image, in one pass.
 
         Parameters
         ----------
         X : images, or features with ``backbone=None``
         rows : array-like of int, default=None
-            Which of them; all when left out.
+            Indices of the images to judge; None judges all.
         keep_maps : bool, default=True
             Whether to keep the maps, on the grid of the features.
 
@@ -148,12 +165,16 @@ class Judging:
         return verdicts_of(fitted, now._judged(source, rows, keep_maps), hidden)
 
     def predict_category(self, X):
-        """Which category each image was judged as.
+        """Category that each image is judged as.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
         category : ndarray of shape (n,)
-            Labels as given to fit, or numbers where the categories were discovered.
+            Labels as given to `fit`, or numbers if the categories were discovered.
         """
         now = self._now()
         source, scorer = now.map_source(X), now._fitted.scorer
@@ -166,14 +187,18 @@ class Judging:
     def anomaly_map(self, X):
         """Where each image is anomalous, and how much.
 
-        All maps are in memory, four bytes a pixel: of many large photographs ask for some at a time.
+        All maps are held in memory, four bytes per pixel: process many large photographs in parts.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
         maps : ndarray of shape (n, H, W), float32, or list of ndarray of shape (H, W)
-            Of the images' own size, a list when they differ in size; of the features' grid with ``backbone=None``.
-            Higher is more anomalous; one scale for all images: 0 is typical, values over ``map_threshold_``
-            occur anywhere in a normal image with a probability of about ``false_alarm_rate``.
+            At the images' own size, as a list if sizes differ; on the grid of the features with ``backbone=None``.
+            Higher is more anomalous, on one scale for all images: 0 is typical, and a normal image has a value above
+            ``map_threshold_`` anywhere with a probability of about ``false_alarm_rate``.
         """
         now = self._now()
         source = now.map_source(X)
@@ -188,37 +213,41 @@ class Judging:
         return out
 
     def explain(self, X):
-        """What each image's map is made of: codes, distances and terms of every cell.
+        """What each image's map is made of: codes, distances and terms of each cell.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
         explanations : list of vqad.explain.Explanation
-            One an image. ``prototypes_.of(explanation, codebook)`` is the normal patch that its worst cell was turned
-            into.
+            One per image. ``prototypes_.of(explanation, codebook)`` is the normal patch whose code its worst cell was
+            assigned.
         """
         now = self._now()
         return explain_images(now._fitted, now.map_source(X))
 
-    # ---------------------------------------------------------------- what the methods work with
+    # ---------------------------------------------------------------- helpers of the methods
 
-    def _as_it_is(self, fresh=False):
-        """A second self, which another thread that learns does not change; ``fresh`` forgets what X looked like."""
+    def _snapshot(self, fresh=False):
+        """A shallow copy, which another thread's fit does not change; ``fresh`` drops the attributes that describe X."""
         now = object.__new__(type(self))
         vars(now).update({k: v for k, v in vars(self).copy().items() if not (fresh and k in FORM_OF_X)})
         return now
 
     def _now(self):
-        """`_as_it_is`, which all that needs a fitted detector works with; raises NotFittedError if it is not one."""
-        now = self._as_it_is()
+        """The `_snapshot` that methods of a fitted detector work with; raises NotFittedError before `fit`."""
+        now = self._snapshot()
         check_is_fitted(now)
         return now
 
     def map_source(self, X) -> MapSource:
-        """The maps of X, checked."""
+        """Check X and give its feature maps, as a `MapSource`."""
         return self._source_of(self._check_X(X, self._fitted))
 
     def _judged(self, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
-        """One pass over some images, here or on workers."""
+        """Judge images in one pass, here or on workers."""
         return judge_anywhere(self._fitted.scorer, source, rows, keep_maps, (self.device, self.precision))
 
     def _source_of(self, data) -> MapSource:
@@ -227,7 +256,7 @@ class Judging:
         return self._map_source(data, fitted.features, engine, fitted.map_shape, fitted.ignore, fitted.tiles)
 
     def _map_source(self, data, features, engine, map_shape, ignore, tiles) -> MapSource:
-        # A backbone that fit has made may have been made on another machine.
+        # The fitted backbone may come from another machine, with another device.
         override = {"device": engine.device, "precision": self.precision} if isinstance(self.backbone, str) else {}
         return MapSource(
             data, features, engine,
@@ -235,7 +264,7 @@ class Judging:
         )  # fmt: skip
 
     def _check_X(self, X, before):
-        """Images or features, checked, of the form that was learned ``before`` if any was."""
+        """Check images or features, which must have the form of those learned ``before``, if any."""
         if self.backbone is None:
             return check_features(self, X, None if before is None else before.map_shape)
         is_table = isinstance(X, np.ndarray) or hasattr(X, "iloc")

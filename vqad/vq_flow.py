@@ -9,7 +9,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from vqad._parameters import with_shared_parameters
-from vqad.backbones import DEFAULT_BACKBONE, check_stages, spread_stages
+from vqad.backbones import DEFAULT_BACKBONE, spread_stages
 from vqad.base import BaseImageDetector
 from vqad.nn.vq_flow import VQFlow
 
@@ -18,37 +18,37 @@ from vqad.nn.vq_flow import VQFlow
 class VQFlowDetector(BaseImageDetector):
     """Normalizing flows conditioned on vector-quantised codes, for multi-class anomaly detection.
 
-    A concept code says what kind of object an image shows, pattern codes what each cell of it should look like.
-    Given both, normalizing flows on three stages of a frozen backbone, with a Gaussian for each concept, give the
-    likelihood of every cell's features. What is unlikely is anomalous [1]_.
+    A concept code stands for the kind of object in an image, pattern codes for what each of its cells should look like.
+    Conditioned on both, normalizing flows on three stages of a frozen backbone, with a Gaussian per concept, give the
+    likelihood of each cell's features. Unlikely cells are anomalous [1]_.
 
-    One model serves many kinds of object, and no label of them enters the flows or codes. A kind that `partial_fit`
-    adds later has codes of its own, and a short flow behind the shared ones.
+    One model serves many kinds of object. The flows and codes do not use category labels. A category added later by
+    `partial_fit` has its own codes and a short flow after the shared ones.
 
     Parameters
     ----------
     backbone : str, transformer or None, default="tf_efficientnet_lite0"
-        Name of a timm model; or a transformer that gives feature maps (n, h, w, C); or None when X is features
-        already: rows (n, C) or maps (n, h, w, C). One map is taken as the finest stage, of which the coarser
-        ones are averages.
+        Name of a timm model; or a transformer whose ``transform`` returns feature maps (n, h, w, C); or None if X
+        already holds features: rows (n, C) or maps (n, h, w, C). A single map is used as the finest stage, and the
+        coarser stages are averages of it.
     %(weights)s
     stages : tuple of 4 int or None, default=None
-        Stages of the backbone, counted from 0 and from the finest. Flows run on the first three; the last one tells
-        the concept. None takes the last four: (1, 2, 3, 4) of the default backbone; of a vision transformer, whose
+        Stages of the backbone, counted from 0 for the finest. Flows run on the first three; the last one determines
+        the concept. None selects the last four, (1, 2, 3, 4) for the default backbone; for a vision transformer, whose
         stages are its blocks, the last block of each quarter.
     %(image_size)s
     %(image_shape)s
     %(ignore)s
     %(tiles)s
     standardize : bool, default=True
-        Whether each feature channel is brought to mean 0 and variance 1 over training images. The published
-        system does not.
+        Whether to standardise each feature channel to mean 0 and variance 1 over the training images. The published
+        method does not.
     gaussian : bool, default=True
-        Whether scores and maps come from Gaussians by location, see `vqad.scoring.Scorer`: of the features
-        themselves, the coarsest stage among them, and of the latents of the coarsest flow. They find far more than the
-        published terms alone, which False gives.
+        Whether scores and maps come from Gaussians fitted at each location, see `vqad.scoring.Scorer`: to the features
+        themselves, including the coarsest stage, and to the latents of the coarsest flow. They find far more than the
+        published terms alone, which False selects.
     n_concepts : int, default=32
-        Codes of the concept codebook: an upper bound on the kinds of object that are told apart.
+        Codes of the concept codebook: an upper bound on the number of kinds of object that can be told apart.
     n_patterns : int, default=256
         Codes of each of the four pattern codebooks.
     d_concept : int, default=64
@@ -58,29 +58,28 @@ class VQFlowDetector(BaseImageDetector):
     n_blocks : tuple of 3 int, default=(2, 3, 4)
         Coupling blocks of each stage's flow, from the finest.
     hidden : int or None, default=64
-        Width of the coupling blocks' subnets; None takes the published one, that of their input.
+        Width of the coupling blocks' subnets; None uses the width of their input, as published.
     clamp : float, default=1.9
-        Largest log-scale of a coupling.
+        Bound on the log-scales of the couplings.
     %(max_iter)s
     batch_size : int, default=8
-        Images per training step; also bounds the memory that images take.
+        Images per training step.
     learning_rate : float, default=2e-3
-        Peak rate of AdamW.
+        Peak learning rate of AdamW.
     schedule : {"cosine", "constant", "step"}, default="cosine"
-        How the rate runs: a short warm-up and half a cosine down to zero; as published, a warm-up and then constant;
-        or constant and a tenth of it over the last fifth of the passes.
+        Learning-rate schedule. "cosine": a short warm-up, then half a cosine down to zero. "constant", as published: a
+        warm-up, then constant. "step": constant, then a tenth of it over the last fifth of the passes.
     %(weight_decay)s
     %(category_balance)s
     feature_noise : float, default=0.0
-        Standard deviation of the noise that training adds to each feature, after standardisation and the averaging of
-        3 x 3 cells, which leaves channels of the first three stages a standard deviation of about 0.6. It keeps the
-        density of a kind with few images from falling to nothing between them; worth a try, at 0.3, where there are
-        some thirty images of every kind.
+        Standard deviation of the noise that training adds to each feature, after standardisation and averaging over
+        3 x 3 cells; by then, channels of the first three stages have a standard deviation of about 0.6. Noise smooths
+        the learned density, which helps if a category has few images: try 0.3 with about thirty images per category.
     %(early_stopping)s
     %(validation_fraction)s
     %(n_iter_no_change)s
     tol : float, default=1e-4
-        Improvement of the validation loss that counts, in nats per dimension.
+        Smallest decrease of the validation loss, in nats per dimension, that counts as an improvement.
     %(warm_start)s
     %(checkpoint_dir)s
     %(contamination)s
@@ -97,12 +96,13 @@ class VQFlowDetector(BaseImageDetector):
     Attributes
     ----------
     categories_ : ndarray of shape (n_categories,)
-        Labels given to fit, sorted; or 0, 1, ... where the categories were discovered. Scores are standardised for
-        each of them.
+        Labels given to `fit`, sorted; or 0, 1, ... if the categories were discovered. Scores are standardised per
+        category.
     %(offset_)s
     %(map_threshold_)s
     loss_curve_, validation_curve_ : list of float
-        After every pass: minus the log-likelihood in nats per dimension, plus the codes' commitment.
+        Training and validation loss after each pass: negative log-likelihood in nats per dimension plus the commitment
+        loss of the codes.
     %(n_iter_)s
     %(training_log_)s
     %(n_images_)s
@@ -111,7 +111,7 @@ class VQFlowDetector(BaseImageDetector):
     %(features_)s
     %(scorer_)s
     prototypes_ : vqad.prototypes.Prototypes
-        Of every code the nearest patch of the normal images; of a concept, the nearest image.
+        For each code, the nearest patch of the normal images; for each concept, the nearest image.
 
     References
     ----------
@@ -131,7 +131,6 @@ class VQFlowDetector(BaseImageDetector):
     model_class = VQFlow
     _parameter_constraints = {
         **BaseImageDetector._parameter_constraints,
-        "stages": [tuple, list, None],
         "n_concepts": [Interval(Integral, 1, None, closed="left")],
         "n_patterns": [Interval(Integral, 2, None, closed="left")],
         "d_concept": [Interval(Integral, 1, None, closed="left")],
@@ -210,8 +209,18 @@ class VQFlowDetector(BaseImageDetector):
     def paper(cls, **overrides):
         """The published configuration: ConvNeXtV2-Base at 384², 512-wide concepts, 2, 5 and 8 blocks, 60 passes.
 
-        Its weights have no package: give ``weights=`` a file, or "hub". What is not the paper's even so: the
-        likelihood is exact, codes start from the data, dead codes are revived, and scores are calibrated.
+        This backbone has no weight package: pass ``weights=`` a file or "hub". It still differs from the paper in that
+        the likelihood is exact, codes are initialised from the data, dead codes are revived, and scores are calibrated.
+
+        Parameters
+        ----------
+        **overrides
+            Parameters of the detector that replace published ones.
+
+        Returns
+        -------
+        VQFlowDetector
+            Not fitted.
         """
         published = {
             "backbone": "convnextv2_base.fcmae_ft_in22k_in1k_384",
@@ -237,13 +246,17 @@ class VQFlowDetector(BaseImageDetector):
         return cls(**{**published, **overrides})
 
     def predict_concept(self, X):
-        """Which concept code each image is read as.
+        """Concept code of each image.
+
+        Parameters
+        ----------
+        X : images, or features with ``backbone=None``
 
         Returns
         -------
         concept : ndarray of shape (n,), int64
-            In 0..n_concepts - 1. A kind of object may have several concepts. Each category that `partial_fit` added has
-            n_concepts of its own, which are numbered on from there.
+            In 0..n_concepts - 1. A kind of object may have several concepts. Each category added by `partial_fit` has
+            its own n_concepts codes, numbered after those before it.
         """
         now = self._now()
         scorer, source = now.fitted_.scorer, now.map_source(X)
@@ -261,12 +274,11 @@ class VQFlowDetector(BaseImageDetector):
 
     def _validate_params(self):
         super()._validate_params()
-        check_stages(self.stages)
         _check_four(self.stages)
         if self.d_position % 4:
             raise ValueError(f"d_position must be a multiple of 4; got d_position={self.d_position}.")
         if len(self.n_blocks) != 3 or not all(isinstance(n, Integral) and n > 0 for n in self.n_blocks):
-            raise ValueError(f"n_blocks must be three numbers of at least 1; got n_blocks={self.n_blocks!r}.")
+            raise ValueError(f"n_blocks must be three integers of at least 1; got n_blocks={self.n_blocks!r}.")
 
     def _stages(self, strides):
         stages = self.stages
@@ -278,9 +290,9 @@ class VQFlowDetector(BaseImageDetector):
     def _model_config(self, shape, n_categories, n_added):
         channels = shape.channels[:4]
         if min(channels) < 2:
-            raise ValueError(f"A flow needs at least 2 features; got n_features = {min(channels)}.")
+            raise ValueError(f"A flow needs at least 2 feature channels; got n_features = {min(channels)}.")
         top_grid = None
-        if shape.has_deep_view and len(channels) == 4:  # what tells the concept, on the pooled grid of the third
+        if shape.has_deep_view and len(channels) == 4:  # the fourth stage goes on the pooled grid of the third
             top_grid = tuple(-(-cells // 2) for cells in shape.grids[2])
         return {
             "channels": channels * 4 if len(channels) == 1 else channels,
@@ -300,4 +312,4 @@ class VQFlowDetector(BaseImageDetector):
 
 def _check_four(stages):
     if stages is not None and len(stages) != 4:
-        raise ValueError(f"VQFlowDetector reads four stages of the backbone; got stages={tuple(stages)}.")
+        raise ValueError(f"VQFlowDetector needs four stages of the backbone; got stages={tuple(stages)}.")
