@@ -513,7 +513,7 @@ def test_wrong_lengths_are_named(detector, rows):
         features_only(detector).fit(rows, np.ones(7))
     with pytest.raises(ValueError, match=r"category has shape \(7,\), but X has 60 images"):
         features_only(detector).fit(rows, category=["a"] * 7)
-    with pytest.raises(ValueError, match="every y is -1"):
+    with pytest.raises(ValueError, match="y is -1 for every image"):
         features_only(detector).fit(rows, -np.ones(60))
 
 
@@ -540,13 +540,13 @@ def test_categories_are_sorted_whatever_order_they_come_in(detector, rows):
 def test_every_image_needs_a_label_of_one_type(detector, rows, missing):
     category = ["a"] * 47 + [missing]
     for given in (category, tuple(category), np.array(category, dtype=object), pd.Series(category, dtype=object)):
-        with pytest.raises(ValueError, match="category must have a label for every image, all of them str or all int"):
+        with pytest.raises(ValueError, match="category must have a label for each image, all of them str or all int"):
             features_only(detector).fit(rows[:48], category=given)
 
 
 def test_numbers_of_categories_are_64_bit(detector, rows):
     for number in (2**64 - 1, 2**70):
-        with pytest.raises(ValueError, match="beyond the range of 64-bit integers"):
+        with pytest.raises(ValueError, match="outside the range of 64-bit integers"):
             features_only(detector).fit(rows[:48], category=[0] * 47 + [number])
 
 
@@ -806,7 +806,7 @@ def test_features_too_large_to_learn_from_are_named(detector, rows):
 
 
 def test_images_are_not_mistaken_for_features(detector, images):
-    with pytest.raises(ValueError, match="these are images, and backbone=None takes features"):
+    with pytest.raises(ValueError, match="these are images, but backbone=None takes features"):
         features_only(detector).fit(images)
 
 
@@ -1066,7 +1066,7 @@ def test_a_bad_image_is_named(detector, quick, images, tmp_path, accident):
         (np.zeros((0, 64, 64, 3), np.uint8), ValueError, "X is empty"),
         (np.zeros((4, 64, 64, 5), np.uint8), ValueError, "C = 5 channels, where 1 .* 3 .* or 4"),
         (np.zeros((64, 64, 3), np.uint8), ValueError, r"looks like one image .* X\[None\]"),
-        (np.zeros((4, 100)), ValueError, r"give image_shape=.* backbone=None"),
+        (np.zeros((4, 100)), ValueError, r"set image_shape=.* backbone=None"),
         (np.zeros(12), ValueError, "X has one dimension"),
         ("image.png", ValueError, "X is a single path, 'image.png'"),
         (3, TypeError, "got int"),

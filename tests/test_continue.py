@@ -640,7 +640,7 @@ def test_a_single_image_is_enough(known):
 
 def test_anomalies_are_left_out_and_only_anomalies_is_an_error(plain):
     made = copy_of(plain)
-    with pytest.raises(ValueError, match="every y is -1"):
+    with pytest.raises(ValueError, match="y is -1 for every image"):
         made.partial_fit(MAPS[:5], [-1] * 5)
     some = small().fit(MAPS, category=NAMES)
     other = small().fit(MAPS, category=NAMES)

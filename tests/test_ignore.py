@@ -165,7 +165,7 @@ def test_masks_that_do_not_fit_are_refused_by_name():
         check_images(GOOD).ignoring([MASK] * 3)
     with pytest.raises(ValueError, match=r"image 1 of X has \(64, 64\) pixels, but its mask .* \(32, 64\)"):
         check_images(GOOD).ignoring([None, MASK[:32], *[None] * 22]).pixels(1)
-    with pytest.raises(ValueError, match="ignore= is a mask of images"):
+    with pytest.raises(ValueError, match="ignore= is a mask for images"):
         HVQTransDetector(backbone=None, ignore=MASK).fit(np.zeros((5, 4)))
 
 

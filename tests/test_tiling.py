@@ -229,7 +229,7 @@ def test_the_command_reads_scans_over_the_limit_if_told_to(tmp_path, capsys, mon
     told += ["--image-size=64", "--max-iter=1", "--false-alarm-rate=0.4"]
     model, folder = str(tmp_path / "m.safetensors"), str(tmp_path / "scans")
     assert main(["fit", folder, "-o", model, *told]) == 2
-    assert "or give the command --any-size" in capsys.readouterr().err
+    assert "or pass --any-size to the command" in capsys.readouterr().err
     assert main(["fit", folder, "-o", model, *told, "--any-size"]) == 0
     assert vqad.load(model).fitted_.tiles == (64, 16)
     assert main(["score", model, folder]) == 2

@@ -1,4 +1,4 @@
-"""From the file of an image, or whatever else holds its pixels, to an array of 0..1: of one image at a time."""
+"""Decoding one image, from a file or whatever else holds its pixels, to an array in 0..1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from PIL import Image
 
 _LOADING = threading.Lock()
 FLOAT_TOLERANCE = 1e-3
-# Over so many pixels, files that have more than so many pixels a byte are refused. No photograph has.
+# Images of more than LARGE_PIXELS pixels whose files have more than LARGEST_RATIO pixels per byte are refused. No
+# photograph compresses that well.
 LARGE_PIXELS, LARGEST_RATIO = 50_000_000, 200
 _UNREADABLE = (
     OSError,
@@ -28,11 +29,11 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
 )
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter if warnings are errors
 _REMEDY = (
-    ", and so many are refused, as a small file may be made to fill all memory. If you trust it, set "
-    "PIL.Image.MAX_IMAGE_PIXELS = None first, or give the command --any-size, or pass its pixels as an array; or crop "
-    "it, or make it smaller."
+    ", which is refused because a small malicious file could fill all memory. If you trust it, set "
+    "PIL.Image.MAX_IMAGE_PIXELS = None before, or pass --any-size to the command, or pass its pixels as an array. "
+    "Otherwise crop or shrink it."
 )
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -52,7 +53,7 @@ def read_mask(path: str) -> np.ndarray:
     Parameters
     ----------
     path : str
-        An image file of any mode. In JPEG files, which do not keep black black, the limit is half of white.
+        An image file of any mode. In JPEG files, whose compression changes black, the limit is half of white.
 
     Returns
     -------
@@ -72,8 +73,8 @@ def check_dtype(dtype: Any, name: str) -> None:
         return
     if kind == "i":
         raise ValueError(
-            f"{said_of(name, 'has')} dtype {dtype}, and the range of signed integers is not known. If the values "
-            "are 0..255 cast them with .astype(np.uint8): unsigned integers are scaled by their maximum."
+            f"{said_of(name, 'has')} dtype {dtype}, and the value range of signed integers is unknown. If the values "
+            "are 0..255 cast them with .astype(np.uint8): unsigned integers are divided by their type's maximum."
         )
     raise ValueError(f"{said_of(name, 'has')} dtype {dtype}; pixels must be unsigned integers, booleans or floats.")
 
@@ -91,7 +92,7 @@ def _dtype_kind(dtype: Any) -> str:
 
 
 def said_of(name: str, verb: str) -> str:
-    """Put a verb after an image's name, with the comma that closes its path."""
+    """Append a verb to an image's name, with the comma that closes its path."""
     return f"{name}, {verb}" if ", path " in name else f"{name} {verb}"
 
 
@@ -106,8 +107,8 @@ def tensor_to_array(image: Any) -> np.ndarray:
 def to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
     """Check values and scale them to float32 in 0..1, in a new array.
 
-    Values are divided by their type's maximum, not multiplied with its inverse: a correctly rounded quotient
-    is the very same float32 from 8 bit, 16 bit and floats of 32 or 64 bits.
+    Values are divided by their type's maximum, not multiplied by its inverse: a correctly rounded quotient is the same
+    float32 for 8 bits, 16 bits and floats of 32 or 64 bits.
     """
     if raw.dtype.kind == "b":
         return raw.astype(np.float32)
@@ -123,16 +124,16 @@ def to_unit_range(raw: np.ndarray, name: str) -> np.ndarray:
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         negative = "Negative values in data: " if low < -FLOAT_TOLERANCE else ""  # scikit-learn's words
         raise ValueError(
-            f"{negative}{said_of(name, 'has')} float pixels from {low:.4g} to {high:.4g}, where 0..1 is expected. If "
-            "the values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
+            f"{negative}{said_of(name, 'has')} float pixels from {low:.4g} to {high:.4g}, but 0..1 is expected. If the "
+            "values are 0..255 divide them by 255, or cast them with .astype(np.uint8)."
         )
     return np.clip(raw.astype(np.float32, copy=False), 0.0, 1.0)
 
 
 def not_there(path: str | os.PathLike[str], name: str) -> FileNotFoundError:
-    """The error of a path that leads to no file or folder: what is there, or from where it was looked for."""
+    """The error for a path that leads to no file or folder; it names the working directory."""
     if os.path.lexists(path):
-        return FileNotFoundError(f"{said_of(name, 'is')} no file but a device, a pipe or a broken link.")
+        return FileNotFoundError(f"{said_of(name, 'is')} not a file but a device, a pipe or a broken link.")
     try:
         here = f"the working directory is {os.getcwd()!r}"
     except OSError:  # it was deleted
@@ -141,11 +142,11 @@ def not_there(path: str | os.PathLike[str], name: str) -> FileNotFoundError:
 
 
 def readable(path: str | bytes, name: str) -> BinaryIO:
-    """A file, or the bytes of one, to be read."""
+    """Open a file, or the bytes of one, for reading."""
     if isinstance(path, bytes):
         return io.BytesIO(path)
     if not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path):
-        raise not_there(path, name)  # to open a pipe would wait for its other end
+        raise not_there(path, name)  # opening a pipe would wait for its other end
     try:
         return open(path, "rb")
     except OSError as error:
@@ -154,12 +155,12 @@ def readable(path: str | bytes, name: str) -> BinaryIO:
 
 @contextmanager
 def opened(path: str | bytes, name: str, *, of_any_size: bool = False) -> Iterator[Image.Image]:
-    """Open an image file, or the bytes of one; whatever goes wrong is told with the image's name.
+    """Open an image file, or the bytes of one; errors carry the image's name.
 
-    With `of_any_size` also one over Pillow's limit, of which nothing but the header is to be read.
+    `of_any_size` also opens images over Pillow's limit, of which only the header may be read.
     """
-    # Opened apart from the image, as the errors are others; and given as a file because Pillow 13 scrambles
-    # plain TIFF files that are turned by their orientation tag when it opens them by name.
+    # The file is opened first because its errors differ, and passed as a file because Pillow 13 scrambles plain TIFF
+    # files with an orientation tag when it opens them by name.
     with readable(path, name) as file, _decoding(name), _image_of(file, of_any_size) as image:
         yield image
 
@@ -178,7 +179,7 @@ def _image_of(file: BinaryIO, of_any_size: bool) -> Image.Image:
 
 
 def _is_bomb(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether a small file has so many pixels that it would fill memory: within Pillow's limit they take over 1 GB."""
+    """Whether a small file has very many pixels: even within Pillow's limit they could take over 1 GB."""
     pixels = image.size[0] * image.size[1]
     if Image.MAX_IMAGE_PIXELS is None or pixels <= LARGE_PIXELS:
         return False
@@ -189,14 +190,14 @@ def _is_bomb(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _opened_unchecked(file: BinaryIO) -> Image.Image:
-    """What Image.open gives, but for its check of the size: to lift that for a moment would lift it in every thread."""
+    """`Image.open` without its check of the size; lifting Pillow's limit would lift it in every thread."""
     file.seek(0)
     start = file.read(16)
     for kind in Image.ID:
         factory, accepts = Image.OPEN[kind]
         try:
             answer = accepts is None or accepts(start)
-            if answer and not isinstance(answer, str):  # that would say why it is not
+            if answer and not isinstance(answer, str):  # a str says why the format is not accepted
                 file.seek(0)
                 return factory(file, "")
         except (IndexError, TypeError, *_UNREADABLE):
@@ -211,17 +212,17 @@ def _too_large(image: Image.Image) -> ValueError:
 
 
 class _LargerThanAllowed(ValueError):
-    """An image over the limit that Pillow has been given."""
+    """An image over Pillow's limit."""
 
 
 @contextmanager
 def loaded(image: Image.Image, name: str) -> Iterator[Image.Image]:
-    """A caller's PIL image with its pixels, which one thread reads: the same image may be in X many times."""
+    """A caller's PIL image with its pixels loaded, by one thread at a time: X may hold the same image twice."""
     with _decoding(name):
         try:
             with _LOADING:
                 image.load()
-        except (AssertionError, AttributeError) as error:  # Pillow's, of an image whose file was closed
+        except (AssertionError, AttributeError) as error:  # raised by Pillow if the image's file was closed
             raise ValueError("its file was closed before it was read") from error
         yield image
 
@@ -232,33 +233,33 @@ def _decoding(name: str) -> Iterator[None]:
         yield
     except _LargerThanAllowed as error:
         raise ValueError(f"{said_of(name, 'has')} {error}{_REMEDY}") from error
-    except _TOO_LARGE as error:  # of a decoder that looks itself
+    except _TOO_LARGE as error:  # raised by a decoder
         raise ValueError(f"{said_of(name, 'has')} too many pixels ({error}){_REMEDY}") from error
     except _UNREADABLE as error:
         raise ValueError(f"{said_of(name, 'is')} truncated or not an image ({error}).") from error
 
 
 def _orientation(image: Image.Image) -> int:
-    # Pillow's getexif decodes a PNG file to the end in search of a late Exif chunk. Only what precedes the
-    # pixels is heeded here, so that `size` reads no more than the header and still agrees with `pixels`.
+    # Pillow's getexif decodes a PNG file to the end in search of a late Exif chunk. Only chunks before the pixels count
+    # here, so that `size` reads just the header and still agrees with `pixels`.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
     turn = image.getexif().get(_EXIF_ORIENTATION)
-    return int(turn) if turn in range(1, 9) else 1  # files have text, bytes, NaN and infinity there too
+    return int(turn) if turn in range(1, 9) else 1  # real files also have text, bytes, NaN and infinity there
 
 
 def _upright(image: Image.Image) -> Image.Image:
     if image.format == "TIFF":
-        image.load()  # newer Pillow turns TIFF files itself, and only then drops the tag
+        image.load()  # newer Pillow transposes TIFF files itself, and only then drops the tag
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def turned_by(path: str, name: str) -> tuple[int, tuple[int, int]]:
-    """Which of EXIF's orientations an image file has, 1 for none, and its height and width as they are stored."""
+    """EXIF orientation of an image file, 1 for none, and its height and width as stored."""
     with opened(path, name, of_any_size=True) as image:
         width, height = image.size
-        if image.format == "TIFF":  # newer Pillow gives the size of the turned image
+        if image.format == "TIFF":  # newer Pillow gives the size after transposing
             width, height = (int(image.tag_v2[tag]) for tag in (256, 257))
         return _orientation(image), (height, width)
 
@@ -271,32 +272,32 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def has_more_pages(image: Image.Image) -> bool:
-    """Whether a file has further pictures of its own, in place of previews (MPO) or layers (PSD)."""
+    """Whether a file has several pictures, not counting previews (MPO) and layers (PSD)."""
     try:
         return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
-    except (IndexError, *_UNREADABLE):  # a GIF that is cut off behind its first frame
+    except (IndexError, *_UNREADABLE):  # a GIF that is cut off after its first frame
         return False
 
 
 def is_narrowed(image: Image.Image) -> bool:
-    """Whether a PNG, TIFF, PPM or SGI file has 16 bits a channel, of which Pillow reads 8; known until it is loaded."""
+    """Whether Pillow reads only 8 of 16 bits per channel of a PNG, TIFF, PPM or SGI file; known until it is loaded."""
     if image.mode not in ("CMYK", "LA", "RGB", "RGBA", "RGBX"):
         return False
     for codec, *_, how in getattr(image, "tile", None) or ():
         how = how if isinstance(how, tuple) else (how,)
-        is_wide = ";16" in str(how[0]) and not str(how[0]).startswith("BGR")  # that is 16 bits a pixel
+        is_wide = ";16" in str(how[0]) and not str(how[0]).startswith("BGR")  # BGR;16 has 16 bits per pixel
         if is_wide or codec == "SGI16" or (codec in ("ppm", "ppm_plain") and how[-1] > 255):
             return True
     return False
 
 
 def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """Decode an image of any mode; give its pixels, and whether alpha was dropped.
+    """Decode an image of any mode; return its pixels, and whether alpha was dropped.
 
-    The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32; int32 if their range cannot be
-    known. 16-bit colour files are read by Pillow with 8 bits a channel, see `is_narrowed`.
+    The pixels are (H, W) or (H, W, 3), of uint8, uint16, bool or float32, or int32 if their range is unknown. Pillow
+    reads 16-bit colour files with 8 bits per channel, see `is_narrowed`.
     """
-    is_16_bit = image.format in ("PNG", "PPM")  # some versions give these as mode I, signed 32 bit
+    is_16_bit = image.format in ("PNG", "PPM")  # some versions of Pillow give these as mode I, signed 32 bit
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     image = _upright(image)
     if image.mode in ("La", "RGBa"):
@@ -312,7 +313,7 @@ def pil_to_array(image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def _unlock() -> None:
-    """In a process that was forked off, nobody lets go of what another thread held."""
+    """Renew the lock in a forked process, where a lock held by another thread would never be released."""
     global _LOADING
     _LOADING = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Which forms of X hold images, and which of an image is one: checked, and said by name where it is none."""
+"""Accepted forms of X and of a single image, with errors that say what was passed instead."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ONE_FORM = "an image is an array, a PIL image, a file path, or the bytes of an 
 
 
 def items_of(X: Any, image_shape: tuple[int, ...] | None) -> Any:
-    """What gives the single images of X by number, in a form that `check_images` takes; all that is known is checked.
+    """Check X as far as possible without reading pixels, and return an indexable of its images.
 
-    A list of checked items, an array with one image along its first axis, or the caller's own collection.
+    That is a list of checked items, an array with images along its first axis, or the caller's own collection.
     """
     _reject_single_image(X)
     _reject_pairs(X)
@@ -50,7 +50,7 @@ def items_of(X: Any, image_shape: tuple[int, ...] | None) -> Any:
 
 
 def is_array(X: Any) -> bool:
-    """Whether X is an array that can be read image by image: numpy, torch, memmap, HDF5, zarr."""
+    """Whether X is an array from which single images can be read: numpy, torch, memmap, HDF5, zarr."""
     if isinstance(X, (np.ndarray, torch.Tensor)):
         return True
     is_lazy_array = hasattr(X, "shape") and isinstance(getattr(X, "dtype", None), np.dtype)
@@ -71,12 +71,12 @@ def _reject_single_image(X: Any) -> None:
 
 
 def _reject_pairs(X: Any) -> None:
-    """Raise for a list of (image, label): a list of tuples would be taken for rows of numbers."""
+    """Raise for a list of (image, label), which would otherwise be taken for rows of numbers."""
     first = X[0] if isinstance(X, (list, tuple)) and X else None
     if not isinstance(first, (list, tuple)) or not first or not _looks_like_an_image(first[0]):
         return
     shapes = {getattr(value, "shape", None) for value in first}
-    if len(shapes) > 1 or None in shapes:  # else these may be rows of pixels
+    if len(shapes) > 1 or None in shapes:  # otherwise these may be rows of pixels
         raise ValueError(f"X is a list of {_kind(first)}s {_of_several(first)}")
 
 
@@ -86,21 +86,21 @@ def _looks_like_an_image(value: Any) -> bool:
 
 
 def _of_several(item: Any) -> str:
-    """Of what an item of several values is, and how to give the image in it alone."""
+    """The end of an error message: what a composite item holds, and how to pass the image in it."""
     held = ", ".join(map(repr, item) if isinstance(item, dict) else map(_kind, item))
     first = "0"
     if isinstance(item, dict):
         first = next((repr(key) for key, value in item.items() if _looks_like_an_image(value)), "'image'")
     return (
-        f"of {held}, as data sets of (image, label) give; {_ONE_FORM}: pass [item[{first}] for item in X], or an "
-        "object whose X[i] is the image alone, and labels as y."
+        f"of {held}, as from a data set of (image, label), but {_ONE_FORM}: pass [item[{first}] for item in X], or an "
+        "object whose X[i] is only the image, and labels as y."
     )
 
 
 def _as_known_form(X: Any) -> Any:
     """Make an array of an unknown container, or leave it as a lazy object with len(X) and X[i]."""
     if hasattr(X, "toarray"):
-        raise TypeError("X is a sparse matrix: dense images are needed; use X.toarray() and image_shape=(H, W).")
+        raise TypeError("X is a sparse matrix, but dense images are needed: use X.toarray() and image_shape=(H, W).")
     if hasattr(X, "__array__"):
         return np.asarray(X)
     is_sized = hasattr(X, "__len__") and hasattr(X, "__getitem__")
@@ -114,7 +114,7 @@ def _way_to_a_list(X: Any) -> str:
         names = ", ".join(map(repr, list(X.keys())[:5]))
         return f" It has {names}: pass one of its values, or list(X.values())." if hasattr(X, "values") else ""
     if hasattr(X, "dataset"):  # torch's DataLoader, whose items are batches
-        return " Pass its images: a list of them, or X.dataset if that gives images without labels."
+        return " Pass its images: a list of them, or X.dataset if its items are images without labels."
     return " Use list(X)." if hasattr(X, "__iter__") else ""
 
 
@@ -137,7 +137,7 @@ def _stack_if_rows(X: list[Any]) -> Any:
 def _items_of_1d(X: Any) -> list[Any]:
     """List the items of a 1-D array of paths or images."""
     if isinstance(X, np.ndarray) and X.dtype.kind == "S":
-        # A path has no zero byte, nor is any so long. Numpy drops the zeros at the end, which some files have.
+        # A path has no zero byte and a limited length. Numpy drops trailing zeros, which some files have.
         is_file = [b"\0" in item or len(item) > _LONGEST_PATH for item in X.tolist()]
         return [
             item.ljust(X.dtype.itemsize, b"\0") if whole else os.fsdecode(item)
@@ -152,7 +152,7 @@ def _items_of_1d(X: Any) -> list[Any]:
 
 
 def _check_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
-    """Check an array of images with two axes or more; give it as (n, H, W) or (n, H, W, C)."""
+    """Check an array of two or more axes; return it as (n, H, W) or (n, H, W, C)."""
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUST":
         X = _numbers_of_objects(X)
     if X.ndim == 2:
@@ -179,7 +179,7 @@ def _numbers_of_objects(X: np.ndarray) -> np.ndarray:
     if made.dtype.kind not in "biuf":
         raise ValueError(
             f"X has shape {X.shape} and dtype {X.dtype}, and its entries are not numbers; X must be "
-            f"{_FORMS}. Of a table pass the one column of paths."
+            f"{_FORMS}. From a table pass the column of paths."
         )
     return made
 
@@ -188,8 +188,8 @@ def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
     n, n_columns = (int(length) for length in X.shape)
     if image_shape is None:
         raise ValueError(
-            f"X is a 2-D array of shape {(n, n_columns)}: give image_shape=(H, W) or (H, W, C) if its rows "
-            "are flattened images, backbone=None if they are feature vectors; pass X[None] if X is one image."
+            f"X is a 2-D array of shape {(n, n_columns)}: set image_shape=(H, W) or (H, W, C) if its rows are "
+            "flattened images, or backbone=None if they are feature vectors; pass X[None] if X is one image."
         )
     shape = tuple(image_shape)
     is_positive = all(isinstance(length, numbers.Integral) and length > 0 for length in shape)
@@ -198,7 +198,7 @@ def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
     if n_columns != np.prod(shape):
         raise ValueError(
             f"X has {n_columns} columns, but image_shape={shape} means {' x '.join(map(str, shape))} = "
-            f"{np.prod(shape)} columns, one image a row."
+            f"{np.prod(shape)} columns, one image per row."
         )
     return X.reshape(n, *shape, *(() if len(shape) == 3 else (1,)))
 
@@ -207,7 +207,7 @@ def _rows_to_stack(X: Any, image_shape: tuple[int, ...] | None) -> Any:
 
 
 def check_item(item: Any, i: int) -> Any:
-    """Check what can be known of one image without reading its pixels; paths become str, open files their bytes."""
+    """Check one image as far as possible without reading its pixels; paths become str, open files their bytes."""
     if isinstance(item, (str, os.PathLike)):
         path = os.fspath(item)
         name = f"image {i} of X, path {path!r}"
@@ -216,8 +216,8 @@ def check_item(item: Any, i: int) -> Any:
                 raise _folder_error(name, path)
             if len(path) > _LONGEST_PATH or str(path).startswith("data:"):
                 raise ValueError(
-                    f"image {i} of X is a str of {len(path)} characters, {path[:40]!r}..., and no path: if it is an "
-                    "image in base64 pass its bytes, base64.b64decode(text), without what precedes the comma."
+                    f"image {i} of X is a str of {len(path)} characters, {path[:40]!r}..., which is not a path. If it "
+                    "is an image in base64, pass base64.b64decode(text) of what follows the comma."
                 )
             raise not_there(path, name)
         return str(path)
@@ -225,7 +225,7 @@ def check_item(item: Any, i: int) -> Any:
     if isinstance(item, _BYTES) or _is_file(item):
         return _bytes_of(item, name)
     if is_missing(item):
-        raise ValueError(f"{name} is missing, {item}: give its path, or leave it out.")
+        raise ValueError(f"{name} is missing ({item}): give its path, or leave it out.")
     if isinstance(item, Image.Image):
         _check_shape((item.height, item.width), name, f"(H, W); got {item.height} x {item.width}", "")
         return item
@@ -250,24 +250,24 @@ def _is_file(item: Any) -> bool:
 
 
 def _bytes_of(item: Any, name: str) -> bytes:
-    """The bytes of an image file, given so or as a file that is open: all of that, from its beginning."""
+    """The bytes of an image file, which came as such or as an open file; that is read from its beginning."""
     if not isinstance(item, _BYTES):
         try:
             if callable(getattr(item, "seek", None)) and getattr(item, "seekable", lambda: True)():
                 item.seek(0)
             read = item.read()
-        except (OSError, ValueError) as error:  # closed, or opened for writing alone
+        except (OSError, ValueError) as error:  # closed, or opened only for writing
             raise ValueError(f"{name} is a file that cannot be read: {error}.") from error
         if not isinstance(read, _BYTES):
-            if hasattr(read, "close"):  # a coroutine: it would complain that nobody waits for it
+            if hasattr(read, "close"):  # a coroutine, which would warn that it was never awaited
                 read.close()
             raise TypeError(
-                f"{name} is a file, {_kind(item)}, that gives {_kind(read)} in place of bytes: open it with mode 'rb', "
-                "or pass the bytes themselves."
+                f"{name} is a file, {_kind(item)}, that returns {_kind(read)} instead of bytes: open it with mode "
+                "'rb', or pass the bytes themselves."
             )
         item = read
     if len(item) == 0:
-        raise ValueError(f"{name} has no bytes: an image file is expected.")
+        raise ValueError(f"{name} is empty (0 bytes): an image file is expected.")
     return bytes(item)
 
 
@@ -278,8 +278,8 @@ def _check_shape(shape: tuple[int, ...], name: str, expected: str, channels_last
     if len(shape) == 3 and shape[2] not in CHANNELS:
         advice = f" The channels seem to come first: pass {channels_last}." if shape[0] in CHANNELS else ""
         raise ValueError(
-            f"{name} must have shape {expected}, that is C = {shape[2]} channels, where 1 (grey), 3 (RGB) or "
-            f"4 (RGBA) are expected.{advice}"
+            f"{name} must have shape {expected}, that is C = {shape[2]} channels, but 1 (grey), 3 (RGB) or 4 (RGBA) "
+            f"are expected.{advice}"
         )
     if 0 in shape:
         raise ValueError(f"{name} must have shape {expected}, which has no pixels.")
@@ -291,6 +291,6 @@ def _kind(value: Any) -> str:
 
 def _folder_error(name: str, path: str) -> IsADirectoryError:
     return IsADirectoryError(
-        f"{said_of(name, 'is')} a folder, not an image file: for the images in it pass "
+        f"{said_of(name, 'is')} a folder, not an image file: to use the images in it pass "
         f"vqad.datasets.load_folder({path!r})."
     )

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's line, not at one of ours."""
+"""Warnings that point at the caller's line rather than at a line of this package."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def holding_warnings(work: Callable[..., Any]) -> Callable[..., Any]:
-    """``work`` for a thread, whose own frames lead to no caller: it gives its result and what `warn` is to say of it.
+    """Wrap ``work`` for another thread, where `warn` cannot find the caller: it returns its result and its warnings.
 
-    Pairs go to `release_warnings`, in the thread that waits.
+    The waiting thread passes such a pair to `release_warnings`.
     """
 
     def held(*args: Any) -> tuple[Any, list[tuple[str, type[Warning]]]]:
@@ -45,7 +45,7 @@ def holding_warnings(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def release_warnings(result: tuple[Any, list[tuple[str, type[Warning]]]]) -> Any:
-    """Say what was held, and give the result."""
+    """Issue the warnings that were held, and return the result."""
     for message, category in result[1]:
         warn(message, category)
     return result[0]

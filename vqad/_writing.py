@@ -1,4 +1,4 @@
-"""Files that cannot be written: errors that name them."""
+"""Errors that name the file that could not be written."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import contextmanager
 
 import safetensors
 
-# Of a disk that is full, of one's share of it, and of files that are longer than they may be.
+# Errors of a full disk, an exhausted quota and a file over the size limit.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-_CODE = re.compile(r"(?:code:|os error) (\d+)")  # as its versions put it
+_CODE = re.compile(r"(?:code:|os error) (\d+)")  # in the messages of different versions of safetensors
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the file in whatever the system says against writing it; nothing else may be done inside.
+    """Add the file's name to any OSError raised inside, where nothing but writing the file may be done.
 
     Raises
     ------
     OSError
-        Of the same type, with the same ``errno``.
+        With the type and ``errno`` of the original error.
     """
     try:
         yield
-    except BrokenPipeError:  # the reader of a pipe went away: no fault
+    except BrokenPipeError:  # the reader of a pipe went away, which is no error
         raise
     except OSError as error:
         raise not_written(path, error) from error
@@ -34,7 +34,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def room_for(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the file where there is no room for it; other errors pass as they are."""
+    """Add the file's name to errors of a full disk; other errors pass unchanged."""
     try:
         yield
     except safetensors.SafetensorError as error:
@@ -48,8 +48,8 @@ def room_for(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def not_written(path: str | os.PathLike[str], error: OSError) -> OSError:
-    """The error of a file that the system did not let be written."""
-    mend = " Make room there, or give another place." if error.errno in FULL else ""
-    told = type(error)(f"{os.fspath(path)!r} could not be written: {error.strerror or error}.{mend}")
-    told.errno = error.errno
-    return told
+    """The error for a file that the system did not write."""
+    advice = " Free some space there, or choose another place." if error.errno in FULL else ""
+    named = type(error)(f"{os.fspath(path)!r} could not be written: {error.strerror or error}.{advice}")
+    named.errno = error.errno
+    return named

@@ -1,4 +1,4 @@
-"""The plainest competitor: an untrained Gaussian at each place of an image, which the demonstration measures beside."""
+"""The baseline of the demonstration: a Gaussian at each location of an image, without training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vqad.features import BackboneFeatures
 from vqad.images import ImageSequence, check_images
 
 MOST_IMAGES = 400
-"""Training images of a category that are looked at; more are sampled."""
+"""Largest number of training images of a category that are used; of more, a random sample."""
 N_FOLDS = 3
 RIDGE = 0.01
 """Added to the shared covariance, in units of its mean eigenvalue."""
@@ -25,20 +25,20 @@ _AT_ONCE = 16
 
 
 class GaussianYardstick:
-    """The yardstick: how far an image is, at each place, from the normal images of its category.
+    """Baseline: Mahalanobis distance of each cell from the normal images of its category.
 
-    Features of the default backbone at 224 pixels, frozen, on the grid of stride 16, in two views: the fine one has
-    strides 8 and 16, averaged over 3 x 3 cells; the deep one has stride 16 and both widths of stride 32. In each view
-    every cell has a Gaussian of its own, as in PaDiM [1]_, with a covariance that is half its own and half shared by
-    all cells. The distances of a cell have the mean and deviation of training images that its Gaussian was not fitted
-    on. An image's score is the largest of its standardised distances, in the mean of both views.
+    It uses features of the frozen default backbone at 224 pixels, on the grid of stride 16, in two views: the fine one
+    has strides 8 and 16, averaged over 3 x 3 cells; the deep one has stride 16 and both widths of stride 32. In each
+    view every cell has its own Gaussian, as in PaDiM [1]_; its covariance is half the cell's own and half shared by all
+    cells. A cell's distances are standardised by those of training images that its Gaussian was not fitted on. An
+    image's score is its largest standardised distance, averaged over both views.
 
-    It is told the category of every image, and learns in seconds. A category takes some 130 MB for 200 images.
+    It is told the category of every image, and fits in seconds. A category takes about 130 MB for 200 images.
 
     Parameters
     ----------
     device : str, default="auto"
-        Where the backbone works.
+        Device of the backbone.
 
     References
     ----------
@@ -68,7 +68,7 @@ class GaussianYardstick:
         counts = np.bincount(index)
         if counts.min() < 2:
             alone = self.categories[counts.argmin()].item()
-            raise ValueError(f"category {alone!r} has 1 image; the yardstick needs 2 of every category, better 20.")
+            raise ValueError(f"category {alone!r} has 1 image; the baseline needs at least 2 per category, better 20.")
         self.features.fit()
         _give_both_widths(self.features.network_)
         rng = np.random.RandomState(0)
@@ -80,18 +80,18 @@ class GaussianYardstick:
         return self
 
     def anomaly_score(self, images: Any, category: ArrayLike) -> NDArray[np.float64]:
-        """How anomalous each image is for the category that it is of.
+        """How anomalous each image is within its category.
 
         Parameters
         ----------
         images : images
         category : array-like of shape (n,), str or int
-            Among those that were learned.
+            Categories seen in `fit`.
 
         Returns
         -------
         score : ndarray of shape (n,), float64
-            Higher is more anomalous; the typical training image has 0.
+            Higher is more anomalous; 0 is a typical training image.
 
         Raises
         ------
@@ -121,12 +121,12 @@ def _checked(images: Any, category: ArrayLike) -> tuple[ImageSequence, NDArray[A
     data = check_images(images)
     labels = check_category(category, len(data))
     if labels is None:
-        raise ValueError("category is None: the yardstick must be told the category of every image.")
+        raise ValueError("category is None: the baseline needs the category of every image.")
     return data, labels
 
 
 def _give_both_widths(network: nn.Module) -> None:
-    """Let the backbone give the map before its last group of blocks too: the same stride, fewer channels."""
+    """Make the backbone also return the map before its last group of blocks: the same stride, fewer channels."""
     before: list[Tensor] = []
 
     def remember(block: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -153,14 +153,14 @@ def _deep_cells(maps: list[Tensor]) -> Tensor:
 
 
 class _View:
-    """Normal images of one category in one view, and the scale of their distances.
+    """Gaussians of one category in one view, and the scale of their distances.
 
     Parameters
     ----------
     cells : callable
-        From the backbone's maps to cells (n, h, w, C).
+        Maps the backbone's maps to cells (n, h, w, C).
     maps : list of Tensor
-        Of the training images.
+        Maps of the training images.
     """
 
     def __init__(self, cells: Callable[[list[Tensor]], Tensor], maps: list[Tensor]):
@@ -179,7 +179,7 @@ class _View:
         self.typical, self.spread = largest.median(), largest.std().clamp_min(1e-6)
 
     def score(self, maps: list[Tensor]) -> NDArray[np.float64]:
-        """The largest standardised distance of each image, in units of those of training images: (n,)."""
+        """Largest standardised distance of each image, standardised over the training images: (n,)."""
         largest = self._largest(self.gaussians.distance(self.cells(maps).flatten(1, 2)))
         return ((largest - self.typical) / self.spread).double().numpy()
 
@@ -188,7 +188,7 @@ class _View:
 
 
 def _distances_to_others(x: Tensor) -> Tensor:
-    """Distances (n, L) of the cells of each image to Gaussians that were fitted on images of other folds."""
+    """Cross-fitted distances (n, L): each image's cells against Gaussians fitted on the other folds."""
     fold = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)) % N_FOLDS
     distance = x.new_empty(x.shape[:2])
     for k in fold.unique():
@@ -199,10 +199,10 @@ def _distances_to_others(x: Tensor) -> Tensor:
 class _Gaussians:
     r"""A Gaussian at each of L cells; the covariance is half the cell's own, half shared by all cells.
 
-    In a metric in which the shared covariance is the identity, :math:`S = (I + R^T R / n) / 2` with the n rows of R
-    being the training images' differences from the cell's mean. By Woodbury's identity
-    :math:`q^T S^{-1} q = 2 (|q|^2 - |A q|^2)` with :math:`A = K^{-1} R` and :math:`K K^T = n I + R R^T`, which takes
-    less memory and time than S, as there are fewer images than features.
+    After whitening by the shared covariance, :math:`S = (I + R^T R / n) / 2`, where the n rows of R are the training
+    images' differences from the cell's mean. By Woodbury's identity, :math:`q^T S^{-1} q = 2 (|q|^2 - |A q|^2)` with
+    :math:`A = K^{-1} R` and :math:`K K^T = n I + R R^T`, which needs less memory and time than S because there are
+    fewer images than features.
 
     Parameters
     ----------
@@ -220,19 +220,19 @@ class _Gaussians:
             self.factor[cell] = torch.linalg.solve_triangular(k, r, upper=False)
 
     def distance(self, x: Tensor) -> Tensor:
-        """Mahalanobis's distance of cells (m, L, d) from the mean of their place: (m, L)."""
+        """Mahalanobis distance of cells (m, L, d) from the mean of their location: (m, L)."""
         q = ((x - self.mean) @ self.whitener).transpose(0, 1)
         squares = q.square().sum(2) - torch.bmm(q, self.factor.mT).square().sum(2)
         return (2 * squares).clamp_min(0).sqrt().T
 
 
 def _whitener(x: Tensor, mean: Tensor) -> Tensor:
-    """Matrix (d, d) that makes the covariance of all cells' differences from their means the identity, with a ridge."""
+    """Whitening matrix (d, d) of all cells' differences from their means, with a ridge."""
     covariance = torch.zeros(x.shape[2], x.shape[2], dtype=torch.float64)
     for part in x.split(_AT_ONCE):
         rows = (part - mean).flatten(0, 1)
         covariance += rows.T @ rows  # each part in float32, the sum in float64
     values, vectors = torch.linalg.eigh(covariance / (x.shape[0] * x.shape[1]))
-    # Of one image, or of equal ones, there is no covariance: a little of the features' own size is left.
+    # One image, or equal ones, have no covariance: a small multiple of the features' own size keeps it positive.
     least = RIDGE * values.mean() + 1e-6 * x.square().mean() + 1e-12
     return (vectors / (values.clamp_min(0) + least).sqrt()).float()

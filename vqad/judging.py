@@ -231,7 +231,7 @@ class Judging:
     # ---------------------------------------------------------------- helpers of the methods
 
     def _snapshot(self, fresh=False):
-        """A shallow copy, which another thread's fit does not change; ``fresh`` drops the attributes that describe X."""
+        """A shallow copy, which another thread's fit does not change; ``fresh`` drops what describes X."""
         now = object.__new__(type(self))
         vars(now).update({k: v for k, v in vars(self).copy().items() if not (fresh and k in FORM_OF_X)})
         return now
