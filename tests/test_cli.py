@@ -433,7 +433,7 @@ def test_what_score_cannot_read_or_write_is_told_before_the_model_is_opened(fold
     for arguments, expected in (
         ([image, "nowhere.png"], "does not exist"),
         ([image, "--csv", str(folders)], "is a folder"),
-        ([image, "--maps", str(model)], "is a file; give the name of a folder"),
+        ([image, "--maps", str(model)], "is a file; name a folder"),
     ):
         assert main(["score", str(model), *arguments]) == 2
         assert expected in complaint(capsys)

@@ -769,7 +769,7 @@ def test_features_keep_their_precision(detector, rows):
 
 @pytest.mark.parametrize("stages", [(2.0, 3.0), (True, 2), (3, 2), ()])
 def test_stages_that_are_none_are_refused_before_images_are_read(detector, stages, tmp_path):
-    with pytest.raises(ValueError, match="stages must be increasing numbers of stages"):
+    with pytest.raises(ValueError, match="stages must be increasing integers"):
         clone(detector).set_params(stages=stages).fit(Unreadable())
 
 

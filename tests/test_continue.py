@@ -271,7 +271,7 @@ def test_a_folder_that_is_lost_or_full_ends_no_training(plain, tmp_path, monkeyp
     folder = tmp_path / "checkpoints"
     one_pass = Trainer._one_pass
     monkeypatch.setattr(Trainer, "_one_pass", lambda *args: shutil.rmtree(folder, True) or one_pass(*args))
-    with pytest.warns(UserWarning, match="No checkpoint could be written in checkpoint_dir=.*checkpoints"):
+    with pytest.warns(UserWarning, match="The checkpoint could not be written to checkpoint_dir=.*checkpoints"):
         made = small(checkpoint_dir=folder).fit(MAPS, category=NAMES)
     np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))
 
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_said_and_not_used(plain, finished, tmp_path, da
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"cut short": content[:-100], "one bit": content, "empty": b"", "text": b"text"}[damage])
-    with pytest.warns(UserWarning, match="checkpoint .* is damaged .* starts anew") as record:
+    with pytest.warns(UserWarning, match="checkpoint .* is damaged .* training starts from the beginning") as record:
         made = small(checkpoint_dir=tmp_path).fit(MAPS, category=NAMES)
     assert record[0].filename == __file__
     np.testing.assert_array_equal(made.score_samples(MAPS), plain.score_samples(MAPS))

@@ -233,7 +233,7 @@ def test_image_size_is_checked(size):
 
 @pytest.mark.parametrize("stages", [(), (2, 1), (1, 1), (0.5,), ("1",), (-1,)])
 def test_stages_are_checked(stages):
-    with pytest.raises(ValueError, match="stages must be increasing numbers of stages, counted from 0; got"):
+    with pytest.raises(ValueError, match="stages must be increasing integers, counted from 0; got"):
         BackboneFeatures(stages=stages, image_size=64).fit()
 
 

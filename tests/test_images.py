@@ -523,7 +523,7 @@ def test_pipes_devices_and_links_in_a_circle_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "circle.png").symlink_to("circle.png")
     for path in (tmp_path / "pipe.png", tmp_path / "circle.png", "/dev/zero"):
-        with pytest.raises(FileNotFoundError, match=rf"image 0 of X, path '{path}', is no file but a device, a pipe"):
+        with pytest.raises(FileNotFoundError, match=rf"image 0 of X, path '{path}', is not a file but a device, a pipe"):
             check_images([path])
     signal.alarm(10)
     try:  # unchecked, a pipe would be waited for, and a device read without end
@@ -831,11 +831,11 @@ BAD_FORMS = {
     ),
     "int16 in a list": ([np.zeros((8, 8), np.int16)], ValueError, "image 0 of X has dtype int16"),
     "complex": (np.zeros((2, 8, 8), complex), ValueError, "dtype complex128; pixels must be"),
-    "table of strings": (np.array([["a.png"], ["b.png"]]), ValueError, "entries are not numbers.*one column"),
+    "table of strings": (np.array([["a.png"], ["b.png"]]), ValueError, "entries are not numbers.*the column"),
     "path and number": (np.array([__file__, 3], dtype=object), TypeError, "image 1 of X is int; an image is"),
-    "list with None": ([np.zeros((8, 8)), None], ValueError, "image 1 of X is missing, None: give its path, or"),
-    "nan among paths": (np.array([__file__, np.nan], dtype=object), ValueError, "image 1 of X is missing, nan"),
-    "no bytes": ([b""], ValueError, "image 0 of X has no bytes"),
+    "list with None": ([np.zeros((8, 8)), None], ValueError, "image 1 of X is missing \\(None\\): give its path, or"),
+    "nan among paths": (np.array([__file__, np.nan], dtype=object), ValueError, "image 1 of X is missing \\(nan"),
+    "no bytes": ([b""], ValueError, "image 0 of X is empty"),
     "the bytes of one image": (b"\x89PNG", ValueError, r"bytes of a single image.*\[X\]"),
     "one open file": (io.BytesIO(b"\x89PNG"), ValueError, r"single file, _io\.BytesIO: pass a list of files, \[X\]"),
     "closed file": ([closed_file()], ValueError, "image 0 of X is a file that cannot be read: I/O operation on closed"),

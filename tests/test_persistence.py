@@ -529,7 +529,7 @@ def test_weights_that_are_gone_are_told_and_may_be_elsewhere(of_file, images, we
     elsewhere = weights.rename(weights.with_name("second.safetensors"))
     try:
         with pytest.raises(
-            FileNotFoundError, match=r"model .*model\.safetensors.* needs .*first\.safetensors.* is no file"
+            FileNotFoundError, match=r"model .*model\.safetensors.* needs .*first\.safetensors.* is not a file"
         ):
             vqad.load(path)
         loaded = vqad.load(path, weights=elsewhere)

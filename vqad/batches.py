@@ -1,4 +1,4 @@
-"""What training and the start of a model read of stored features: scaled batches, and the scale itself."""
+"""Batches of stored features for training and initialisation, and the scale of the features."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vqad.engine import Engine, on_device, pinned
 from vqad.store import FeatureStore
 
 KEPT_AT_ONCE = 64
-"""Images that are assembled at a time for a device to keep."""
+"""Number of images that are assembled at a time when a device keeps all of them."""
 
 
 class ScaledFeatures:
-    """A feature source for training: what ``assemble`` makes of the maps of some images.
+    """A feature source for training, which applies ``assemble`` to the maps of the images asked for.
 
     Parameters
     ----------
     store : FeatureStore
     assemble : callable
-        Of maps in float32 on the host; gives a tensor or a list of them, of as many images.
+        Takes float32 maps on the host; returns a tensor or a list of tensors for the same images.
     engine : Engine
-        Where training takes place. On another device than a CPU, all images are assembled once and kept there, in the
-        type that it computes in, where they take no more than half of its free memory.
+        Where training runs. On a device other than a CPU, all images are assembled once and kept there, in the type
+        that it computes in, if they fit into half of its free memory.
     """
 
     def __init__(self, store: FeatureStore, assemble: Callable[[list[Tensor]], Any], engine: Engine):
@@ -41,7 +41,7 @@ class ScaledFeatures:
         return len(self.store)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Any:
-        """Features of some images: of kept ones on the device, of others on the host."""
+        """Features of the given images, on the device if they are kept there, else on the host."""
         if self._kept is None:
             return self.assemble(self.store.batch(indices))
         rows = on_device(pinned(torch.as_tensor(indices), self.engine.device), self.engine.device)
@@ -63,12 +63,12 @@ class ScaledFeatures:
         self._kept = kept
 
     def own_batch(self, indices: Sequence[int] | Tensor) -> Any:
-        """Of images that this process has of those that several share."""
+        """Features of images that this process holds, if several processes share the images."""
         return self.assemble(self.store.own_batch(indices))
 
 
 class TrainingBatches:
-    """Training batches, on the device, as a collection that can be gone through again."""
+    """Training batches on the device, as a collection that can be iterated repeatedly."""
 
     def __init__(self, source: ScaledFeatures, category: Tensor, rows: Tensor, batch_size: int):
         self.source, self.category, self.parts = source, category, torch.split(rows, batch_size)
@@ -82,20 +82,20 @@ class TrainingBatches:
 
 
 def channel_statistics(store: FeatureStore, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and standard deviation of every channel of every map over all cells of the images ``rows``, (C,) each."""
+    """Mean and standard deviation of each channel of each map over all cells of the images ``rows``, (C,) each."""
     totals = [torch.zeros(2, m.shape[1], dtype=torch.float64) for m in store.maps]
     for part in torch.split(torch.from_numpy(rows), 64):
         for total, m in zip(totals, store.batch(part)):
-            m = m.double()  # the difference of squares below leaves few digits
+            m = m.double()  # the difference of squares below loses digits
             total += torch.stack([m.sum((0, 2, 3)), m.square().sum((0, 2, 3))])
     mean, scale = [], []
     for total, m in zip(totals, store.maps):
         first, second = total / (len(rows) * math.prod(m.shape[2:]))
         deviation = (second - first.square()).clamp(min=0).sqrt()
-        # What a channel's values have of digits in the difference of squares; under it there is nothing to scale by.
+        # Rounding error of the difference of squares: a deviation below it is taken as 0.
         floor = 1e-6 * second.sqrt() + 1e-12
-        # Not by 1 alone: of a channel of large values, what little they differ would outweigh all others.
-        nothing = floor.clamp(min=1)
+        # A constant channel is divided by more than 1 if its values are large: else rounding would outweigh the others.
+        fallback = floor.clamp(min=1)
         mean.append(first.float())
-        scale.append(torch.where(deviation > floor, deviation, nothing).float())
+        scale.append(torch.where(deviation > floor, deviation, fallback).float())
     return mean, scale

@@ -1,4 +1,4 @@
-"""FeatureCache: the feature maps of each image on disk, found again by what is on the image."""
+"""FeatureCache: feature maps on disk, keyed by the content of each image."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from torch import Tensor
 
 from vqad._warn import warn
 
-# What joblib keeps of one image: the arrays, torch's name of their type, since numpy has no bfloat16, and a checksum.
+# Entry of one image: torch's name of the dtype, since numpy has no bfloat16, the arrays, and a checksum.
 Kept = tuple[str, list[np.ndarray], int]
 
 
 class FeatureCache:
-    """Feature maps of images in a joblib cache, one entry an image.
+    """Feature maps of images in a joblib cache, one entry per image.
 
-    The key of an image is its digest, the same in every fit, fold and process: of a file that of its bytes, wherever it
-    lies; of an array, tensor or PIL image that of its pixels. So a file and its pixels are two entries. Entries are
-    written in one piece, so processes may share the folder.
+    The key of an image is its digest: of a file, the digest of its bytes, wherever it lies; of an array, tensor or PIL
+    image, the digest of its pixels. So a file and its pixels are two entries. Entries are written atomically, so
+    processes may share the folder.
 
     Parameters
     ----------
     memory : str, path or joblib.Memory
-        As in scikit-learn's `Pipeline`. OSError if it is no folder and none can be made there.
+        As in scikit-learn's `Pipeline`.
     source : str
-        Digest of all that features depend on beside the image: backbone, options, precision, device.
+        Digest of everything else that features depend on: backbone, options, precision, device.
+
+    Raises
+    ------
+    OSError
+        When ``memory`` is not a folder and cannot be created.
     """
 
     def __init__(self, memory, source: str):
@@ -36,7 +41,7 @@ class FeatureCache:
         try:
             self._cached = check_memory(memory).cache(_feature_maps, ignore=["make"])
         except OSError as error:
-            raise type(error)(f"memory={memory!r} must be a folder, or the path of one to be made: {error}.") from error
+            raise type(error)(f"memory={memory!r} must be a folder, or the path of a new one: {error}.") from error
         self.source, self.memory, self._failed = source, getattr(memory, "location", memory), False
 
     def find(self, image: str) -> list[Tensor] | None:
@@ -45,17 +50,17 @@ class FeatureCache:
             return None
         try:
             name, arrays, checksum = self._cached(image, self.source, _missing)
-        except (_Missing, ValueError):  # there, but damaged: joblib warns and asks for it anew; or of another version
+        except (_Missing, ValueError):  # damaged, so that joblib calls `_missing`; or of another version
             return None
         return _to_tensors(name, arrays) if checksum == _checksum(arrays) else None
 
     def keep(self, image: str, maps: list[Tensor]) -> None:
         """Write the maps (C, h, w) of the image with the digest ``image``."""
         self._cached.call(image, self.source, lambda: _to_arrays(maps))  # also over a damaged entry
-        # Where the disk is full joblib goes on, with a warning that does not say where.
+        # On a full disk joblib continues, with a warning that does not name the folder.
         if not self._failed and not self._cached.check_call_in_cache(image, self.source, _missing):
             self._failed = True
-            warn(f"memory={self.memory!r} cannot keep features: is the disk full? They are computed anew each time.")
+            warn(f"memory={self.memory!r} cannot store features; is the disk full? They are recomputed each time.")
 
 
 def _feature_maps(image: str, source: str, make: Callable[[], Kept]) -> Kept:

@@ -1,4 +1,4 @@
-"""Scales, thresholds and p-values from the scores of normal images, those that were held out of training above all."""
+"""Scales, thresholds and p-values from the scores of normal images, above all of held-out ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vqad.scoring import FAR_WEIGHT, Scorer, fields, score_and_map, stored_image
 from vqad.splitting import some_of_each
 from vqad.store import FeatureStore
 
-# Images whose maps are put together at a time.
+# Images whose maps are in memory at a time.
 IMAGES_AT_A_TIME = 512
-# Normal images of a category that its scorer learns from, of those trained on and of those held out.
+# Largest number of images of a category that its terms are learned from, of those trained on and of those held out.
 MAX_REFERENCE_IMAGES = 200
-# Parts that images are divided into, each of which is measured by what was learned of the others.
+# Folds of cross-fitting: each is measured by what was learned from the others.
 N_FOLDS = 10
 
 
@@ -50,7 +50,7 @@ class ConformalCalibration:
         return self
 
     def p_values(self, score: np.ndarray, category: np.ndarray) -> np.ndarray:
-        """Probability that a normal image scores this high or higher, (n,) in (0, 1]."""
+        """Conformal p-value of each score, (n,) in (0, 1]; category (n,) is that of each image."""
         out = np.empty(len(score))
         group = category if self.per_category else np.zeros(len(score), dtype=int)
         for c in np.unique(group):
@@ -60,16 +60,24 @@ class ConformalCalibration:
         return out
 
     def thresholds(self, rate: float, names: Any = None) -> np.ndarray:
-        """Anomaly score above which an image is anomalous with a false-alarm rate of at most ``rate``.
+        """Anomaly scores above which images are called anomalous, for a false-alarm rate of at most ``rate``.
+
+        Parameters
+        ----------
+        rate : float in (0, 1)
+        names : sequence, optional
+            Names of the categories, for warnings.
 
         Returns
         -------
         threshold : ndarray of shape (n_groups,)
+            One per category, or a single one.
 
         Warns
         -----
         UserWarning
-            When the images are too few for that rate: the largest calibration score is taken. When all score alike.
+            When there are too few images for that rate, in which case the largest calibration score is used; when all
+            calibration scores are equal.
         """
         names = range(len(self.scores_)) if names is None else names
         return np.array(
@@ -85,45 +93,48 @@ def conformal_quantile(scores: np.ndarray, rate: float, of: str = "") -> float:
     n = len(scores)
     if n > 1 and scores[0] == scores[-1]:
         warn(
-            f"All {n} held-out calibration images{of} score alike: they may be copies of one picture. Any image may "
-            "then be called an anomaly, even that picture. Give images that differ as normal ones do."
+            f"All {n} held-out calibration images{of} have the same score: they may be copies of one picture. Any "
+            "other image may then be called an anomaly. Give images that vary as normal ones do."
         )
     rank = math.ceil((n + 1) * (1 - rate) - 1e-9)
     if rank > n:
         if n == 0:
-            raise ValueError(f"No calibration images{of}: raise calibration_fraction or give more images.")
+            raise ValueError(f"There are no calibration images{of}: raise calibration_fraction or give more images.")
         warn(
-            f"{n} held-out calibration images{of} are too few for false_alarm_rate={rate:g}; the smallest rate that "
-            f"they support is {1 / (n + 1):.3g}, which is used. Give more images or raise calibration_fraction."
+            f"{n} held-out calibration images{of} are too few for false_alarm_rate={rate:g}. The smallest rate that "
+            f"they support, {1 / (n + 1):.3g}, is used. Give more images or raise calibration_fraction."
         )
         return float(scores[-1])
     return float(scores[max(rank, 1) - 1])
 
 
 def drift_p_value(held_out: np.ndarray, score: np.ndarray, seed: int = 0) -> float:
-    r"""P-value of "these images, in their order, are exchangeable with the ones held out", valid whenever one stops.
+    r"""P-value of the hypothesis that new images are exchangeable with the held-out ones; valid at any stopping time.
 
-    Each image in turn is ranked among those held out and those before it: under exchangeability the ranks, ties broken
-    at random, are independent and uniform, :math:`p_1, p_2, \dots` (Vovk, Nouretdinov, Gammerman: Testing
-    Exchangeability On-Line, ICML 2003). Bets on them are martingales:
+    Each image in turn is ranked among the held-out images and the new ones before it. Under exchangeability the ranks,
+    with ties broken at random, give independent uniform p-values :math:`p_1, p_2, \dots` (Vovk, Nouretdinov,
+    Gammerman: Testing Exchangeability On-Line, ICML 2003). Bets on them are martingales:
 
     .. math:: \prod_i \epsilon p_i^{\epsilon - 1}, \qquad \prod_i (1 - w + w \, [p_i \le q_i] / q_i), \quad
               q_i = \frac{i + 4}{m + i + 4}.
 
-    The first grows where scores rise a little, the second where new images lie above all that were held out. Their mean
-    over :math:`\epsilon` and w reaches :math:`1/\alpha` with a probability of :math:`\alpha` at most (Ville).
+    The first grows when scores rise a little, the second when new images score above all held-out ones. By Ville's
+    inequality, their mean over :math:`\epsilon` and w ever reaches :math:`1/\alpha` with a probability of at most
+    :math:`\alpha`.
 
     Parameters
     ----------
     held_out : ndarray of shape (m,)
         Anomaly scores of normal images.
     score : ndarray of shape (n,)
-        Of new ones, in the order in which they came.
+        Anomaly scores of the new images, in the order in which they were taken.
+    seed : int, default=0
+        Breaks ties.
 
     Returns
     -------
     p : float
-        In (0, 1]; 1 without images.
+        In (0, 1]; 1 if there are no new images.
     """
     known, rng = sorted(held_out.tolist()), np.random.RandomState(seed % 2**32)
     log_p = np.zeros(len(score) + 1)
@@ -153,13 +164,13 @@ def _no_category() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Of normal images that the model was not trained on, what thresholds rest on.
+    """Held-out normal images, from which thresholds are set.
 
     Attributes
     ----------
     category : ndarray of shape (n,), int64
     score, peak : ndarray of shape (n,), float64
-        Anomaly score, and highest value of the map, of each as if it had set no scale.
+        Anomaly score and highest map value of each image, computed as if it had not contributed to the scales.
     """
 
     category: np.ndarray = field(default_factory=_no_category)
@@ -176,7 +187,7 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Anomaly scores of all images learned from, where ``contamination`` asks for them.
+    """Anomaly scores of all images given to `fit`, if ``contamination`` needs them.
 
     Attributes
     ----------
@@ -194,19 +205,20 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """What decides between normal images and anomalies.
+    """Thresholds of image scores and of maps.
 
     Attributes
     ----------
     offset : float or ndarray of shape (n_categories,)
-        Of scores of which higher is more normal.
+        Images are anomalous if ``score_samples`` is below it.
     map_threshold : float
+        Map values above it are anomalous.
     conformal : ConformalCalibration
-        Makes p-values.
+        For p-values.
     rate : float
-        Share of normal images that may be called anomalous, for which they were set.
+        False-alarm rate for which the thresholds were set.
     origin : str or None
-        What set the offset if no rate did.
+        How the offset was set, if not for a rate.
     """
 
     offset: Any
@@ -216,23 +228,23 @@ class Thresholds:
     origin: str | None = None
 
     def offset_of(self, category: np.ndarray) -> Any:
-        """Offset of images that are judged as these categories."""
+        """Offset for images judged as these categories, (n,) int64."""
         return self.offset if np.isscalar(self.offset) else self.offset[category]
 
 
 class Learned(NamedTuple):
-    """Images that were learned from, as what sets scales and thresholds sees them.
+    """Images that were learned from, as input of the functions that set scales and thresholds.
 
     Attributes
     ----------
     store : FeatureStore
     descriptor : ndarray of shape (n, D)
     category : ndarray of shape (n,)
-        Number of each image's category; -1 for those to be left out.
+        Number of each image's category; -1 for images to leave out.
     train, held_out : ndarray of int
         Rows of ``store``.
     groups : ndarray of shape (n,) or None
-        Of what is one piece.
+        Number of each image's piece.
     """
 
     store: FeatureStore
@@ -244,16 +256,16 @@ class Learned(NamedTuple):
 
 
 def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> tuple[Scorer, HeldOut]:
-    """Let a scorer learn what is normal in the categories that its terms do not know yet.
+    """Learn the terms of the categories that a scorer does not know yet.
 
-    The categories that it knows keep their scales.
+    Known categories keep their scales.
 
     Returns
     -------
     scorer : Scorer
-        Another one.
+        A new one; the given one does not change.
     held_out : HeldOut
-        Those of ``learned``, of known categories too.
+        Held-out images of ``learned``, including those of known categories.
     """
     terms, (store, _, index, train, held_out, groups) = copy.deepcopy(scorer.terms), learned
     n_categories, n_known = scorer.router.n_categories, 0 if terms is None else terms.n_categories
@@ -281,7 +293,7 @@ def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> 
             judged.append(HeldOut(*(each[is_held] for each in own)))
         return judged
 
-    # Many small decompositions, for which threads would wait for each other: a core for each category.
+    # Many small decompositions, which do not profit from threads: one core per category.
     judged = HeldOut()
     for own in side_by_side(learn, np.array(list(rows_of), dtype=np.int64), torch.device("cpu")):
         judged = judged.append(own)
@@ -294,7 +306,7 @@ def learn_terms(scorer: Scorer, learned: Learned, engine: Engine, seed: int) -> 
 
 
 def score_seen(scorer: Scorer, learned: Learned, engine: Engine) -> Seen:
-    """Score all images learned from as if they were new."""
+    """Score all images learned from like new images, routing included."""
     rows, seen = np.flatnonzero(learned.category >= 0), Seen()
     for part in _parts(rows):
         with torch.inference_mode():
@@ -308,7 +320,7 @@ def score_seen(scorer: Scorer, learned: Learned, engine: Engine) -> Seen:
 def set_thresholds(
     held_out: HeldOut, seen: Seen, categories: np.ndarray, contamination: Any, rate: float, per_category: bool
 ) -> Thresholds:
-    """Thresholds for a rate of false alarms of held-out images, or for a share of all images learned from."""
+    """Thresholds for a false-alarm rate, from held-out images, or for a contamination, from all images."""
     n_categories = len(categories)
     conformal = ConformalCalibration(per_category).fit(held_out.score, held_out.category, n_categories)
     if contamination == "auto":
@@ -319,19 +331,19 @@ def set_thresholds(
         offset = np.array([np.quantile(-s, contamination) for s in own])
     with warnings.catch_warnings():
         if contamination == "auto":
-            warnings.simplefilter("ignore", UserWarning)  # said of the offset already
+            warnings.simplefilter("ignore", UserWarning)  # the offset has just raised the same warning
         map_threshold = conformal_quantile(np.sort(held_out.peak), rate)
     return Thresholds(offset if per_category else float(offset[0]), map_threshold, conformal, rate)
 
 
 def _shape(field: Tensor) -> tuple[int, int, int]:
-    """Length of the vectors of a field, 0 of numbers; rows and columns."""
+    """Length of a field's vectors (0 if it holds numbers), rows and columns."""
     d, h, w = field.shape[1:] if field.ndim == 4 else (0, *field.shape[1:])
     return d, h, w
 
 
 def _folds(rows: np.ndarray, groups: np.ndarray | None, seed: int) -> np.ndarray:
-    """A fold for each image, the same for all of a group."""
+    """Fold of each image, the same for all images of a group."""
     unit = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
     n_units = unit.max() + 1
     fold: np.ndarray = (np.random.RandomState(seed % 2**32).permutation(n_units) % min(N_FOLDS, n_units))[unit]
@@ -341,8 +353,8 @@ def _folds(rows: np.ndarray, groups: np.ndarray | None, seed: int) -> np.ndarray
 def _reference_rows(
     index: np.ndarray, train: np.ndarray, held_out: np.ndarray, n_known: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images that new categories are learned from; and the other held-out ones, those of known categories too."""
-    new = np.setdiff1d(train[index[train] >= n_known], held_out)  # where too few could be held out, all are both
+    """Images that new categories are learned from, and all other held-out ones, including known categories'."""
+    new = np.setdiff1d(train[index[train] >= n_known], held_out)  # if too few could be held out, all are in both
     held = held_out[index[held_out] >= n_known]
     chosen = [some_of_each(rows, index[rows], MAX_REFERENCE_IMAGES, seed) for rows in (new, held)]
     return np.sort(np.concatenate(chosen)), np.setdiff1d(held_out, chosen[1])

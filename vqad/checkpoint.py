@@ -1,4 +1,4 @@
-"""A training on disk: what a later process needs to go on with it as if nothing had happened."""
+"""Checkpoints: the state from which a later process resumes a training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 
 from vqad._warn import warn
 
-# It is written unless that was done less than so many times ago as the writing took.
+# Between two checkpoints there is at least this multiple of the time that writing one takes.
 WRITING_TIMES = 20.0
-# And within a pass no more often than this; so much time a kill can cost, where writing does not take long.
+# Within a pass there are also at least so many seconds between two: about the work that a kill can lose.
 SECONDS_BETWEEN = 30.0
-# An unfinished file that was last written to so long ago is no longer being written.
+# An unfinished file that was last written so long ago has been abandoned.
 STALE_SECONDS = 3600.0
-_MAGIC = b"vqad checkpoint 1\n"  # another number whenever an older state would not be understood
+_MAGIC = b"vqad checkpoint 1\n"  # change the number when older states can no longer be read
 
 
 def fingerprint(*parts: object) -> str:
-    """Hexadecimal SHA-256 of some values, by their bytes or ``repr``."""
+    """Hexadecimal SHA-256 of values, from their bytes or ``repr``."""
     digest = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, (bytes, memoryview)) else repr(part).encode()
@@ -38,30 +38,30 @@ def fingerprint(*parts: object) -> str:
 class Checkpoint:
     """The file of one training in a folder that many trainings may share.
 
-    The file is named after the training, so that none is ever continued by another; it is replaced in one piece, so
-    that a kill leaves the former or the new one; and it carries its digest, so that a damaged one is known. Reading it
-    runs no code.
+    The file is named after the training, so that no other training resumes from it. It is replaced atomically, so that
+    a kill leaves either the old or the new one, and it carries its digest, so that damage is detected. Reading it runs
+    no code.
 
     Parameters
     ----------
     folder : path
-        Made if it does not exist.
+        Created if it does not exist.
     name : str
-        Fingerprint of all that the training depends on.
+        Fingerprint of everything that the training depends on.
     seed : int
-        Of the training, if no state is found.
+        Seed of the training if no state is found.
 
     Attributes
     ----------
     state : dict or None
-        Where the training was when the file was written.
+        State of the training when the file was written.
     seed : int
-        Of the training that was found, or as given.
+        Seed of the training that was found, or the given one.
 
     Raises
     ------
     ValueError
-        When ``folder`` cannot be a folder.
+        When ``folder`` is not a folder and cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str, seed: int) -> None:
@@ -69,7 +69,7 @@ class Checkpoint:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"checkpoint_dir={str(folder)!r} is no folder and cannot be made one.") from error
+            raise ValueError(f"checkpoint_dir={str(folder)!r} is not a folder and cannot be created.") from error
         self._sweep()
         self.state: dict[str, Any] | None = self._read()
         self.seed = seed if self.state is None else int(self.state["seed"])
@@ -77,11 +77,11 @@ class Checkpoint:
 
     @property
     def finished(self) -> bool:
-        """Whether the training that was found had come to its end."""
+        """Whether the training that was found was complete."""
         return self.state is not None and bool(self.state["finished"])
 
     def remove(self) -> None:
-        """Delete the file, which no training will go on from."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
     def due(self, *, after_pass: bool) -> bool:
@@ -90,12 +90,12 @@ class Checkpoint:
         return waited >= max(WRITING_TIMES * self._writing_took, 0.0 if after_pass else SECONDS_BETWEEN)
 
     def write(self, state: Mapping[str, Any], *, finished: bool = False) -> None:
-        """Replace the file; it is on the disk when this returns, or a warning says why not."""
+        """Replace the file. It is on disk when this returns, or a warning says why not."""
         started = time.monotonic()
         try:
             self._replace(state, finished)
-        except OSError as error:  # the training is worth more
-            warn(f"No checkpoint could be written in checkpoint_dir={str(self.path.parent)!r}: {error}")
+        except OSError as error:  # no reason to abort the training
+            warn(f"The checkpoint could not be written to checkpoint_dir={str(self.path.parent)!r}: {error}")
         self._written_at = time.monotonic()
         self._writing_took = self._written_at - started
 
@@ -116,7 +116,7 @@ class Checkpoint:
             raise
 
     def _sweep(self) -> None:
-        """Remove what killed writes of this training left; not what another process may be writing now."""
+        """Remove what killed writes of this training left, but nothing that may still be being written."""
         for left in self.path.parent.glob(f"{self.path.stem}-*.part"):
             with suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
@@ -130,10 +130,10 @@ class Checkpoint:
         start = len(_MAGIC) + hashlib.sha256().digest_size
         body = memoryview(content)[start:]
         if content[:start] == _MAGIC + hashlib.sha256(body).digest():
-            # Whoever can write the file can make its digest too: torch then fails in many ways.
+            # A forged file may have a valid digest, and then torch may raise any exception.
             with suppress(Exception):
                 state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
                 int(state["seed"])
                 return state
-        warn(f"The checkpoint {str(self.path)!r} is damaged or of another version: the training starts anew.")
+        warn(f"The checkpoint {str(self.path)!r} is damaged or of another version: training starts from the beginning.")
         return None

@@ -1,8 +1,8 @@
-"""Several processes that learn one model: which there are, and what they tell each other.
+"""Training one model in several processes: which processes there are, and their communication.
 
-Each holds the features of its share of the images. All else is done by each of them in the same way, from the same
-numbers: what is read of features is fetched from whoever has them, and a step of the training adds up what each found
-in its part of the batch. In a training of one process nothing here does anything.
+Each process holds the features of its share of the images. Everything else each process does in the same way from the
+same numbers: features are fetched from the process that holds them, and a training step adds up what each process
+computed on its part of the batch. With a single process, nothing here has any effect.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class Crew(NamedTuple):
     Attributes
     ----------
     rank : int
-        Number of this one; the first writes files.
+        Number of this process; process 0 writes files.
     size : int
-        How many there are.
+        Number of processes.
     """
 
     rank: int
     size: int
 
     def owner(self, rows: Tensor) -> Tensor:
-        """Which process has the features of some images, given by their numbers in the store."""
+        """Rank of the process that has the features of each image; ``rows`` are numbers in the store."""
         return rows % self.size
 
     def own(self, rows: Tensor) -> Tensor:
-        """Those of some images that this process has."""
+        """The images among ``rows`` that this process has."""
         return rows[self.owner(rows) == self.rank]
 
 
@@ -52,33 +52,34 @@ _crew: Crew | None = None
 
 
 def crew() -> Crew | None:
-    """The processes that learn together; None where this one learns alone."""
+    """The processes that learn together; None if this one learns alone."""
     return _crew
 
 
 @contextmanager
 def learning_together() -> Iterator[Crew]:
-    """Have each fit within be one of all processes that ``torchrun`` started.
+    """Context in which all processes started by ``torchrun`` fit one model together.
 
-    They must be given the same images in the same order, and parameters. Each reads its share of the images, and takes
-    its part of each batch; in the end all have the same detector, which one of them saves. CPUs talk by gloo, GPUs by
-    NCCL, each process with the GPU of its ``LOCAL_RANK``. A group of processes that is there is used, and stays.
+    All processes must pass the same images, in the same order, and the same parameters. Each reads its share of the
+    images and computes its part of each batch. At the end all have the same detector, which one of them saves. CPUs
+    communicate by gloo, GPUs by NCCL; each process uses the GPU of its ``LOCAL_RANK``. A process group that is already
+    initialised is used and kept.
 
     Yields
     ------
     Crew
-        With the ``rank`` of this process and their number, ``size``.
+        The ``rank`` of this process and the number of processes, ``size``.
 
     Raises
     ------
     RuntimeError
-        Where `torchrun` did not start this process.
+        When this process was not started by `torchrun`.
 
     Notes
     -----
-    What is learned is what one process learns of the same batches, but for the last digits. Batches are as large as in
-    one process, ``batch_size`` in all, and are drawn so that each process has about as much of each. A training that
-    was killed is gone on with by as many processes.
+    The result equals that of one process with the same batches, up to rounding. ``batch_size`` is the size of a batch
+    over all processes, and each process has about the same share of it. A killed training must be resumed with the same
+    number of processes.
 
     Examples
     --------
@@ -93,7 +94,7 @@ def learning_together() -> Iterator[Crew]:
     begins = not dist.is_initialized()
     if begins:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            raise RuntimeError("this process is alone: start it as torchrun --nproc-per-node N script.py.")
+            raise RuntimeError("torchrun did not start this process: run torchrun --nproc-per-node N script.py.")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -108,7 +109,7 @@ def learning_together() -> Iterator[Crew]:
 
 
 def agreed(value: T) -> T:
-    """What the first process has of a small value that pickles."""
+    """The first process's value, sent to all; small and picklable."""
     if _crew is None:
         return value
     held = [value]
@@ -117,7 +118,7 @@ def agreed(value: T) -> T:
 
 
 def of_all(value: T) -> list[T]:
-    """What each process has of a value that pickles, in their order."""
+    """The values of all processes, in order of rank; picklable."""
     if _crew is None:
         return [value]
     held: list[Any] = [None] * _crew.size
@@ -127,7 +128,7 @@ def of_all(value: T) -> list[T]:
 
 @contextmanager
 def adding_up() -> Iterator[None]:
-    """Have `vqad.nn.ranks` add up over all processes, which draw apart meanwhile and go on alike afterwards."""
+    """Make `vqad.nn.ranks` sum over all processes, whose random states differ inside and are equal afterwards."""
     if _crew is None:
         yield
         return
@@ -140,12 +141,12 @@ def adding_up() -> Iterator[None]:
 
 
 class SharedStore(FeatureStore):
-    """Features of many images, each kept by one process and read by all of them together.
+    """Features of many images, each held by one process and read by all of them together.
 
     Parameters
     ----------
     own : FeatureStore
-        Of every ``size``-th image, from that with the number of this process on.
+        Features of this process's images: every ``size``-th one, starting with number ``rank``.
     n : int
         Number of images.
     crew : Crew
@@ -162,24 +163,24 @@ class SharedStore(FeatureStore):
         return self.held.on_disk
 
     def write(self, rows: np.ndarray, maps: list[Tensor]) -> None:
-        raise NotImplementedError("what is shared was written before")
+        raise NotImplementedError("a shared store is read-only")
 
     def digest(self) -> str:
         return fingerprint(*of_all(self.held.digest()))
 
     def own_batch(self, indices: Tensor) -> list[Tensor]:
-        """Float32 maps of images that this process has; no other needs to ask."""
+        """Float32 maps of images that this process has; the others need not take part."""
         return self.held.batch(torch.as_tensor(indices) // self.crew.size)
 
     def batch(self, indices: Any) -> list[Tensor]:
-        """Float32 maps of some images, for which all processes ask."""
+        """Float32 maps of some images; all processes must call this with the same indices."""
         indices = torch.as_tensor(indices)
         is_own = self.crew.owner(indices) == self.crew.rank
         found = []
         for kept, own in zip(self.maps, self.own_batch(indices[is_own])):
             out = torch.zeros(len(indices), *kept.shape[1:])
             out[is_own] = own
-            dist.all_reduce(out)  # to all others' zeros: no bit changes
+            dist.all_reduce(out)  # the others add zeros: no bit changes
             found.append(out)
         return found
 
@@ -212,7 +213,7 @@ AnyCheckpoint = Checkpoint | SharedCheckpoint
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Give each parameter the gradient of all processes; none where no image of the batch had to do with it."""
+    """Sum the gradients of all processes; a parameter that no process has a gradient for gets none."""
     if not is_shared():
         return
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -224,38 +225,38 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def reader(source: Any) -> Callable[[Tensor], Any]:
-    """What gives features of a training's `own` images."""
+    """The function that reads features of this process's images."""
     read: Callable[[Tensor], Any] = source.batch if _crew is None else source.own_batch
     return read
 
 
 def own(indices: Tensor) -> Tensor:
-    """What this process has of some images."""
+    """The images that this process has."""
     return indices if _crew is None else _crew.own(indices)
 
 
 def mine(of_each: list[T]) -> T:
-    """What is this process's of what `of_all` gave."""
+    """This process's entry of what `of_all` returned."""
     return of_each[0 if _crew is None else _crew.rank]
 
 
 def all_of(fits: bool) -> bool:
-    """Whether all processes had enough memory for a step."""
+    """Whether the step fitted into memory in all processes."""
     return fits if _crew is None else not summed(torch.tensor([float(not fits)])).item()
 
 
 def shuffled(order: Tensor) -> Tensor:
-    """A pass that all processes take part in, by the draws of the first; `in_turns` where there are several."""
+    """The order of a pass, drawn by the first process; `in_turns` if there are several."""
     return order if _crew is None else in_turns(agreed(order), _crew)
 
 
 def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:
-    """What is left of a pass, in batches; see `batches_of_all`."""
+    """The rest of a pass, in batches; see `batches_of_all`."""
     return torch.split(order, batch_size) if _crew is None else batches_of_all(order, batch_size, _crew)
 
 
 def in_turns(order: Tensor, crew: Crew) -> Tensor:
-    """A pass in which images of all processes take turns, each process's in their order, as evenly as can be."""
+    """Interleave the images of all processes as evenly as possible, keeping the order of each process's own."""
     owner = crew.owner(order)
     queues = [order[owner == rank] for rank in range(crew.size)]
     turn = torch.cat([torch.arange(len(queue)) / max(1, len(queue)) for queue in queues])
@@ -263,14 +264,14 @@ def in_turns(order: Tensor, crew: Crew) -> Tensor:
 
 
 def batches_of_all(order: Tensor, batch_size: int, crew: Crew) -> list[Tensor]:
-    """What is left of a pass, cut into batches of which every process has something."""
+    """The rest of a pass, cut into batches in which every process has an image."""
     batches = list(torch.split(order, batch_size))
     while len(batches) > 1 and len(crew.owner(batches[-1]).unique()) < crew.size:
         last = batches.pop()
         batches[-1] = torch.cat([batches[-1], last])
     if len(crew.owner(batches[-1]).unique()) < crew.size:
         raise ValueError(
-            f"{crew.size} processes learn together, and some has none of the {len(order)} images of a pass: give more "
+            f"{crew.size} processes learn together, but one has none of the {len(order)} images of a pass: give more "
             "images, or start fewer processes."
         )
     return batches

@@ -1,4 +1,4 @@
-"""Copies of images, exact and near ones, which count as one piece wherever images are split."""
+"""Exact and near copies of images, which count as one piece wherever images are split."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from vqad._checks import check_category
 from vqad._warn import warn
 from vqad.images import ImageSequence, check_images
 
-# Side of the small grey pictures that near copies are known by, in pixels.
+# Side in pixels of the small grey pictures that are compared.
 SIDE = 16
-# What those are made of where no backbone sees the images.
+# Size at which images are read for them if no backbone reads the images.
 LOOK = (256, 256)
-# Directions in which they are compared; and how many images of a category there are for each, at least.
+# Largest number of principal directions in which they are compared, and fewest images of a category for each.
 DIRECTIONS, IMAGES_EACH = 16, 4
-# Images that the directions come from at most.
+# Largest number of images from which the directions are computed.
 MAX_IMAGES = 2000
-# How likely it may be that any two images of a category lie so near to each other by chance.
+# Largest probability that any two different images of a category are as near as copies by chance.
 CHANCE = 1e-3
-# And at most this share of how far two images typically are apart. Of seven sets of real products, images saved as JPEG
-# of quality 60, or at half their size, lie at 0.034 from themselves at most, with grey levels one off by chance at
-# 0.07; of 437 images one pair of two lies nearer than 0.057, at 0.027.
+# Copies are also nearer than this share of the typical distance between two images. In seven sets of real products,
+# images saved as JPEG of quality 60, or at half their size, are at most 0.034 away from the original, and images with
+# grey levels randomly off by one 0.07; of 437 images a single pair is nearer than 0.057, at 0.027.
 NEAREST = 0.035
-# Deviations of a picture that are less than this, a quarter of a grey level in all its pixels, say nothing.
+# Directions with a smaller standard deviation, a quarter of a grey level in all pixels, are ignored as noise.
 LEAST = 1e-3
 
 
 def find_copies(X: Any, *, category: ArrayLike | None = None) -> np.ndarray:
-    """Which images are copies of others, exactly or nearly: saved again, made smaller, frames of a film.
+    """Find images that are copies of others, exact or near: saved again, resized, or frames of a film.
 
-    Detectors look for them themselves, in all that they hold out. In splits of one's own they belong on one side:
+    Detectors search for copies themselves wherever they hold images out. In your own splits, keep copies on one side:
     ``InlierKFold().split(X, y, groups=find_copies(X))``.
 
     Parameters
@@ -49,13 +49,14 @@ def find_copies(X: Any, *, category: ArrayLike | None = None) -> np.ndarray:
     X : images
         Any of the forms that the detectors take.
     category : array-like of shape (n,), default=None
-        The kind of object on each image. Near copies are told within a kind, by what is usual there: where several
-        come without it, fewer are found, or images of a kind that hardly differ may be taken for copies.
+        Kind of object in each image. Near copies are detected within a category, relative to how much its images
+        differ. If X has several categories and this is left out, fewer copies are found, or images of a category that
+        hardly differ may be taken for copies.
 
     Returns
     -------
     groups : ndarray of shape (n,), int64
-        One number for all that shows one thing.
+        Group of each image: copies of each other have the same number.
 
     Examples
     --------
@@ -76,25 +77,25 @@ def find_copies(X: Any, *, category: ArrayLike | None = None) -> np.ndarray:
 def pieces(
     images: Any, rows: np.ndarray, groups: np.ndarray | None, descriptor: np.ndarray, index: np.ndarray, seed: int
 ) -> np.ndarray | None:
-    """Number of the piece of each image, (n,): copies of each other, exact or near, and images of a group, are one.
+    """Number of the piece of each image, (n,): copies, exact or near, and images of a group belong to one piece.
 
-    None where every image is a piece of its own.
+    None if each image is a piece of its own.
 
     Parameters
     ----------
     images : Watched, or ready-made features
-        Of features those that are equal to the last bit alone are copies.
+        Features are copies only if they are equal to the last bit.
     rows : ndarray of shape (n,)
-        Which of them.
+        Images to compare.
     groups : ndarray of shape (n,) or None
     descriptor : ndarray of shape (n, D)
     index : ndarray of shape (n,)
-        Category of each; -1 for those to be left out.
+        Category of each image; -1 for images to leave out.
 
     Warns
     -----
     UserWarning
-        Of copies, with their number.
+        When there are copies.
     """
     exact, near = exact_copies(descriptor), []
     if isinstance(images, Watched):
@@ -104,16 +105,16 @@ def pieces(
     n, n_different = len(rows), len(rows) if alone is None else len(np.unique(alone))
     if n_different < n:
         warn(
-            f"Of {n} images {n - n_different} are copies of others, exactly or nearly. What shows one thing counts as "
-            "one piece: such images are held out together, and thresholds rest on one of each."
+            f"Of {n} images {n - n_different} are exact or near copies of others. Copies count as one piece: they are "
+            "held out together, and only one of them sets thresholds."
         )
     return found
 
 
 def exact_copies(descriptor: np.ndarray) -> np.ndarray:
-    """Number of the piece of each of n images, (n,): those of one descriptor (n, D), to the last bit, are one.
+    """Number of the piece of each image, (n,): images with equal descriptors (n, D) are one piece.
 
-    What a backbone makes of an image does not depend on the others, and of other pixels it is another.
+    Features of an image do not depend on other images, so equal pixels have descriptors that are equal to the last bit.
     """
     rows = np.ascontiguousarray(descriptor)
     whole = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
@@ -122,39 +123,39 @@ def exact_copies(descriptor: np.ndarray) -> np.ndarray:
 
 
 class Watched(ImageSequence):
-    """The same images, of which small grey pictures are kept of those that are read."""
+    """The same images; each image that is read leaves a small grey picture."""
 
     def __init__(self, images: ImageSequence) -> None:
         vars(self).update(vars(images))
         self._small: dict[int, np.ndarray] = {}
 
     def load(self, indices: Any, size: tuple[int, int]) -> Tensor:
-        """As of any `ImageSequence`."""
+        """As in `ImageSequence`."""
         batch = super().load(indices, size)
         for i, image in zip(np.asarray(indices, dtype=np.intp).tolist(), batch):
             self._small[i] = _small(image)
         return batch
 
     def pixels(self, i: int) -> np.ndarray:
-        """As of any `ImageSequence`."""
+        """As in `ImageSequence`."""
         pixels = super().pixels(i)
         self._small[int(i)] = _small(torch.from_numpy(pixels).permute(2, 0, 1))
         return pixels
 
     @property
     def pictures(self) -> dict[int, np.ndarray]:
-        """Those that are kept, by the number of the image."""
+        """The small pictures, by the number of the image."""
         return self._small
 
     def join(self, pictures: Iterable[dict[int, np.ndarray]]) -> None:
-        """Keep those too that other processes have made."""
+        """Add the small pictures of other processes."""
         for some in pictures:
             self._small.update(some)
 
     def small_pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures (m, 256) of some images, and which of them these are of.
+        """Pictures (m, 256) of some images, and the positions of these images in ``rows``.
 
-        Those that were not read, as their features were found elsewhere, are read now, but for a caller's own
+        Images that were not read because their features were cached are read now, unless they come from a caller's own
         collection.
         """
         if self.reads_in_threads:
@@ -166,31 +167,31 @@ class Watched(ImageSequence):
 
 
 def _small(image: Tensor) -> np.ndarray:
-    """Of an image (C, H, W) a grey one, flattened."""
+    """Small grey picture of an image (C, H, W), flattened."""
     grey = image.mean(0, keepdim=True)[None]
     return F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True).flatten().numpy()
 
 
 def near_copies(picture: np.ndarray, index: np.ndarray, seed: int = 0) -> list[tuple[int, int]]:
-    r"""Pairs of images of one category that show one thing: saved again, made smaller, frames of a film.
+    r"""Pairs of near copies among the images of each category: saved again, resized, or frames of a film.
 
-    In the main directions in which small pictures of a category differ, each in units of its deviation, two of n images
-    that are independent and normal lie r apart or less with a probability of :math:`P(\chi^2_k \le r^2/2)`. Nearer
-    than any of the n (n - 1) / 2 pairs would be but once in a thousand such sets, and than a thirtieth of the typical
-    distance, are copies. A tree finds them in n log n steps, where they are few.
+    Small pictures are projected on the k principal directions of their category and whitened. If they were independent
+    and Gaussian, two of them would be at most r apart with probability :math:`P(\chi^2_k \le r^2/2)`. Pairs are copies
+    if they are nearer than any of the n (n - 1) / 2 pairs would be in 999 of 1,000 such sets, and nearer than
+    ``NEAREST`` times the typical distance. A k-d tree finds them in about n log n steps.
 
     Parameters
     ----------
     picture : ndarray of shape (n, D)
     index : ndarray of shape (n,)
-        Category of each; of those with -1 none is looked at.
+        Category of each image; images with -1 are skipped.
     """
     pairs: list[tuple[int, int]] = []
     for c in np.unique(index[index >= 0]):
         rows = np.flatnonzero(index == c)
         same = exact_copies(picture[rows])
         pairs += [(int(rows[i]), int(rows[j])) for i, j in _chain(same)]
-        # One of each: copies would make the deviations smaller.
+        # One of each: copies would bias the deviations.
         rows = rows[np.sort(np.unique(same, return_index=True)[1])]
         k = min(DIRECTIONS, picture.shape[1], len(rows) // IMAGES_EACH)
         if k < 2:
@@ -207,9 +208,9 @@ def near_copies(picture: np.ndarray, index: np.ndarray, seed: int = 0) -> list[t
 
 
 def merged(groups: np.ndarray | None, copies: np.ndarray, pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray | None:
-    """Number of the piece of each image, (n,), where what is a copy of one of a group belongs to it.
+    """Number of the piece of each image, (n,): connected components of groups, exact copies and pairs of near copies.
 
-    None where every image is a piece of its own.
+    None if each image is a piece of its own.
     """
     n = len(copies)
     links = [_chain(copies), np.array(list(pairs), dtype=np.int64).reshape(-1, 2)]
@@ -224,14 +225,14 @@ def merged(groups: np.ndarray | None, copies: np.ndarray, pairs: Iterable[tuple[
 
 
 def _chain(number: np.ndarray) -> np.ndarray:
-    """Pairs (m, 2) that join all images with one number."""
+    """Pairs (m, 2) that connect all images with equal numbers."""
     order = np.argsort(number, kind="stable")
     same = number[order[1:]] == number[order[:-1]]
     return np.stack([order[:-1][same], order[1:][same]], 1)
 
 
 def _whitened(x: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """The k main directions of what differs in rows, each of deviation 1."""
+    """Rows projected on their k principal directions, each scaled to standard deviation 1."""
     some = x if len(x) <= MAX_IMAGES else x[np.random.RandomState(seed % 2**32).permutation(len(x))[:MAX_IMAGES]]
     mean = some.mean(0)
     _, values, directions = np.linalg.svd(some - mean, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Folders that were labelled by hand: OK and NG, good and bad and masks; for the command, which is given a folder."""
+"""Folders whose names label the images: OK and NG, good and bad, masks; for the command, which only gets a folder."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from vqad.datasets.labelled import load_labelled
 
 
 def is_labelled(folder: Path) -> bool:
-    """Whether the folders in a folder, or those in each of them, are called after what is normal and what is not."""
+    """Whether the folders in a folder, or in each of its folders, are named after normal and anomalous images."""
     return bool(_labelled(folder))
 
 
 def load_by_names(root: str | os.PathLike[str], *, split: str = "train") -> ImageDataset:
-    """List the images of folders that are called good and bad, OK and NG and the like, and of masks.
+    """List the images of folders named good and bad, OK and NG or the like, with their masks.
 
     Parameters
     ----------
     root : path-like
-        A folder for which `is_labelled` holds, of one product or of several.
+        A folder for which `is_labelled` holds, with one product or several.
     split : {"train", "test"}, default="train"
         "train": the normal images; "test": all, with their masks.
 
     Returns
     -------
     ImageDataset
-        ``category`` is the name of the folder in which those of normal images and others lie beside each other.
+        ``category`` is the name of the folder that contains the folder of normal images and the others.
 
     Warns
     -----
     UserWarning
-        Of the folders that are left out of the normal images; of test images that are the normal ones over again.
+        When folders are left out; with "test", because its normal images are those of "train".
     """
     folder = Path(root)
     parts, left = [], []
@@ -48,18 +48,17 @@ def load_by_names(root: str | os.PathLike[str], *, split: str = "train") -> Imag
         parts.append(load_labelled(normal, **rest, category=name))
         left += [place for kind, places in named.items() if kind not in (_words.NORMAL, *rest) for place in places]
     if left:
-        warn(f"root {str(root)!r} has folders named as those of other images, left out: {_each(left, folder)}.")
+        warn(f"root {str(root)!r} has folders that are not of normal images, left out: {_each(left, folder)}.")
     if split == "test":
         warn(
-            f"root {str(root)!r} has normal images that are not divided into some to learn from and some to test with: "
-            "a detector that learned from these raises too few false alarms on them. The layout of MVTec AD divides "
-            "them."
+            f"root {str(root)!r} does not split normal images into training and test images: a detector that learned "
+            "from them raises too few false alarms on them. Use the layout of MVTec AD to split them."
         )
     return reduce(add, parts)
 
 
 def _labelled(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Of each product the folders of normal images, of others and of masks; empty where names do not tell them all."""
+    """For each product the folders of each kind; empty unless names tell the kind of all folders."""
     if found := _told(folder):
         return {product_of(folder.resolve()): found}
     products = {path.name: _told(path) for path in subfolders(folder)}

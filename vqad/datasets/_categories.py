@@ -1,4 +1,4 @@
-"""Layouts of folders: of each category its training images, its test images by kind of defect, and their masks."""
+"""Layouts with a folder per category: training images, test images by kind of defect, and masks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Mask = Path | tuple[Path, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the folders of a category are called, in any case.
+    """Names of the folders of a category, in any case.
 
-    Normal images lie in folders called good, ok or the like; masks in a folder called ground_truth or the like, beside
-    the test images or with them, in which a mask, or a folder of several, is called as its image.
+    Normal images lie in folders named good, ok or the like; masks in a folder named ground_truth or the like, beside
+    the folder of test images or in it. A mask, or a folder of several masks, is named after its image.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Layout:
     test: tuple[str, ...] = ("test", "testing")
     validation: tuple[str, ...] = ()
     unlabelled: tuple[str, ...] = ()
-    # Folders in the test images that no other layout has: what tells this one from the others.
+    # Folders of test images that only this layout has.
     own_kinds: tuple[str, ...] = ()
     train: tuple[str, ...] = ("train", "training")
 
@@ -90,8 +90,8 @@ def load(
     found = find_categories(folder, layout)
     if not found:
         raise ValueError(
-            f"root {str(root)!r} has not the layout of {layout.name}, {layout.folders}: it contains "
-            f"{describe(folder)}. For images in plain folders use vqad.datasets.load_folder, with labels or masks "
+            f"root {str(root)!r} does not have the layout of {layout.name}, {layout.folders}: it contains "
+            f"{describe(folder)}. For plain folders of images use vqad.datasets.load_folder, for labels and masks "
             "vqad.datasets.load_labelled(normal=..., anomalous=..., masks=...)."
         )
     names = list(found) if categories is None else [categories] if isinstance(categories, str) else list(categories)
@@ -120,14 +120,14 @@ def load(
 
 
 def find_categories(folder: Path, layout: Layout) -> dict[str, Path]:
-    """Find the category folders in `folder`, or `folder` itself, by name; empty if it has not the layout."""
+    """Category folders by name: those in `folder`, or `folder` itself; empty if it does not have the layout."""
     if _is_category(folder, layout):
         return {folder.resolve().name: folder}
     return {path.name: path for path in subfolders(folder) if _is_category(path, layout)}
 
 
 def has_layout(folder: Path, layout: Layout) -> bool:
-    """Whether a folder has what only this layout has, in all of its categories or in itself."""
+    """Whether a folder has the folders that tell this layout from the others."""
     found = find_categories(folder, layout).values()
     if layout.own_kinds:
         return any(_named(test, layout.own_kinds) for path in found for test in _named(path, layout.test))
@@ -135,7 +135,7 @@ def has_layout(folder: Path, layout: Layout) -> bool:
 
 
 def is_masks(folder: Path) -> bool:
-    """Whether a folder is the one that has the masks of a category."""
+    """Whether a folder holds the masks of a category."""
     return _words.is_masks(folder.name) and any(
         _is_category(above, layout) and folder in _mask_folders(above, _named(above, layout.test))
         for above in (folder.parent, folder.parent.parent)
@@ -144,9 +144,9 @@ def is_masks(folder: Path) -> bool:
 
 
 def match_masks(stems: Sequence[str], masks: dict[str, Mask]) -> tuple[list[Mask | None], list[str]]:
-    """The mask of each image by their names without suffix, and which masks are that of none.
+    """Match masks to images by their names without suffix; also returns the masks without an image.
 
-    That of ``NNN`` is ``NNN_mask``, ``NNN`` or ``NNN_GT``, in this order, or another such.
+    The mask of ``NNN`` is ``NNN_mask``, ``NNN`` or ``NNN_GT``, in this order, or another such name.
     """
     of_image = {_words.image_of_mask(name).casefold(): mask for name, mask in masks.items()}
     found = [masks.get(f"{stem}_mask", masks.get(stem, of_image.get(stem.casefold()))) for stem in stems]
@@ -156,7 +156,7 @@ def match_masks(stems: Sequence[str], masks: dict[str, Mask]) -> tuple[list[Mask
 
 
 def masks_in(folder: Path) -> dict[str, Mask]:
-    """The masks in a folder by name: files, and folders of several."""
+    """The masks in a folder by name: files, and folders of several files."""
     masks: dict[str, Mask] = {path.stem: path for path in image_files(folder)}
     for inner in subfolders(folder):
         if inside := tuple(image_files(inner)):
@@ -200,9 +200,9 @@ def _test_rows(folder: Path, layout: Layout, category: str, unpaired: _Unpaired)
 
 
 def _mask_folders(folder: Path, tests: Sequence[Path]) -> list[Path]:
-    """The folders of masks of a category: one whose name is sure, else one beside the test images, else one with them.
+    """Folders of masks of a category: those with an unambiguous name, else beside the test images, else among them.
 
-    A folder with these that is called label or mask may as well be a kind of defect, which has masks elsewhere.
+    A folder named label or mask among the test images may also be a kind of defect, whose masks are elsewhere.
     """
     beside = [path for path in subfolders(folder) if _words.is_masks(path.name)]
     inside = [path for test in tests for path in subfolders(test) if _words.is_masks(path.name)]
@@ -211,11 +211,11 @@ def _mask_folders(folder: Path, tests: Sequence[Path]) -> list[Path]:
 
 
 def _masks_by_kind(places: Sequence[Path], defects: Sequence[str], unpaired: _Unpaired) -> dict[str, dict[str, Mask]]:
-    """The masks of each kind of defect, by its name in small letters; those of no kind have no image."""
+    """Masks of each kind of defect, by its name in lower case; masks of no kind are unpaired."""
     by_kind: dict[str, dict[str, Mask]] = {name.casefold(): {} for name in defects}
     for place in places:
         inside = {path.name.casefold(): path for path in subfolders(place)}
-        if len(by_kind) == 1 and not inside:  # of one kind: it needs no folder
+        if len(by_kind) == 1 and not inside:  # a single kind of defect needs no folder
             next(iter(by_kind.values())).update(masks_in(place))
             continue
         unpaired.masks += image_files(place)
@@ -248,7 +248,7 @@ def _is_category(folder: Path, layout: Layout) -> bool:
 
 
 def warn_of_unpaired(where: str, folder: Path | None, images: Sequence[Path], masks: Sequence[Path]) -> None:
-    """Warn of images of defects without a mask, and of masks without an image."""
+    """Warn about images of defects without a mask, and masks without an image."""
     said = []
     if n := len(images):
         said.append(
@@ -256,7 +256,7 @@ def warn_of_unpaired(where: str, folder: Path | None, images: Sequence[Path], ma
         )
     if n := len(masks):
         said.append(f"{n} mask{'s' * (n > 1)} without an image ({some_of(masks, folder)})")
-    warn(f"{where} {' and '.join(said)}: see whether their names match.")
+    warn(f"{where} {' and '.join(said)}: check whether their names match.")
 
 
 def _warn_of_left_out(
@@ -277,13 +277,13 @@ def _warn_of_left_out(
 
 
 def _beside(folder: Path, found: dict[str, Path], others: list[Path]) -> list[Path]:
-    """Images that lie beside categories, and folders with images that do."""
+    """Images beside the category folders, and other folders with images."""
     folders = [path for path in subfolders(folder) if path.name not in found]
     return image_files(folder, others=others) + [path for path in folders if image_files(path, recursive=True)]
 
 
 def _astray(folder: Path, layout: Layout) -> list[Path]:
-    """Images that lie in a category, but in none of the folders that are read: beside these, or in folders in them."""
+    """Images in a category's folder that are not read: outside the folders of the layout, or too deep in them."""
     tests = _named(folder, layout.test)
     places = _mask_folders(folder, tests)
     splits = _named(folder, (*layout.train, *layout.validation)) + tests

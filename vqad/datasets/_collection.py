@@ -15,10 +15,10 @@ from vqad.images import ImageSequence
 
 
 class ImageDataset:
-    """Paths of images with what is known about each; nothing is opened before it is asked for.
+    """Paths of images with labels and masks. Files are opened only when their content is needed.
 
-    It can be passed as ``X`` to every detector, and indexed, split and shuffled by scikit-learn
-    (`train_test_split`, `KFold`, `GridSearchCV`), staying lazy.
+    It can be passed as ``X`` to every detector. scikit-learn (`train_test_split`, `KFold`, `GridSearchCV`) can index,
+    split and shuffle it without reading any image.
 
     Parameters
     ----------
@@ -27,14 +27,13 @@ class ImageDataset:
     target : array-like of int, shape (n,), default=None
         +1 for a normal image, -1 for an anomaly. None: all normal.
     category : str or array-like of str, shape (n,), default="images"
-        Kind of object of each image.
+        Kind of object in each image, or in all.
     defect : array-like of str, shape (n,), default=None
         Kind of defect. None: "good" for normal images and "defect" for others.
     mask_paths : sequence, array or Series of (path-like, tuple of path-like or None), length n, default=None
-        Image files that are black where there is no defect, of one image several if it has several defects. None: not
-        known.
+        Mask files, black where there is no defect; an image with several defects may have several. None: unknown.
     ignore_paths : sequence of (path-like or None), length n, default=None
-        Image files that are black where images are to be looked at, see `vqad.images.ImageSequence.ignoring`.
+        Mask files of what to ignore, black elsewhere, see `vqad.images.ImageSequence.ignoring`.
 
     Attributes
     ----------
@@ -45,7 +44,7 @@ class ImageDataset:
     mask_paths : list of (str, tuple of str or None)
     ignore_paths : list of (str or None)
     shape : tuple
-        ``(n,)``: to scikit-learn it looks like an array of n images.
+        ``(n,)``, so that scikit-learn treats it as an array of n images.
     """
 
     # Arguments with one entry per image, which indexing and concatenation carry along.
@@ -84,7 +83,7 @@ class ImageDataset:
         for column in ImageDataset._columns:
             if len(getattr(self, column)) != n:
                 raise ValueError(f"{column} has {len(getattr(self, column))} entries for {n} paths.")
-        # Not check_images: that would ask the disk for every path.
+        # Not check_images, which would look up every path on the disk.
         self._images = ImageSequence(self.paths.tolist(), np.arange(n))
 
     @property
@@ -95,15 +94,15 @@ class ImageDataset:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Read one image after the other."""
+        """Iterate over the images, reading one at a time."""
         return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Give the paths: ``np.asarray(dataset)`` must not read every image."""
+        """Return the paths: ``np.asarray(dataset)`` must not read all images."""
         return self.paths.astype(dtype or object, copy=copy is not False)
 
     def __getitem__(self, key: Any) -> Any:
-        """Read image `key`, uint8 (H, W, 3), or take a part: slice, int array or boolean mask."""
+        """Read image `key`, uint8 (H, W, 3), or select a subset: slice, int array or boolean mask."""
         if isinstance(key, tuple) and len(key) == 2 and key[1] is Ellipsis:
             key = key[0]  # scikit-learn indexes X[indices, ...]
         if isinstance(key, slice):
@@ -120,7 +119,7 @@ class ImageDataset:
 
     def _read(self, i: int) -> np.ndarray:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i} of a dataset of {len(self)} images.")
+            raise IndexError(f"image {i} is out of range for a dataset of {len(self)} images.")
         return np.rint(self._images.pixels(i) * 255).astype(np.uint8)
 
     def _take(self, indices: np.ndarray) -> ImageDataset:
@@ -140,25 +139,25 @@ class ImageDataset:
         return made(**{name: [*getattr(self, name), *getattr(other, name)] for name in made._columns})
 
     def mask(self, i: int) -> np.ndarray | None:
-        """Read the defect mask of image `i`; of several files, what any of them marks.
+        """Read the defect mask of image `i`; several files are united.
 
         Returns
         -------
         ndarray of shape (H, W), bool, or None
-            At the image's own size, True where it is defective: nowhere for normal images. None for an
-            anomaly without a mask file.
+            At the image's own size, True where it is defective: nowhere for a normal image. None for an anomaly
+            without a mask file.
 
         Raises
         ------
         ValueError
-            If the mask has another size than the image, as also one that was drawn on the pixels of a photograph before
-            its EXIF tag turned them.
+            If the sizes of mask and image differ, for instance because the mask was drawn on a photograph before its
+            EXIF orientation was applied.
 
         Warns
         -----
         UserWarning
-            Of images that their EXIF tag turns to the same size, and a mask without such a tag: nothing tells whether
-            it was drawn before or after.
+            If the image has an EXIF orientation that keeps its size and the mask has none, because it is then unclear
+            whether the mask was drawn before or after applying it.
         """
         i = operator.index(i)
         paths = self.mask_paths[i]
@@ -175,21 +174,24 @@ class ImageDataset:
             why = "."
             if turn != 1 and mask.shape == stored:
                 why = (
-                    f": its EXIF orientation, {turn}, turns it, and the mask was drawn on the pixels as they are "
-                    f"stored, {stored}. Save the image without the tag, or the mask turned as "
-                    "PIL.ImageOps.exif_transpose turns the image."
+                    f": its EXIF orientation, {turn}, turns it, but the mask was drawn on the pixels as stored, "
+                    f"{stored}. Save the image without the tag, or turn the mask as PIL.ImageOps.exif_transpose turns "
+                    "the image."
                 )
             raise ValueError(f"mask {path!r} has shape {mask.shape}, but {self._images.name(i)}, has {size}{why}")
         if turn != 1 and stored == size and turned_by(path, f"mask {path!r}")[0] == 1:
             self._images.warn_once(
                 i,
                 f"an EXIF orientation, {turn}, that turns or mirrors it, and its mask has none: the mask is taken as "
-                "drawn on the upright image. If it was drawn on the pixels as they are stored, turn it alike.",
+                "drawn on the upright image. If it was drawn on the pixels as stored, turn it in the same way.",
             )
         return mask
 
     def masks(self, indices: Any = None) -> list[np.ndarray | None]:
-        """Read the defect masks of some images (int array, boolean mask or slice), or of all; see `mask`."""
+        """Read the defect masks of some images (int array, boolean mask or slice), or of all; see `mask`.
+
+        All masks are held in memory.
+        """
         chosen = np.arange(len(self))
         return [self.mask(int(i)) for i in (chosen if indices is None else chosen[indices])]
 
