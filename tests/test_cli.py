@@ -313,7 +313,7 @@ def test_score_names_broken_links_and_goes_on(folders, model, tmp_path, capsys):
     (tmp_path / "b.png").symlink_to(tmp_path / "gone")
     (tmp_path / "itself.png").symlink_to("itself.png")
     assert main(["score", str(model), str(tmp_path)]) == 2
-    assert "b.png' is no file but a device, a pipe or a broken link" in capsys.readouterr().err
+    assert "b.png' is not a file but a device, a pipe or a broken link" in capsys.readouterr().err
     shutil.copy(image, tmp_path / "a.png")
     assert main(["score", str(model), str(tmp_path)]) == 2
     said = capsys.readouterr()
@@ -504,7 +504,7 @@ def test_report_of_known_images_has_their_metrics(folders, model, tmp_path):
         ("score {tmp} {good}", "is a folder"),
         ("score {model} {tmp}/nowhere", "does not exist"),
         ("score {model} {tmp}", "has no images"),
-        ("evaluate {model} {good}", "has not the layout of MVTec AD"),
+        ("evaluate {model} {good}", "does not have the layout of MVTec AD"),
         ("report {model} {tmp}/nowhere -o {tmp}/page.html", "does not exist"),
         ("report {model} {good} -o {tmp}/page.html --n-images 0", "n_images must be at least 1"),
     ],

@@ -329,7 +329,7 @@ def test_links_to_folders_are_followed_at_any_depth_and_broken_ones_listed(tmp_p
     paths = load_folder(root).paths.tolist()
     assert paths[2] == str(root / "nut" / "gone.png")
     with pytest.raises(
-        FileNotFoundError, match=r"image 2 of X, .*gone.png', is no file but a device, a pipe or a broken link"
+        FileNotFoundError, match=r"image 2 of X, .*gone.png', is not a file but a device, a pipe or a broken link"
     ):
         check_images(paths)
 

@@ -63,7 +63,7 @@ LABELLED = {
 def test_hand_labelled_folders_are_refused_at_any_depth(names, where, tmp_path):
     good, bad, masks = LABELLED[names]
     fill(tmp_path, {f"{where}/{name}".strip("/"): 3 for name in (good, *bad, *masks)})
-    with pytest.raises(ValueError, match=r"names say that not all are normal images") as caught:
+    with pytest.raises(ValueError, match=r"names say that not all images are normal") as caught:
         load_folder(tmp_path)
     said = str(caught.value)
     assert f"such as {str(tmp_path / where / good)!r}" in said
@@ -114,7 +114,7 @@ def test_the_command_learns_from_the_normal_ones_of_hand_labelled_folders(names,
 def test_what_is_not_all_normal_and_cannot_be_told_is_refused(names, tmp_path):
     fill(tmp_path, dict.fromkeys(names, 3))
     for load in (load_folder, lambda folder: training_images(str(folder))):
-        with pytest.raises(ValueError, match=r"names say that not all are normal images"):
+        with pytest.raises(ValueError, match=r"names say that not all images are normal"):
             load(tmp_path)
 
 

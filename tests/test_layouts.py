@@ -236,7 +236,7 @@ def test_ksdd2_says_what_it_leaves_out(ksdd2):
 
 def test_ksdd2_errors_say_what_was_found(ksdd2, mpdd):
     with pytest.raises(
-        ValueError, match=r"not the layout of KolektorSDD2, .*contains bracket_black/, tubes/.*load_labelled"
+        ValueError, match=r"not have the layout of KolektorSDD2, .*contains bracket_black/, tubes/.*load_labelled"
     ):
         load_ksdd2(mpdd)
     with pytest.raises(ValueError, match=r"split must be one of .*got 'validation'"):
@@ -286,7 +286,7 @@ def test_scoring_a_folder_leaves_out_its_masks(name, request):
 def test_a_folder_without_the_layout_is_refused(load, tmp_path):
     save(tmp_path / "OK" / "a.png")
     save(tmp_path / "NG" / "b.png")
-    with pytest.raises(ValueError, match=r"has not the layout of .*it contains NG/, OK/.*load_labelled"):
+    with pytest.raises(ValueError, match=r"does not have the layout of .*it contains NG/, OK/.*load_labelled"):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What every folder layout needs: which files are images, and in which order."""
+"""Image files in folders: which files are images, and in which order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 from vqad._decode import not_there
 from vqad.datasets import _words
 
-# Asked for even where this Pillow cannot read them, so that reading says so; .mpo is read as JPEG.
+# Listed even if this Pillow cannot read them, so that reading raises an error; .mpo is read as JPEG.
 _ALWAYS = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Pillow has their names, and reads them with the help of other programs alone.
+# Formats that Pillow registers but can read only with the help of other programs.
 _NO_PICTURES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
-# What lies in folders of images and is none.
+# Suffixes of other files that are common in folders of images.
 _TEXTS = ".txt .md .rst .csv .tsv .json .jsonl .xml .yaml .yml .toml .pdf .html .htm .log .doc .docx .xls .xlsx .ods"
 _OTHERS = ".db .ini .py .ipynb .sh .bat .lnk .url .zip .gz .xz .bz2 .tar .tgz .7z .rar .md5 .sha256 .pkl .pyb"
 _COMPANIONS = frozenset((*_TEXTS.split(), *_OTHERS.split()))
@@ -28,7 +28,7 @@ _DOCUMENTS = re.compile(
 
 
 def image_suffixes() -> frozenset[str]:
-    """What names of image files may end with: all that Pillow reads, with the plug-ins that it has now."""
+    """Suffixes of image files: all that Pillow reads, with the plug-ins registered now."""
     Image.init()
     return _ALWAYS | {
         suffix
@@ -48,9 +48,9 @@ def image_files(
     """List the image files of a folder in natural order; hidden files and folders are skipped.
 
     With `recursive`, the files of a folder come before those of its subfolders, and these before those of links to
-    folders. Each folder is read once; a link that leads to another place in `within`, by default `folder`, is not
-    followed. A broken link is listed: what it leads to was to be an image. To `others` go the files whose names are
-    those of no images, and of no text or table either.
+    folders. Each folder is read once; a link to another place in `within`, by default `folder`, is not followed. Broken
+    links are listed, so that reading them raises an error. Files that have neither the suffix of an image nor that of a
+    text or table are appended to `others`.
     """
     top = folder.resolve()
     others = [] if others is None else others
@@ -76,14 +76,14 @@ def _may_be_an_image(path: Path) -> bool:
 
 
 def _is_shown(path: Path, root: Path) -> bool:
-    """Whether a path lies in a folder, and in none that is hidden in it."""
+    """Whether a path lies in a folder, but not in a hidden one inside it."""
     return path.is_relative_to(root) and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """List the folders in a folder in natural order, without hidden ones and links to it or further up."""
+    """List the folders in a folder in natural order, without hidden ones and links to it or to its parents."""
     above = {folder.resolve(), *folder.resolve().parents}
-    with os.scandir(folder) as entries:  # which asks the disk for links alone, in folders of many images
+    with os.scandir(folder) as entries:  # which does not look up every file: folders may hold many images
         found = [folder / entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
     return [p for p in sorted(found, key=natural_key) if not (p.is_symlink() and p.resolve() in above)]
 
@@ -93,12 +93,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def existing_folder(root: str | os.PathLike[str]) -> Path:
-    """Give `root` as a Path, or say what is wrong with it."""
+    """`root` as a Path; raises if it is not a folder."""
     path = Path(root)
     if not path.exists():
         raise not_there(path, f"root {str(root)!r}")
     if not path.is_dir():
-        raise NotADirectoryError(f"root {str(root)!r} is a file; a folder of images is expected.")
+        raise NotADirectoryError(f"root {str(root)!r} is a file, but a folder of images is expected.")
     return path
 
 
@@ -113,7 +113,7 @@ def product_of(folder: Path) -> str:
 
 
 def describe(folder: Path) -> str:
-    """Say in a few words what is in a folder, for error messages."""
+    """The first few entries of a folder, for error messages."""
     names = [path.name + ("/" if path.is_dir() else "") for path in _visible(folder)]
     if not names:
         return "nothing"
@@ -121,15 +121,15 @@ def describe(folder: Path) -> str:
 
 
 def some_of(paths: Sequence[Path], folder: Path | None) -> str:
-    """The first paths of many, as they are in a folder if there is one, and how many more there are."""
+    """The first few paths, relative to a folder if there is one, and how many more there are."""
     listed = ", ".join(Path(path if folder is None else os.path.relpath(path, folder)).as_posix() for path in paths[:5])
     return listed + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def left_out(others: Sequence[Path], folder: Path | None) -> str:
-    """Say which files were not taken for images."""
+    """Part of a warning: files that were not taken for images."""
     n = f"{len(others)} file{'' if len(others) == 1 else 's'}"
-    return f"{n} whose suffix is that of no image format that Pillow reads, left out here: {some_of(others, folder)}"
+    return f"{n} without the suffix of an image format that Pillow reads, left out here: {some_of(others, folder)}"
 
 
 def no_images(root: str | os.PathLike[str]) -> ValueError:

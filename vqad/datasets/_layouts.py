@@ -1,4 +1,4 @@
-"""Which layouts say by themselves what is normal and what is defective; and which folders are named so by hand."""
+"""Recognising the layout of a folder, and checking that a plain folder holds only one kind of image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vqad.datasets import _by_names, _categories, _words, ksdd2, mvtec, visa
 from vqad.datasets._collection import ImageDataset
 from vqad.datasets._files import existing_folder, image_files, left_out, no_images, some_of, subfolders
 
-# The first that a folder has is taken: the layout of MVTec AD is what others have and more.
+# The first that matches is used: folders in the layout of MVTec AD 2 and MVTec LOCO AD also match that of MVTec AD.
 LAYOUTS: tuple[tuple[Callable[[Path], bool], Callable[..., ImageDataset]], ...] = (
     (lambda folder: _categories.has_layout(folder, _categories.MVTEC_AD_2), mvtec.load_mvtec_ad2),
     (lambda folder: _categories.has_layout(folder, _categories.MVTEC_LOCO), mvtec.load_mvtec_loco),
@@ -23,14 +23,14 @@ LAYOUTS: tuple[tuple[Callable[[Path], bool], Callable[..., ImageDataset]], ...] 
 
 
 def loader_of(folder: Path) -> Callable[..., ImageDataset] | None:
-    """A loader that knows what is normal in a folder, by its layout or by names; None for others, and for no folder."""
+    """The loader for a folder whose layout or names label its images; None for other folders and paths."""
     if loader := loader_of_layout(folder):
         return loader
     return _by_names.load_by_names if folder.is_dir() and _by_names.is_labelled(folder) else None
 
 
 def loader_of_layout(folder: Path) -> Callable[..., ImageDataset] | None:
-    """The loader of the layout that a folder has; None for other folders, and for what is none."""
+    """The loader for the layout of a folder; None for other folders and paths."""
     if folder.is_dir():
         for has_layout, loader in LAYOUTS:
             if has_layout(folder):
@@ -39,9 +39,9 @@ def loader_of_layout(folder: Path) -> Callable[..., ImageDataset] | None:
 
 
 def images_but_masks(root: Path) -> list[Path]:
-    """All images of a folder, at any depth and of whatever layout; masks are none.
+    """All images of a folder, at any depth and in any layout, without masks.
 
-    A warning names the masks that only their names tell, left out or not, and files that are no images by theirs.
+    A warning lists folders and files that are masks judging by their names, and files that are not images.
     """
     masks: dict[Path, bool] = {existing_folder(root): False}
     by_name: list[Path] = []
@@ -66,7 +66,7 @@ def images_but_masks(root: Path) -> list[Path]:
     above = {parent for path in images for parent in path.parents if parent != root and parent.is_relative_to(root)}
     if taken := sorted(path for path in above if _words.kind_of(path.name) == _words.MASKS):
         said.append(
-            f"folders named as those of masks, taken for images as nothing tells of what: {some_of(taken, root)}"
+            f"folders named like masks but without the images they belong to, taken for images: {some_of(taken, root)}"
         )
     if others:
         said.append(left_out(others, root))
@@ -76,9 +76,9 @@ def images_but_masks(root: Path) -> list[Path]:
 
 
 def check_names(folder: Path, images: Sequence[Path], target: int) -> None:
-    """Raise ValueError where names say that not all images of a folder are of one kind; warn where they may say so.
+    """Raise ValueError if names say that the images of a folder have different labels; warn if names may say so.
 
-    `images` are the files in it, at any depth.
+    `images` are all image files in it, at any depth.
     """
     for above, counts in _folders_beside_each_other(folder, images).items():
         said = _words.telling(counts)
@@ -88,19 +88,19 @@ def check_names(folder: Path, images: Sequence[Path], target: int) -> None:
         if doubtful:
             warn(
                 f"root {str(above)!r} has folders named {', '.join(map(repr, doubtful))}, which are taken for "
-                "categories of normal images: leave them out if they have defects, masks or images to test with."
+                "categories of normal images: leave them out if they hold defects, masks or test images."
             )
     if beside := masks_beside(images):
         raise ValueError(
-            f"root {str(folder)!r} has {len(beside)} of {len(images)} images named as masks of others, such as "
-            f"{beside[0].name!r} of {_words.image_of_mask(beside[0].stem)!r}, and masks are no normal images: give "
-            "lists or patterns of images and masks to vqad.datasets.load_labelled."
+            f"root {str(folder)!r} has {len(beside)} of {len(images)} images that are named like masks of others, such "
+            f"as {beside[0].name!r} for {_words.image_of_mask(beside[0].stem)!r}: pass lists or patterns of images and "
+            "masks to vqad.datasets.load_labelled."
         )
     _check_names_of_files(folder, images, target)
 
 
 def masks_beside(images: Sequence[Path]) -> list[Path]:
-    """Those images that are named as masks of others in their folder, such as ``012_GT.png`` beside ``012.png``."""
+    """Images that are named like masks of others in their folder, such as ``012_GT.png`` beside ``012.png``."""
     known = {(path.parent, path.stem) for path in images}
     beside = []
     for path in images:
@@ -117,7 +117,7 @@ def _is_called_masks(folder: Path) -> bool:
 
 
 def _folders_beside_each_other(folder: Path, images: Sequence[Path]) -> dict[Path, Counter[str]]:
-    """Of each folder that has some, the number of images in each folder in it, at any depth."""
+    """For each folder with subfolders, the number of images in each subfolder, at any depth."""
     counts: dict[Path, Counter[str]] = {}
     for path in images:
         above = folder
@@ -129,10 +129,10 @@ def _folders_beside_each_other(folder: Path, images: Sequence[Path]) -> dict[Pat
 
 def _labelled_by_hand(folder: Path, said: dict[str, str], counts: Counter[str]) -> ValueError:
     listed = ", ".join(f"{name} ({counts[name]} images)" for name in counts if name in said)
-    text = f"root {str(folder)!r} has folders whose names say that not all are normal images: {listed}."
+    text = f"root {str(folder)!r} has folders whose names say that not all images are normal: {listed}."
     of = {kind: [os.path.join(folder, name) for name in counts if said.get(name) == kind] for kind in said.values()}
     first = next((of[kind][0] for kind in (_words.NORMAL, _words.TRAIN) if kind in of), None)
-    text += " Give that of normal images alone" + (f", such as {first!r}" if first else "")
+    text += " Pass only the folder of normal images" + (f", such as {first!r}" if first else "")
     given = [
         f"{kind}={of[kind] if len(of[kind]) > 1 else of[kind][0]!r}"
         for kind in (_words.NORMAL, _words.ANOMALOUS, _words.MASKS)
@@ -150,11 +150,11 @@ def _check_names_of_files(folder: Path, images: Sequence[Path], target: int) -> 
     if normal and anomalous:
         raise ValueError(
             f"root {str(folder)!r} has images whose names say that not all are normal: {len(normal)} such as "
-            f"{normal[0].name!r}, {len(anomalous)} such as {anomalous[0].name!r}. Give lists or patterns of the one "
-            "and the other to vqad.datasets.load_labelled."
+            f"{normal[0].name!r}, {len(anomalous)} such as {anomalous[0].name!r}. Pass lists or patterns of each kind "
+            "to vqad.datasets.load_labelled."
         )
     if anomalous and target == 1:
         warn(
-            f"root {str(folder)!r} has {len(anomalous)} images whose names say that they are not normal, and all are "
-            f"taken for normal: {some_of(anomalous, folder)}."
+            f"root {str(folder)!r} has {len(anomalous)} images whose names say that they are not normal, but they are "
+            f"taken as normal: {some_of(anomalous, folder)}."
         )

@@ -1,4 +1,4 @@
-"""What the names of folders and files say of the images in them: normal, anomalous, a mask, or one of two splits."""
+"""Names of folders and files that tell the kind of their images: normal, anomalous, masks, training or test images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 NORMAL, ANOMALOUS, MASKS, TRAIN, TEST = "normal", "anomalous", "masks", "train", "test"
 
-# Written as one word, as a name is once it has lost its blanks, hyphens and capitals.
+# Unambiguous words, in lower case and without blanks and hyphens.
 _SURE = {
     NORMAL: "good ok okay normal nondefect nondefective nodefect nodefects notdefective withoutdefect withoutdefects "
     "defectfree anomalyfree noanomaly flawless gut "
@@ -18,7 +18,7 @@ _SURE = {
     TRAIN: "train training",
     TEST: "test testing val valid validation eval evaluation",
 }
-# These may be products too: they count beside a name that says the opposite, or what the others are.
+# Words that may also name products: they count only beside folders whose names give the contrast.
 _PERHAPS = {
     NORMAL: "io pass passed accept accepted negative undamaged intact healthy",
     ANOMALOUS: "ko def fail fails failed failure reject rejects rejected positive damaged broken crack cracked "
@@ -35,18 +35,18 @@ _MASK_ENDING = re.compile(r"[ _.-]+(mask|masks|gt|groundtruth|ground_truth|label
 
 
 def kind_of(name: str) -> str | None:
-    """What the name of a folder says for sure, whatever other folders there are."""
+    """The kind that the name of a folder tells unambiguously, whatever folders are beside it; else None."""
     kind, rest, is_sure = _read(name)
     return kind if is_sure and not rest else None
 
 
 def plain(name: str) -> str:
-    """A name without blanks, hyphens and capitals."""
+    """A name in lower case without blanks and hyphens."""
     return "".join(_words(name))
 
 
 def is_masks(name: str) -> bool:
-    """Whether a folder, where masks may be expected, is that of them."""
+    """Whether the name is one for masks, in a place where masks are expected."""
     kind, rest, _ = _read(name)
     return kind == MASKS and not rest
 
@@ -61,10 +61,10 @@ def is_no_product(name: str) -> bool:
 
 
 def telling(names: Iterable[str]) -> dict[str, str]:
-    """What names of folders that lie beside each other say, of those that say something; empty if it is no contrast.
+    """Kinds of folders beside each other, as far as their names tell; empty unless the names tell different kinds.
 
-    One name of something else than normal images is enough, or two that say the opposite of the same, such as
-    ``bolt-ok`` and ``bolt-ng``. Beside a name for normal images, any other is that of something else.
+    One name for anything but normal images is enough, or two opposite ones such as ``bolt-ok`` and ``bolt-ng``. Beside
+    a name for normal images, any other name is that of anomalous ones.
     """
     names = list(names)
     read = {name: _read(name) for name in names}
@@ -81,25 +81,25 @@ def telling(names: Iterable[str]) -> dict[str, str]:
 
 
 def masks_among(names: Sequence[str]) -> list[str]:
-    """Which of the folders beside each other have masks: of images that lie in others of them, as their names say."""
+    """Which of the folders beside each other hold masks of images in the others, judging by all names."""
     said = telling(names)
     is_known = any(map(_is_images, names)) or set(said.values()) - {MASKS}
     return [name for name, kind in said.items() if kind == MASKS and is_known]
 
 
 def is_doubtful(name: str) -> bool:
-    """Whether a folder of that name may have no normal images, and as well those of a product called so."""
+    """Whether a name may be that of a product as well as that of anomalies, masks or test images."""
     kind, rest, is_sure = _read(name)
     return not rest and (kind == TEST or (kind in (MASKS, ANOMALOUS) and not is_sure))
 
 
 def image_of_mask(stem: str) -> str:
-    """The stem of the image that a mask belongs to: that of ``012_mask``, ``012_GT`` and ``012`` is ``012``."""
+    """The stem of the image that a mask belongs to: ``012`` for ``012_mask``, ``012_GT`` and ``012``."""
     return _MASK_ENDING.sub("", stem)
 
 
 def kind_of_file(stem: str) -> str | None:
-    """What the name of a file begins or ends with, of what is sure to tell normal images from anomalous ones."""
+    """Whether the name of a file begins or ends with an unambiguous word for normal or anomalous images."""
     words = _words(stem)
     for n in range(_LONGEST, 0, -1):
         for part in (words[:n], words[-n:]):
@@ -113,7 +113,7 @@ def _words(name: str) -> list[str]:
 
 
 def _read(name: str) -> tuple[str | None, str, bool]:
-    """What a name says, what else is in it, and whether its word is never that of a product."""
+    """The kind that a name tells, the rest of the name, and whether its word is unambiguous."""
     words = _words(name)
     for n in range(_LONGEST, 0, -1):
         for start in range(len(words) - n + 1):

@@ -12,12 +12,12 @@ from vqad.datasets._collection import ImageDataset
 
 
 class ElpvDataset(ImageDataset):
-    """An `ImageDataset` of solar cells that also knows how sure the experts were.
+    """An `ImageDataset` of solar cells with the experts' probability of a defect.
 
     Attributes
     ----------
     probability : ndarray of shape (n,), float
-        Probability that the cell is defective, 0, 1/3, 2/3 or 1: it follows every indexing.
+        Probability that the cell is defective, 0, 1/3, 2/3 or 1. It is indexed along with the images.
     """
 
     _columns: ClassVar[tuple[str, ...]] = (*ImageDataset._columns, "probability")
@@ -63,10 +63,10 @@ def load_elpv(*, category: str | None = None) -> ElpvDataset:
         raise ImportError(
             "load_elpv needs the package elpv-dataset: pip install vqad[demo], or pip install elpv-dataset."
         )
-    # The package's own loader reads every image; its table has all that is needed here.
+    # The package's own loader reads every image; the table is enough here.
     folder = Path(spec.origin).parent / "data"
     with open(folder / "labels.csv", encoding="ascii") as file:
-        names, probability, kinds = zip(*(line.split()[:3] for line in file))  # one release has a fourth: a split
+        names, probability, kinds = zip(*(line.split()[:3] for line in file))  # one release has a fourth column
     # Thirds are written with four digits or sixteen, depending on the release.
     thirds = np.rint(np.array(probability, dtype=float) * 3)
     cells = ElpvDataset(

@@ -14,7 +14,7 @@ from vqad.datasets._layouts import check_names, loader_of_layout
 def load_folder(
     root: str | os.PathLike[str], *, recursive: bool = True, category: str | None = None, target: int = 1
 ) -> ImageDataset:
-    """List the images of a folder; its subfolders are categories.
+    """List the images of a folder, whose subfolders are categories.
 
     Images directly in `root` get its name as their category; images in a subfolder, at any depth, get the subfolder's
     name. A folder named good, bad, train or the like is no kind of object: the nearest folder above it with another
@@ -30,7 +30,8 @@ def load_folder(
     category : str, default=None
         One category for all images, instead of the folders' names.
     target : {1, -1}, default=1
-        What the images are: 1 normal, -1 anomalies. ``load_folder("good") + load_folder("bad", target=-1)``.
+        Label of all images: 1 normal, -1 anomaly. Collections can be added:
+        ``load_folder("good") + load_folder("bad", target=-1)``.
 
     Returns
     -------
@@ -40,24 +41,24 @@ def load_folder(
     Raises
     ------
     ValueError
-        If there are no images; if the folder or one in it has a layout that another loader reads; or if names tell that
-        not all images are of one kind: folders, at any depth, called OK and NG, good and bad, train and test, masks and
-        the like, or files called ``012_mask`` beside ``012``, or good and bad. `load_labelled` is for those.
+        If there are no images; if the folder or a subfolder has a layout that another loader reads; or if names say
+        that the images have different labels: folders, at any depth, named OK and NG, good and bad, train and test,
+        masks or the like, or files named good and bad, or ``012_mask`` beside ``012``. Use `load_labelled` for those.
     FileNotFoundError, NotADirectoryError
-        If `root` is no folder.
+        If `root` is not a folder.
 
     Warns
     -----
     UserWarning
-        Of subfolders without an image; of files left out that are no images by their names; of names that may say that
-        images are not normal, or may be those of products.
+        When subfolders have no image, when files are left out because their names are not those of images, and when
+        names may be those of anomalies, masks or test images.
     """
     folder = existing_folder(root)
     for inside in [folder, *subfolders(folder)] if recursive else []:
         if loader := loader_of_layout(inside):
             raise ValueError(
-                f"root {str(inside)!r} has a layout that vqad.datasets.{loader.__name__} reads: load it with that, "
-                "which tells defects and masks from normal images."
+                f"root {str(inside)!r} has a layout with labels: load it with vqad.datasets.{loader.__name__}, which "
+                "tells defects and masks from normal images."
             )
     others: list[Path] = []
     paths = image_files(folder, others=others)
@@ -70,7 +71,7 @@ def load_folder(
         empty += [] if inside else [subfolder.name]
     if not paths:
         raise no_images(root)
-    said = [f"subfolders without an image, which are no categories: {', '.join(empty)}"] if empty else []
+    said = [f"subfolders without an image, which are not categories: {', '.join(empty)}"] if empty else []
     said += [left_out(others, folder)] if others else []
     if said:
         warn(f"root {str(root)!r} has {'; and '.join(said)}.")

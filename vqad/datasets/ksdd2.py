@@ -1,4 +1,4 @@
-"""The layout of KolektorSDD2: images and their masks side by side, and labels in the masks alone."""
+"""The layout of KolektorSDD2: masks beside the images, and labels only in the masks."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from vqad.datasets._files import describe, existing_folder, image_files, left_ou
 def load_ksdd2(root: str | os.PathLike[str], *, split: str = "train") -> ImageDataset:
     """List the images of KolektorSDD2 as it is distributed.
 
-    The layout is ``train/NNNNN.png`` and ``test/NNNNN.png``, each with its mask ``NNNNN_GT.png``. What an image is
-    stands in its mask, black for a normal one: the masks are read to tell.
+    The layout is ``train/NNNNN.png`` and ``test/NNNNN.png``, each with its mask ``NNNNN_GT.png``. An image is normal if
+    its mask is black, so the masks are read.
 
     Parameters
     ----------
     root : path-like
         The folder that contains ``train`` and ``test``.
     split : {"train", "test", "all"}, default="train"
-        "train": the normal images of ``train``, which has defective ones too; "test": all images of ``test``; "all":
+        "train": the normal images of ``train``, which also has defective ones; "test": all images of ``test``; "all":
         all images of both.
 
     Returns
     -------
     ImageDataset
-        In natural order of the names, first those of ``train``; ``category`` is the name of `root`.
+        In natural order of the names, those of ``train`` first; ``category`` is the name of `root`.
 
     Raises
     ------
     ValueError
-        If `root` has not this layout, a mask cannot be read, or the split has no images.
+        If `root` does not have this layout, a mask cannot be read, or the split has no images.
     FileNotFoundError, NotADirectoryError
-        If `root` is no folder.
+        If `root` is not a folder.
 
     Warns
     -----
     UserWarning
-        Of images without a mask, which are left out, of masks without an image, and of files that are no images by
-        their names.
+        When images without a mask, masks without an image, or files whose names are not those of images are left out.
 
     References
     ----------
@@ -55,8 +54,8 @@ def load_ksdd2(root: str | os.PathLike[str], *, split: str = "train") -> ImageDa
     folder = existing_folder(root)
     if not is_ksdd2(folder):
         raise ValueError(
-            f"root {str(root)!r} has not the layout of KolektorSDD2, train/NNNNN.png and train/NNNNN_GT.png, and so in "
-            f"test: it contains {describe(folder)}. For other layouts use vqad.datasets.load_labelled."
+            f"root {str(root)!r} does not have the layout of KolektorSDD2, train/NNNNN.png and train/NNNNN_GT.png, and "
+            f"the same in test: it contains {describe(folder)}. For other layouts use vqad.datasets.load_labelled."
         )
     pairs: list[tuple[Path, Path, bool]] = []
     unpaired: list[Path] = []
@@ -69,7 +68,7 @@ def load_ksdd2(root: str | os.PathLike[str], *, split: str = "train") -> ImageDa
             unpaired += alone
     said = []
     if unpaired:
-        said.append(f"{len(unpaired)} images or masks that are no pair, left out here: {some_of(unpaired, folder)}")
+        said.append(f"{len(unpaired)} unpaired images or masks, left out here: {some_of(unpaired, folder)}")
     if others:
         said.append(left_out(others, folder))
     if said:
@@ -85,7 +84,7 @@ def load_ksdd2(root: str | os.PathLike[str], *, split: str = "train") -> ImageDa
 
 
 def is_ksdd2(folder: Path) -> bool:
-    """Whether the folder train or test in a folder has images and masks side by side."""
+    """Whether the folder train or test in a folder has masks beside its images."""
     return any(_pairs(place, [])[0] for name in ("train", "test") for place in _named(folder, name))
 
 
@@ -94,7 +93,7 @@ def _named(folder: Path, name: str) -> list[Path]:
 
 
 def _pairs(folder: Path, others: list[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Images with their masks, and the files that are no pair."""
+    """Images with their masks, and the unpaired files."""
     files = image_files(folder, others=others)
     images: dict[str, Path] = {}
     masks: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""Images of which the caller says what they are, wherever they lie."""
+"""Images whose labels the caller gives, wherever they lie."""
 
 from __future__ import annotations
 
@@ -20,44 +20,43 @@ Places = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 def load_labelled(
     normal: Places = (), anomalous: Places = (), masks: Places = (), *, category: str = "images"
 ) -> ImageDataset:
-    """List images that are normal, and others that are not, with their masks.
+    """List normal and anomalous images with their masks.
 
-    Each of the three is a folder, whose images at any depth are taken; a file; a pattern such as ``"parts/*_ok.png"``,
-    in which ``**`` stands for folders at any depth; or a list of these. The mask of ``NNN.png`` is called
-    ``NNN_mask.png``, ``NNN.png`` or ``NNN_GT.png``, with any suffix, or lies with others of its image in a folder
-    ``NNN``. Of images that have one name and lie in several folders, such as ``scratch/000.png`` and ``dent/000.png``,
-    the masks lie in folders of the same names. For masks with other names give each its path: ``ImageDataset(paths,
-    mask_paths=...)``.
+    Each of the three arguments is a folder, whose images at any depth are used; a file; a pattern such as
+    ``"parts/*_ok.png"``, in which ``**`` stands for folders at any depth; or a list of these. The mask of ``NNN.png``
+    is named ``NNN_mask.png``, ``NNN.png`` or ``NNN_GT.png``, with any suffix, or lies in a folder ``NNN`` of its
+    image's masks. If images in several folders have the same name, such as ``scratch/000.png`` and ``dent/000.png``,
+    their masks must lie in folders with the names of these folders. For masks with other names pass their paths:
+    ``ImageDataset(paths, mask_paths=...)``.
 
     Parameters
     ----------
     normal, anomalous : path-like, or iterable of path-like, default=()
         Images without and with a defect.
     masks : path-like, or iterable of path-like, default=()
-        Images that are black where there is no defect.
+        Mask files, black where there is no defect.
     category : str, default="images"
-        Kind of object. Collections of several kinds are added: ``load_labelled(...) + load_labelled(...)``.
+        Kind of object. Add collections for several kinds: ``load_labelled(...) + load_labelled(...)``.
 
     Returns
     -------
     ImageDataset
-        Normal images first, each in the order given, and those of a folder or pattern in natural order. ``defect`` of
-        an anomaly that was found by a folder is the name of the one that it lies in, unless that is NG, bad or the
-        like. No image is opened.
+        Normal images first, in the order given; those of a folder or pattern in natural order. For an anomaly found in
+        a folder, ``defect`` is the name of its folder, unless that is NG, bad or the like. No image is opened.
 
     Raises
     ------
     ValueError
-        If there are no images, a pattern or folder has none, one image is given twice, or it is open which of two
-        images a mask belongs to.
+        If there are no images, a pattern or folder has none, an image is given twice, or a mask may belong to several
+        images.
     FileNotFoundError
-        If a path leads to nothing.
+        If a path does not exist.
 
     Warns
     -----
     UserWarning
-        Of anomalous images without a mask, if others have one; of masks without an image; of files left out that are no
-        images by their names.
+        When anomalous images have no mask although others have one, when masks have no image, and when files are left
+        out because their names are not those of images.
     """
     if not isinstance(category, str):
         raise TypeError(f"category must be a str; got {category!r}. Add collections of several categories.")
@@ -77,7 +76,7 @@ def load_labelled(
     )
 
 
-# Files, each with the folder that it was found by, if it was by one.
+# Files, each with the folder in which it was found, or None.
 Found = dict[Path, Path | None]
 
 
@@ -109,7 +108,7 @@ def _files_of(place: str, name: str, others: list[Path]) -> Found:
         suffixes = image_suffixes()
         images = dict.fromkeys((path for path in files if path.suffix.lower() in suffixes), None)
         others += [path for path in files if path not in images]
-        for match in matches:  # a pattern of folders
+        for match in matches:  # the pattern matches folders
             if match.is_dir() and "**" not in place:
                 images |= dict.fromkeys(image_files(match, recursive=True, others=others), match.parent)
     else:
@@ -130,14 +129,14 @@ def _check_given_once(given: dict[str, Found]) -> None:
         for path in found:
             real = os.path.realpath(path)
             if seen.setdefault(real, name) != name:
-                raise ValueError(f"{str(path)!r} is both in {seen[real]} and in {name}: give each image once.")
+                raise ValueError(f"{str(path)!r} is in both {seen[real]} and {name}: give each image once.")
 
 
 # ---- masks ---------------------------------------------------------------------------------------
 
 
 def masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list[tuple[Path, ...] | Path | None]:
-    """The mask of each anomalous image, by their names, and by those of their folders where names are not enough."""
+    """The masks of each anomalous image, matched by name, and by the names of folders if names are ambiguous."""
     by_stem: dict[str, list[int]] = {}
     for i, path in enumerate(images):
         by_stem.setdefault(path.stem.casefold(), []).append(i)
@@ -151,7 +150,7 @@ def masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list[
             owners = _only_in(folder, owners, images, mask)
         for i in owners:
             found[i] = (*found[i], mask)
-        if not owners and name not in of_normal:  # a black one
+        if not owners and name not in of_normal:  # normal images may have black masks
             alone.append(mask)
     without = [path for path, mask in zip(images, found) if not mask]
     if alone or (any(found) and without):
@@ -160,9 +159,9 @@ def masks_of(images: list[Path], marks: list[Path], normal: list[Path]) -> list[
 
 
 def _belongs_to(mask: Path, stems: Container[str]) -> tuple[str, str]:
-    """The stem of the image that a mask is of, and the folder that both lie in if several have that name."""
+    """The stem of the image that a mask belongs to, and the name of the folder that resolves ambiguous stems."""
     above = mask.parent.name.casefold()
-    if above in stems:  # a folder of masks of one image
+    if above in stems:  # a folder with the masks of one image
         return above, mask.parent.parent.name.casefold()
     stem, image = mask.stem.casefold(), _words.image_of_mask(mask.stem).casefold()
     return image if image in stems else stem, above
@@ -172,8 +171,8 @@ def _only_in(folder: str, owners: list[int], images: list[Path], mask: Path) -> 
     inside = [i for i in owners if images[i].parent.name.casefold() == folder]
     if len(inside) != 1:
         raise ValueError(
-            f"mask {str(mask)!r} may be of {str(images[owners[0]])!r} or of {str(images[owners[1]])!r}: let masks lie "
-            "in folders that are named as those of their images, or give each image its mask, "
+            f"mask {str(mask)!r} may belong to {str(images[owners[0]])!r} or to {str(images[owners[1]])!r}: put masks "
+            "in folders with the names of their images' folders, or pass the masks as "
             "ImageDataset(paths, mask_paths=...)."
         )
     return inside

@@ -1,4 +1,4 @@
-"""The layout of MVTec AD, which many others share, and those of its successors."""
+"""The layout of MVTec AD, which many data sets share, and those of its successors."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ def load_mvtec(
 ) -> ImageDataset:
     """List the images of a folder in the layout of MVTec AD.
 
-    The layout is ``CATEGORY/train/good``, ``CATEGORY/test/KIND`` and ``CATEGORY/ground_truth/KIND``, where
-    the mask of ``NNN.png`` is ``NNN_mask.png``, ``NNN.png`` or ``NNN_GT.png``, with any image suffix, or all images of
-    a folder ``NNN``. The names of folders may be in capitals; ``ok`` and ``normal`` are taken for ``good``, and
-    ``masks`` for ``ground_truth``.
+    The layout is ``CATEGORY/train/good``, ``CATEGORY/test/KIND`` and ``CATEGORY/ground_truth/KIND``. The mask of
+    ``NNN.png`` is ``NNN_mask.png``, ``NNN.png`` or ``NNN_GT.png``, with any image suffix, or the union of all images in
+    a folder ``NNN``. Names of folders may be in upper case; ``ok`` and ``normal`` are taken as ``good``, and ``masks``
+    as ``ground_truth``.
 
     Parameters
     ----------
     root : path-like
         Folder of categories, or the folder of a single category.
     categories : str or sequence of str, default=None
-        Which categories, in this order; None: all of them, sorted.
+        Categories to list, in this order; None: all, sorted.
     split : {"train", "test", "all"}, default="train"
         "train": the normal training images; "test": normal and defective test images; "all": both.
 
     Returns
     -------
     ImageDataset
-        Category by category, first the training images. No image is opened.
+        Category by category, training images first. No image is opened.
 
     Raises
     ------
     ValueError
-        If `root` has not this layout, an asked category is missing, or the split has no images.
+        If `root` does not have this layout, a requested category is missing, or the split has no images.
     FileNotFoundError, NotADirectoryError
-        If `root` is no folder.
+        If `root` is not a folder.
 
     Warns
     -----
     UserWarning
-        Of what is left out: images and folders of images that lie beside the categories, or in a category but not in
-        the folders above, and files that are no images by their names. Of images of defects without a mask, if others
-        have one, and of masks without an image.
+        When images are left out because they lie outside the folders above, when files are left out because their
+        names are not those of images, when images of defects have no mask although others have one, and when masks
+        have no image.
 
     References
     ----------
@@ -61,15 +61,15 @@ def load_mvtec_ad2(
     """List the images of MVTec AD 2 as it is distributed.
 
     The layout is ``CATEGORY/train/good``, ``CATEGORY/validation/good``, ``CATEGORY/test_public/KIND`` and
-    ``CATEGORY/test_public/ground_truth/KIND``. What ``test_private`` and ``test_private_mixed`` show is not known: list
-    them with `load_folder`.
+    ``CATEGORY/test_public/ground_truth/KIND``. The labels of ``test_private`` and ``test_private_mixed`` are secret:
+    list these images with `load_folder`.
 
     Parameters
     ----------
     root : path-like
         Folder of categories, or the folder of a single category.
     categories : str or sequence of str, default=None
-        Which categories, in this order; None: all of them, sorted.
+        Categories to list, in this order; None: all, sorted.
     split : {"train", "validation", "test", "all"}, default="train"
         "train", "validation": normal images; "test": those of ``test_public``, normal and defective; "all": all three.
 
@@ -92,15 +92,15 @@ def load_mvtec_loco(
     """List the images of MVTec LOCO AD as it is distributed.
 
     The layout is ``CATEGORY/train/good``, ``CATEGORY/validation/good``, ``CATEGORY/test/KIND``, where the kinds are
-    good, logical_anomalies and structural_anomalies, and ``CATEGORY/ground_truth/KIND/NNN``, a folder with the masks
-    of one image, one for each of its defects: together they are its mask.
+    good, logical_anomalies and structural_anomalies, and ``CATEGORY/ground_truth/KIND/NNN``, a folder with a mask for
+    each defect of one image; the image's mask is their union.
 
     Parameters
     ----------
     root : path-like
         Folder of categories, or the folder of a single category.
     categories : str or sequence of str, default=None
-        Which categories, in this order; None: all of them, sorted.
+        Categories to list, in this order; None: all, sorted.
     split : {"train", "validation", "test", "all"}, default="train"
         "train", "validation": normal images; "test": normal and defective ones; "all": all three.
 
@@ -130,7 +130,7 @@ def load_btad(
     root : path-like
         Folder of the categories 01, 02 and 03, or the folder of one of them.
     categories : str or sequence of str, default=None
-        Which categories, in this order; None: all of them, sorted.
+        Categories to list, in this order; None: all, sorted.
     split : {"train", "test", "all"}, default="train"
         "train": the normal training images; "test": normal and defective test images; "all": both.
 
@@ -159,7 +159,7 @@ def load_mpdd(
     root : path-like
         Folder of categories, or the folder of a single category.
     categories : str or sequence of str, default=None
-        Which categories, in this order; None: all of them, sorted.
+        Categories to list, in this order; None: all, sorted.
     split : {"train", "test", "all"}, default="train"
         "train": the normal training images; "test": normal and defective test images; "all": both.
 

@@ -1,4 +1,4 @@
-"""Drawn parts with natural variation, planted defects and exact masks, for tests and examples."""
+"""Synthetic parts with natural variation, planted defects and exact masks, for tests and examples."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def make_textured_parts(
 ) -> Bunch:
     """Draw textured parts of several kinds, some of them with a planted defect.
 
-    Every part has its own rotation, place, brightness and texture; a defect is a scratch, a hole, a stain or
-    a missing piece, and changes the image nowhere outside its mask.
+    Each part has its own rotation, position, brightness and texture. A defect is a scratch, a hole, a stain or a
+    missing piece, and changes no pixel outside its mask.
 
     Parameters
     ----------
     n_normal, n_anomalous : int, default=60, 20
-        How many images without and with a defect, dealt out to the categories (and kinds of defect) in turn.
+        Number of images without and with a defect; categories (and kinds of defect) take turns.
     categories : sequence of {"disc", "weave", "tile", "pill"}, default=all
         A turned metal disc with bores, a woven fabric, a speckled ceramic tile, a two-coloured capsule.
     image_size : int, default=128

@@ -1,4 +1,4 @@
-"""The layout in which VisA is distributed: one table says what each image is."""
+"""The layout in which VisA is distributed: one table labels all images."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ def load_visa(
 ) -> ImageDataset:
     """List the images of VisA as it is distributed.
 
-    What each image is stands in ``split_csv/1cls.csv``, the data set's split for learning from normal images: one line
-    an image, with the columns ``object,split,label,image,mask``, paths below `root`. (VisA brought into the layout of
-    MVTec AD, as some tools do, is for `load_mvtec`.)
+    The images are listed in ``split_csv/1cls.csv``, the data set's split for learning from normal images: one line per
+    image, with the columns ``object,split,label,image,mask`` and paths relative to `root`. (If a tool converted VisA to
+    the layout of MVTec AD, use `load_mvtec`.)
 
     Parameters
     ----------
     root : path-like
-        The folder that contains ``split_csv``, or one object's folder in it.
+        The folder that contains ``split_csv``, or the folder of one object in it.
     categories : str or sequence of str, default=None
-        Which objects, in this order; None: all of them, sorted.
+        Objects to list, in this order; None: all, sorted.
     split : {"train", "test", "all"}, default="train"
         "train": the normal training images; "test": normal and defective test images; "all": both.
 
     Returns
     -------
     ImageDataset
-        Category by category, first the training images, then in natural order of the names. No image is opened.
+        Category by category, training images first, in natural order of the names. No image is opened.
 
     Raises
     ------
     ValueError
-        If there is no such table, it lacks a column, it has other labels, anomalies to train on or paths out of `root`,
-        an asked category is missing, or the split has no images.
+        If there is no such table, it lacks a column or has other labels, training images that are anomalies or paths
+        outside `root`; if a requested category is missing; or if the split has no images.
     FileNotFoundError, NotADirectoryError
-        If `root` is no folder.
+        If `root` is not a folder.
 
     Warns
     -----
     UserWarning
-        Of images that lie in the folders of the objects and are not in the table.
+        When the folders of the objects have images that are not in the table.
 
     References
     ----------
@@ -66,8 +66,8 @@ def load_visa(
         folder, categories = folder.parent, folder.name if categories is None else categories
     if not _has_table(folder):
         raise ValueError(
-            f"root {str(root)!r} has not the layout of VisA: there is no {TABLE.as_posix()!r}, which says what each "
-            f"image is; it contains {describe(folder)}. For the layout of MVTec AD use vqad.datasets.load_mvtec."
+            f"root {str(root)!r} does not have the layout of VisA: there is no {TABLE.as_posix()!r}, which labels the "
+            f"images; it contains {describe(folder)}. For the layout of MVTec AD use vqad.datasets.load_mvtec."
         )
     rows = _read_table(folder / TABLE)
     found = sorted({row["object"] for row in rows})
@@ -110,12 +110,12 @@ def _warn_of_left_out(folder: Path, names: Sequence[str], listed: set[str]) -> N
 
 
 def is_visa(folder: Path) -> bool:
-    """Whether a folder has VisA's own layout, or is one object's folder, with or without the table."""
+    """Whether a folder has VisA's layout, or is the folder of one object, with or without the table."""
     return _has_table(folder) or _is_category(folder)
 
 
 def is_masks(folder: Path) -> bool:
-    """Whether a folder is the one that has the masks of an object."""
+    """Whether a folder holds the masks of an object."""
     return folder.name == "Masks" and _is_category(folder.parent.parent)
 
 
@@ -141,7 +141,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
                     raise ValueError(f"line {lines.line_num} {wrong}: {row}")
                 rows.append(row)
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} is no table of VisA: {error}.") from error
+        raise ValueError(f"{str(path)!r} is not a table of VisA: {error}.") from error
     return rows
 
 
@@ -149,8 +149,8 @@ def _what_is_wrong(row: dict[str, str]) -> str | None:
     if row["label"] not in TARGETS or row["split"] not in ("train", "test") or not row["image"]:
         return "must name an image, with the split train or test and the label normal or anomaly"
     if row["split"] == "train" and row["label"] == "anomaly":
-        return "has an anomaly to train on, where only normal images are learned from"
+        return "has an anomaly in the training split, which must hold only normal images"
     paths = [PurePosixPath(row[name]) for name in ("image", "mask")]
     if any(path.is_absolute() or ".." in path.parts for path in paths):
-        return "has a path that leads out of the data set"
+        return "has a path outside the data set"
     return None
