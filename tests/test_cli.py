@@ -676,7 +676,7 @@ def test_demo_prints_what_the_saved_models_say_side_by_side(demo):
         for part, row in parts.items():
             assert table[f"image AUROC, {part}"][k] == f"{row['image_auroc']:.3f}"
         right = np.mean(detector.predict_category(test) == test.category)
-        assert table["kind of cell inferred right"][k] == f"{right:.1%}"
+        assert table["kind of cell inferred correctly"][k] == f"{right:.1%}"
         assert table["threshold of the anomaly score"][k] == f"{-detector.offset_:.3f}"
         for target, what in ((1, "false alarms on held-out sound cells"), (-1, "defective cells found")):
             alarms = (detector.predict(test[test.target == target]) == -1).sum()

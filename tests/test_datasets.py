@@ -235,12 +235,12 @@ def test_visa_errors_say_what_was_found(visa_root, mvtec_root):
     table = visa_root / "split_csv" / "1cls.csv"
     text = table.read_text()
     for change, message in (
-        (("object,", "class,"), "is no table of VisA: it lacks the columns object"),
+        (("object,", "class,"), "is not a table of VisA: it lacks the columns object"),
         (("test,anomaly", "test,broken"), r"line 6 must name an image, .*label normal or anomaly.*'broken'"),
         (("\npcb1", "\n\n\npcb1"), None),
         (("test,anomaly", "train,anomaly"), "line 6 has an anomaly to train on"),
-        (("candle/Data/Images/Anomaly", "/tmp"), "line 6 has a path that leads out of the data set"),
-        (("candle/Data/Masks", "../Masks"), "line 6 has a path that leads out of the data set"),
+        (("candle/Data/Images/Anomaly", "/tmp"), "line 6 has a path outside the data set"),
+        (("candle/Data/Masks", "../Masks"), "line 6 has a path outside the data set"),
         (("test,normal,candle", "\n\ntest,normal,candle"), "line 7 must name an image"),
     ):
         table.write_text(text.replace(*change, 1))
@@ -250,7 +250,7 @@ def test_visa_errors_say_what_was_found(visa_root, mvtec_root):
         else:
             assert len(load_visa(visa_root, split="all")) == 7
     table.write_bytes(text.replace("candle", "k\xe4se").encode("latin-1"))
-    with pytest.raises(ValueError, match=r"1cls\.csv' is no table of VisA: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"1cls\.csv' is not a table of VisA: 'utf-8' codec"):
         load_visa(visa_root)
     table.write_text("object,split,label,image,mask\npcb1,train,normal,pcb1/a.JPG,\n")
     with pytest.raises(ValueError, match=r"no images for split='test' in the categories \['pcb1'\]"):
@@ -351,7 +351,7 @@ def test_subfolders_that_are_left_out_are_named(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "bolt" / "a.heic").write_bytes(b"")
     with pytest.warns(
-        UserWarning, match=r"without an image, which are no categories: bolt; and 1 file .*: bolt/a\.heic"
+        UserWarning, match=r"without an image, which are not categories: bolt; and 1 file .*: bolt/a\.heic"
     ):
         data = load_folder(tmp_path)
     assert set(data.category) == {"nut"}

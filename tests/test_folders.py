@@ -198,7 +198,8 @@ def test_images_said_to_be_anomalous_may_lie_in_folders_named_so(tmp_path):
 def test_masks_beside_their_images_are_no_normal_images(names, tmp_path):
     for name in (*names, "other.png"):
         Image.fromarray(PIXELS).save(tmp_path / name)
-    with pytest.raises(ValueError, match=r"1 of 3 images named as masks of others, such as '\w+\.\w+' of '\w+'"):
+    pattern = r"1 of 3 images that are named like masks of others, such as '\w+\.\w+' for '\w+'"
+    with pytest.raises(ValueError, match=pattern):
         load_folder(tmp_path)
     (scored, _), said = said_by(images_to_score, [str(tmp_path)])
     assert [Path(path).name for path in scored] == sorted([names[0], "other.png"])
@@ -335,9 +336,7 @@ def test_other_files_are_counted_and_named_in_one_warning(suffix, tmp_path):
         found, said = said_by(load, tmp_path / root)
         assert len(found) == 2
         assert len(said) == 1
-        assert (
-            f"{n} files whose suffix is that of no image format that Pillow reads, left out here: {names}." in said[0]
-        )
+        assert f"{n} files without the suffix of an image format that Pillow reads, left out here: {names}." in said[0]
 
 
 def test_many_files_left_out_are_counted_and_texts_are_none(tmp_path):

@@ -225,7 +225,7 @@ def test_ksdd2_says_what_it_leaves_out(ksdd2):
     (ksdd2 / "test" / "20011.heic").write_bytes(b"")
     assert len(load_ksdd2(ksdd2)) == 2
     with pytest.warns(
-        UserWarning, match=r"has 3 images or masks that are no pair, .*20009\.png.*; and 1 file whose suffix"
+        UserWarning, match=r"has 3 unpaired images or masks, .*20009\.png.*; and 1 file without the suffix"
     ):
         test = load_ksdd2(ksdd2, split="test")
     assert len(test) == 4
@@ -351,7 +351,7 @@ def test_labelled_images_may_have_one_name_in_several_folders(tmp_path):
     assert found.defect.tolist() == ["good", "dent", "hole"]
     assert marked(found) == [[], [1], [2]]
     save(tmp_path / "flat" / "0.png", [3])
-    with pytest.raises(ValueError, match=r"mask '.*flat/0\.png' may be of '.*dent/0\.png' or of '.*hole/0\.png'"):
+    with pytest.raises(ValueError, match=r"mask '.*flat/0\.png' may belong to '.*dent/0\.png' or to '.*hole/0\.png'"):
         load_labelled(anomalous=tmp_path / "bad", masks=tmp_path / "flat")
 
 
@@ -404,8 +404,8 @@ def test_labelled_images_errors_say_what_to_do(parts):
         ({"normal": parts / "empty"}, ValueError, r"normal: '.*empty' has no images"),
         ({"normal": f"{parts}/*.tif"}, ValueError, r"normal: '.*\*\.tif' has no images"),
         ({"anomalous": parts / "nowhere"}, FileNotFoundError, r"anomalous: '.*nowhere' does not exist"),
-        ({"normal": f"{parts}/*/*.png", "anomalous": parts / "NG"}, ValueError, "is both in normal and in anomalous"),
-        ({"anomalous": parts / "NG", "masks": parts / "NG"}, ValueError, "is both in anomalous and in masks"),
+        ({"normal": f"{parts}/*/*.png", "anomalous": parts / "NG"}, ValueError, "is in both normal and anomalous"),
+        ({"anomalous": parts / "NG", "masks": parts / "NG"}, ValueError, "is in both anomalous and masks"),
         ({"normal": [parts / "OK", parts / "OK" / "3.png"]}, ValueError, r"normal has '.*3\.png' twice"),
         ({"normal": [1, 2]}, TypeError, "normal must be paths of folders or files, or patterns; got 1"),
         ({"normal": parts / "OK", "category": ["a"]}, TypeError, "category must be a str"),
@@ -414,7 +414,7 @@ def test_labelled_images_errors_say_what_to_do(parts):
             load_labelled(**given)
     (parts / "OK" / "a.heic").write_bytes(b"")
     for given in (parts / "OK", f"{parts}/OK/*"):
-        with pytest.warns(UserWarning, match=r"normal has 1 file whose suffix is that of no image .*a\.heic\.$"):
+        with pytest.warns(UserWarning, match=r"normal has 1 file without the suffix of an image .*a\.heic\.$"):
             load_labelled(given)
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: real solar cells of two kinds, both detectors, measured beside an untrained Gaussian."""
+"""The demonstration: both detectors on real solar cells of two kinds, compared with an untrained Gaussian."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vqad.metrics import Evaluation, bootstrap_interval, evaluate, image_auroc
 from vqad.registry import detector_class
 from vqad.report import Verdicts, judge, write_report
 
-# By the name that their parameters and files go by.
+# Names of the detectors, as in the parameters and file names.
 DETECTORS = ("hvq-trans", "vq-flow")
 PAGE, DETECTOR_PAGE, DETECTOR_MODEL = "solar-cells.html", "solar-cells-{}.html", "model-{}.safetensors"
 TITLE = "Solar cells: what is wrong, and where"
@@ -33,16 +33,16 @@ PAGE_IMAGES = 48
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much work the demonstration is.
+    """Size of the demonstration.
 
     Attributes
     ----------
     n_train : int
-        Cells to learn from, of those that the experts called surely sound (defect probability 0).
+        Number of training cells, all surely sound (defect probability 0).
     n_test_normal, n_test_defective : int
-        Cells to measure on: sound ones that are not learned from, and surely defective ones (probability 1).
+        Number of test cells: other sound ones, and surely defective ones (probability 1).
     parameters : dict of str to dict
-        Of each detector, named as in `DETECTORS`, where they are not its defaults.
+        Parameters of each detector in `DETECTORS` that are not its defaults.
     """
 
     n_train: int
@@ -51,7 +51,7 @@ class DemoSize:
     parameters: dict[str, dict[str, Any]]
 
 
-# Smaller images and fewer passes than the defaults, to stay within minutes.
+# Smaller images and fewer passes than by default, to take only minutes.
 FULL = DemoSize(
     n_train=600,
     n_test_normal=300,
@@ -75,18 +75,18 @@ QUICK = DemoSize(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender that only ranks cells came to.
+    """Result of a method that only ranks cells.
 
     Attributes
     ----------
     name : str
-        What to call it.
+        Name to show.
     score : ndarray of shape (n_test,), float
         Higher is more anomalous.
     evaluation : Evaluation
         Image metrics of the scores.
     fit_seconds, score_seconds : float
-        To learn, and to score the test cells.
+        Seconds to fit, and to score the test cells.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Measured:
     score_seconds: float
 
     def column(self, cells: ElpvDataset) -> dict[str, str]:
-        """Its column of the table: what was measured, and the value."""
+        """Column of the table, as a mapping of row titles to values."""
         low, high = bootstrap_interval(image_auroc, cells.target, self.score, random_state=0)
         parts = {**self.evaluation.per_category, "mean": self.evaluation.mean, "pooled": self.evaluation.pooled}
         return {
@@ -108,28 +108,28 @@ class Measured:
         }
 
     def judgements(self, cells: ElpvDataset) -> dict[str, str]:
-        """The rows that need more than a ranking: none."""
+        """Rows that need more than a ranking; here none."""
         return {}
 
 
 @dataclass(frozen=True)
 class MeasuredDetector(Measured):
-    """What a detector came to, which also infers the kind of a cell and sets a threshold.
+    """Result of a detector, which also infers the kind of each cell and sets a threshold.
 
     Attributes
     ----------
     detector : fitted detector
     verdicts : Verdicts
-        What it said of the test cells.
+        Its verdicts on the test cells.
     """
 
     detector: BaseImageDetector
     verdicts: Verdicts
 
     def judgements(self, cells: ElpvDataset) -> dict[str, str]:
-        """How often it knew the kind, and what its threshold catches."""
+        """Accuracy of the inferred kinds, and results at the threshold."""
         return {
-            "kind of cell inferred right": f"{(self.verdicts.category.astype(str) == cells.category).mean():.1%}",
+            "kind of cell inferred correctly": f"{(self.verdicts.category.astype(str) == cells.category).mean():.1%}",
             "threshold of the anomaly score": f"{-self.detector.offset_:.3f}",
             "set for false alarms of": f"{self.detector.false_alarm_rate:.1%}",
             "false alarms on held-out sound cells": self._alarms(cells.target == 1),
@@ -137,21 +137,21 @@ class MeasuredDetector(Measured):
         }
 
     def _alarms(self, mine: NDArray[np.bool_]) -> str:
-        """How many of some cells were called anomalous."""
+        """How many of the cells ``mine`` were called anomalous."""
         alarm = self.verdicts.label[mine] == -1
         return f"{alarm.sum()} of {len(alarm)} ({alarm.mean():.1%})"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration found.
+    """Results of the demonstration.
 
     Attributes
     ----------
     cells : ElpvDataset
-        The cells that were measured on.
+        The test cells.
     n_train : int
-        How many others were learned from.
+        Number of training cells.
     detectors : dict of str to MeasuredDetector
         By the names in `DETECTORS`.
     baseline : Measured
@@ -164,18 +164,18 @@ class DemoResult:
     baseline: Measured
 
     def table(self) -> list[list[str]]:
-        """Heading and rows; the first column says what was measured, each further one is a contender's."""
+        """Header and rows; the first column says what was measured, each other one belongs to a method."""
         contenders = [*self.detectors.values(), self.baseline]
         columns = [contender.column(self.cells) for contender in contenders]
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         return [["", *(contender.name for contender in contenders)], *rows]
 
     def heading(self) -> str:
-        """What the table is about."""
+        """One line that describes the table."""
         sound, defective = ((self.cells.target == target).sum() for target in (1, -1))
         return (
-            f"Learned from {self.n_train} sound cells, measured on {defective} surely defective and {sound} sound ones "
-            "that no model saw"
+            f"Learned from {self.n_train} sound cells, tested on {defective} surely defective and {sound} sound ones "
+            "that no model has seen"
         )
 
     def summary(self) -> str:
@@ -189,7 +189,7 @@ class DemoResult:
         return "\n".join([f"{self.heading()}:", *(f"  {line}" for line in lines)])
 
     def write_pages(self, folder: Path) -> Path:
-        """Write a page of heatmaps for each detector, and one with the table and links to them, which is returned."""
+        """Write a page of heatmaps per detector, and one with the table and links to them; returns the latter."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         for name in self.detectors:
@@ -204,7 +204,7 @@ class DemoResult:
         return folder / PAGE
 
     def save_models(self, folder: Path) -> list[Path]:
-        """Write a file for each detector."""
+        """Write a model file for each detector."""
         paths = [folder / DETECTOR_MODEL.format(name) for name in self.detectors]
         for path, mine in zip(paths, self.detectors.values()):
             vqad.save(mine.detector, path)
@@ -244,18 +244,18 @@ def run_demo(
     verbose: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Learn sound solar cells of both kinds, then measure on cells that were not learned from.
+    """Fit both detectors on sound solar cells of both kinds, and measure them on other cells.
 
     Parameters
     ----------
     size : DemoSize, default=FULL
     random_state : int, default=0
-        Decides which cells are learned from, and seeds the detectors.
+        Selects the training cells, and seeds the detectors.
     device : str, default="auto"
     verbose : int, default=0
-        Whether to show the trainings' progress in bars, as in a terminal; without, ``say`` is told of it.
+        Whether to show progress bars; otherwise progress is reported to ``say``.
     say : callable, optional
-        Is given a line of text before and after each step: some 20 lines in all.
+        Called with a line of text before and after each step: about 20 lines in all.
 
     Returns
     -------
@@ -266,7 +266,7 @@ def run_demo(
     ImportError
         If `elpv-dataset` is not installed.
     KeyboardInterrupt
-        Also when a training, which would keep what it has learned, is interrupted.
+        When interrupted, also during training.
     """
     train, test = split_cells(load_elpv(), size, random_state)
     kinds = ", ".join(f"{(train.category == kind).sum()} {kind}" for kind in np.unique(train.category))
@@ -331,7 +331,7 @@ def _measure_yardstick(
 
 @contextmanager
 def _passes_told(name: str, n_cells: int, say: Callable[[str], None] | None) -> Iterator[None]:
-    """Let ``say`` hear, five times in a training, which pass is done; the log's own readers hear what they would."""
+    """Report progress to ``say`` up to five times per training; the log's own handlers are not affected."""
     if say is None:
         yield
         return
@@ -354,7 +354,7 @@ def _passes_told(name: str, n_cells: int, say: Callable[[str], None] | None) -> 
 
 
 def _is_told(n_done: int, n_passes: int) -> bool:
-    """Whether this was the first pass, or ended a quarter of them, a half, or so on."""
+    """Whether this pass is the first, or completes another quarter of all passes."""
     return n_done == 1 or 4 * n_done // n_passes > 4 * (n_done - 1) // n_passes
 
 
@@ -363,14 +363,14 @@ def _times(measured: Measured) -> str:
 
 
 def split_cells(cells: ElpvDataset, size: DemoSize, random_state: int) -> tuple[ElpvDataset, ElpvDataset]:
-    """Draw cells to learn from and cells to measure on, both kinds in the proportion that they have.
+    """Draw training and test cells, stratified by kind.
 
-    Cells that the experts were not sure of (probability 1/3 and 2/3) are left out.
+    Cells of which the experts were not sure (probability 1/3 and 2/3) are left out.
 
     Returns
     -------
     train, test : ElpvDataset
-        Without a cell in common; train holds sound cells alone.
+        Disjoint; train holds only sound cells.
     """
     rng = np.random.RandomState(random_state)
     sound = _shuffled_by_kind(cells, cells.probability == 0, rng)
@@ -389,7 +389,7 @@ def _shuffled_by_kind(
 
 
 def _draw(groups: list[NDArray[np.intp]], n: int) -> NDArray[np.intp]:
-    """The first rows of every group, `n` in all, in the groups' proportion."""
+    """The first rows of each group, `n` in all, in proportion to the groups' sizes."""
     ends = np.rint(np.cumsum([len(rows) for rows in groups]) * n / sum(len(rows) for rows in groups)).astype(int)
     counts = np.diff(ends, prepend=0)
     return np.concatenate([rows[:count] for rows, count in zip(groups, counts)])

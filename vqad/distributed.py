@@ -1,4 +1,4 @@
-"""BatchScorer, what ray.data, dask.bag and Spark map over batches of image files; learning_together, for torchrun."""
+"""Many machines: `BatchScorer`, for ray.data, dask.bag and Spark, and `learning_together`, for torchrun."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ COLUMNS = ("path", "category", "anomaly_score", "threshold", "p_value", "label",
 
 
 class BatchScorer:
-    """Scores batches of image files with a saved model, for engines that bring the batches.
+    """Scores batches of image files with a saved model, for engines that provide the batches.
 
-    It pickles as the name of the file. A process opens the model when it scores for the first time, and keeps it.
+    A pickle of it holds only the name of the file. Each process opens the model when it first scores, and keeps it.
 
     Parameters
     ----------
     model : path-like
-        File that `vqad.save` or ``vqad fit`` wrote, which every worker can read under this name.
+        File written by `vqad.save` or ``vqad fit``, which every worker can read under this name.
     column : str, default="path"
-        Where batches with several columns have the paths.
+        Column of the paths in batches with several columns.
     device : "auto", str or torch.device, default="auto"
-        Of each worker; "auto" takes CUDA where there is one.
+        Device of each worker; "auto" uses CUDA if there is a GPU.
     n_threads : int, default=1
-        Threads that compute, on a CPU.
+        Number of computing threads on a CPU.
 
     Raises
     ------
     FileNotFoundError, IsADirectoryError
         When there is no such file.
     ValueError
-        When it is no model; on a worker, when it finds another model under this name.
+        When it is not a model; on a worker, when the file under this name has changed.
 
     Notes
     -----
-    Every image makes one row, in the order of the batch: its path, ``category``, ``anomaly_score`` (higher is more
+    Each image yields one row, in the order of the batch: its path, ``category``, ``anomaly_score`` (higher is more
     anomalous), ``threshold``, ``p_value``, ``label`` (+1 normal, -1 anomaly) and ``error``. An image that cannot be
-    read has NaN for numbers, an empty category, the label 0, and says why in ``error``: it ends no job of millions.
+    read does not stop the job: it gets NaN for numbers, an empty category, the label 0, and the reason in ``error``.
 
     Examples
     --------
@@ -68,31 +68,31 @@ class BatchScorer:
         self.checksum = read_checksum(self.model)
 
     def __call__(self, batch: Any) -> Any:
-        """A mapping of columns, or a DataFrame, with the columns of what was found beside its own."""
+        """Score a batch, a mapping of columns or a DataFrame; returns it with the columns of `COLUMNS` added."""
         found = self._table([os.fspath(path) for path in batch[self.column]])
         del found["path"]
         if hasattr(batch, "assign"):
             return batch.assign(**found)
         if not isinstance(batch, Mapping):
             raise TypeError(
-                f"a batch is a mapping of columns or a DataFrame with a column {self.column!r}; got "
-                f"{type(batch).__name__}. Of a list of paths use scorer.rows."
+                f"a batch must be a mapping of columns or a DataFrame with a column {self.column!r}; got "
+                f"{type(batch).__name__}. For a list of paths use scorer.rows."
             )
         return {**batch, **found}
 
     def rows(self, paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-        """One mapping an image, for `dask.bag.Bag.map_partitions`."""
+        """Score paths; returns one mapping per image, for `dask.bag.Bag.map_partitions`."""
         table = self._table([os.fspath(path) for path in paths])
         return [dict(zip(table, row)) for row in zip(*(column.tolist() for column in table.values()))]
 
     def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
-        """From DataFrames with a column of paths to DataFrames of `schema`, for Spark's `mapInPandas`."""
+        """Score DataFrames with a column of paths; yields DataFrames of `schema`, for Spark's `mapInPandas`."""
         for frame in frames:
             yield type(frame)(self._table([os.fspath(path) for path in frame[self.column]]))
 
     @property
     def schema(self) -> str:
-        """Columns of `frames`, as Spark wants them."""
+        """Schema of `frames`, for Spark."""
         kinds = ("string", "string", "double", "double", "double", "int", "string")
         return ", ".join(f"{name} {kind}" for name, kind in zip(COLUMNS, kinds))
 
@@ -120,7 +120,6 @@ class BatchScorer:
     def _open(self) -> Any:
         if read_checksum(self.model) != self.checksum:
             raise ValueError(
-                f"model {self.model!r} is another one than when this job began: keep models of different content under "
-                "different names."
+                f"model {self.model!r} has changed since this job began: save different models under different names."
             )
         return load(self.model).set_params(device=self.device, n_jobs=1)

@@ -1,4 +1,4 @@
-"""Pictures of what a detector found, in the manner of scikit-learn's displays; matplotlib is needed to plot them."""
+"""Plots of what a detector found, in the style of scikit-learn's displays; they need matplotlib."""
 
 from vqad.display._codebook import CodebookDisplay
 from vqad.display._scores import AnomalyMapDisplay, ScoreDistributionDisplay

@@ -1,4 +1,4 @@
-"""The most used codes of a detector, as pictures of the normal patches they stand for."""
+"""The most used codes of a detector, shown as the normal patches that they stand for."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from vqad.display._common import detector_and_images, pyplot_for
 from vqad.report._figures import set_title
 
 THUMBNAIL_INCHES = 0.58
-# White around a thumbnail, and below it for its share, in parts of its side.
+# White space around a thumbnail, and below it for its share, as fractions of its side.
 GAP, CAPTION = 0.08, 0.36
 
 
 class CodebookDisplay:
-    """The normal patches that the most used codes stand for, with the share of the cells that have each.
+    """The normal patches that the most used codes stand for, with the share of cells that have each code.
 
-    Make it with `from_estimator`. Each picture is the patch of the normal images that is nearest to a code: a cell and
-    what is around it. The number under it is the share of all cells of the normal images that have the code.
+    Create it with `from_estimator`. Each picture shows the patch of the normal images that is nearest to a code: a cell
+    and its surroundings. The number under it is the share of all cells of the normal images that have the code.
 
     Parameters
     ----------
     thumbnails : sequence of G arrays of shape (n_g, s, s, 3), uint8
-        Of each group of codes, the most used first.
+        Pictures of each group of codes, the most used first.
     shares : sequence of G arrays of shape (n_g,)
-        Of the cells, in 0..1.
+        Share of the cells that have each code, in 0..1.
     titles : sequence of G str, default=None
-        What is written over each group.
+        Title of each group.
 
     Attributes
     ----------
@@ -54,9 +54,9 @@ class CodebookDisplay:
 
     def __init__(self, thumbnails: Any, shares: Any, *, titles: Any = None) -> None:
         if not len(thumbnails) or [len(t) for t in thumbnails] != [len(s) for s in shares]:
-            raise ValueError("thumbnails and shares must have the same lengths, one or more groups of each.")
+            raise ValueError("thumbnails and shares must have the same lengths, with at least one group.")
         if titles is not None and len(titles) != len(thumbnails):
-            raise ValueError(f"titles must have one entry a group, {len(thumbnails)}; got {len(titles)}.")
+            raise ValueError(f"titles must have one entry per group, {len(thumbnails)}; got {len(titles)}.")
         self.thumbnails = thumbnails
         self.shares = shares
         self.titles = titles
@@ -72,18 +72,18 @@ class CodebookDisplay:
         n_columns: int = 12,
         ax: Any = None,
     ) -> CodebookDisplay:
-        """Draw the prototypes of a fitted detector.
+        """Plot the prototypes of a fitted detector.
 
         Parameters
         ----------
         estimator : detector of vqad
             Fitted on images; or a `Pipeline` or a search that ends in one.
         codebook : str, default=None
-            One of ``prototypes_.codebooks``, such as "level_0" or "pattern_1"; the first of them when left out.
+            One of ``prototypes_.codebooks``, such as "level_0" or "pattern_1"; None: the first of them.
         category : str or int, default=None
-            The category whose codes to show; when left out all groups of codes are shown, one below the other.
+            Category whose codes to show; None: all groups of codes, one below the other.
         n_codes : int, default=24
-            Codes to show of each group, at most.
+            Largest number of codes to show per group.
         n_columns : int, default=12
             As for `plot`.
         ax : matplotlib Axes or array-like of them, default=None
@@ -96,7 +96,7 @@ class CodebookDisplay:
         Raises
         ------
         TypeError
-            When the estimator is no detector of vqad.
+            When the estimator is not a detector of vqad.
         ValueError
             When there is no such codebook or category, or there are no thumbnails, as after a fit on features.
         """
@@ -105,7 +105,8 @@ class CodebookDisplay:
         prototypes = detector.prototypes_
         if not len(prototypes.thumbnails):
             raise ValueError(
-                "The detector keeps no thumbnails of its prototypes: it was fitted on features, or they were forgotten."
+                "The detector has no thumbnails of its prototypes: it was fitted on features, or forget_thumbnails was "
+                "called."
             )
         codebook = prototypes.codebooks[0] if codebook is None else codebook
         names = _names_of_groups(detector)
@@ -125,14 +126,14 @@ class CodebookDisplay:
         return cls(thumbnails, shares, titles=titles).plot(ax, n_columns=n_columns)
 
     def plot(self, ax: Any = None, *, n_columns: int = 12) -> CodebookDisplay:
-        """Draw.
+        """Plot the pictures.
 
         Parameters
         ----------
-        ax : matplotlib Axes, or array-like of one Axes for each group, default=None
-            None: a new figure, one group under the other.
+        ax : matplotlib Axes, or array-like of one Axes per group, default=None
+            None: a new figure, one group below the other.
         n_columns : int, default=12
-            Pictures in a row.
+            Pictures per row.
 
         Returns
         -------
@@ -150,7 +151,7 @@ class CodebookDisplay:
             )
         axes = np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != n:
-            raise ValueError(f"ax must hold one Axes for each of {n} groups of codes; got {len(axes)}.")
+            raise ValueError(f"ax must have one Axes for each of {n} groups of codes; got {len(axes)}.")
         for k, axis in enumerate(axes):
             for place, (thumbnail, share) in enumerate(zip(self.thumbnails[k], self.shares[k])):
                 row, col = divmod(place, n_columns)
@@ -167,7 +168,7 @@ class CodebookDisplay:
 
 
 def _names_of_groups(detector: BaseImageDetector) -> list[str]:
-    """What each group of codes is for: its category, or all that share it."""
+    """Title of each group of codes: its category, or how many categories share it."""
     group = detector.model_.group_of(np.arange(len(detector.categories_)))
     names = [detector.categories_[group == g].tolist() for g in range(group.max() + 1)]
     return [str(own[0]) if len(own) == 1 else "all categories" if len(own) == len(group) else

@@ -1,4 +1,4 @@
-"""What all displays need: the detector behind an estimator, and matplotlib."""
+"""Helpers of all displays: the detector inside an estimator, and matplotlib."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from vqad.model_selection import unwrapped
 
 
 def detector_and_images(display: type, estimator: Any, X: Any = None) -> tuple[BaseImageDetector, Any]:
-    """The detector at the end of a pipeline or a search, and X as it comes to it."""
+    """The detector in a pipeline or a search, and X as it arrives there."""
     detector, X = unwrapped(estimator, X)
     if not isinstance(detector, BaseImageDetector):
-        instead = " from_predictions takes the scores or maps of any detector."
+        instead = " For other detectors pass their scores or maps to from_predictions."
         raise TypeError(
-            f"{display.__name__}.from_estimator takes a detector of vqad; got {type(detector).__name__}."
+            f"{display.__name__}.from_estimator needs a detector of vqad; got {type(detector).__name__}."
             + (instead if hasattr(display, "from_predictions") else "")
         )
     return detector, X
 
 
 def pyplot_for(display: type) -> Any:
-    """pyplot, imported when something is drawn."""
+    """Import pyplot, which is needed only to plot."""
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Maps over their images, and histograms of scores."""
+"""Anomaly maps over their images, and histograms of scores."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HISTOGRAM_INCHES = 1.35
 
 
 class AnomalyMapDisplay:
-    """Images, and below them the same images with their anomaly maps drawn over them.
+    """Images, and below them the same images overlaid with their anomaly maps.
 
-    Make it with `from_estimator` or `from_predictions`. The colours of `vqad.report.overlay` are on one scale for all
-    images: transparent at 0, orange at the threshold, dark red from twice the threshold on; a line surrounds what is
-    over the threshold.
+    Create it with `from_estimator` or `from_predictions`. The colours of `vqad.report.overlay` have one scale for all
+    images: transparent at 0, orange at the threshold, dark red from twice the threshold. A line surrounds the areas
+    above the threshold.
 
     Parameters
     ----------
@@ -31,15 +31,15 @@ class AnomalyMapDisplay:
     maps : sequence of n arrays of shape (H_i, W_i)
         Higher is more anomalous.
     map_threshold : float
-        Values over it are anomalous.
+        Values above it are anomalous.
     titles : sequence of n str, default=None
-        What is written over each image.
+        Title of each image.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
     axes_ : ndarray of shape (2, n) or (n,) of matplotlib Axes
-        Images above, overlays below; or overlays alone.
+        Images above, overlays below; or only overlays.
 
     See Also
     --------
@@ -62,7 +62,7 @@ class AnomalyMapDisplay:
         if len(images) != len(maps):
             raise ValueError(f"images and maps must have the same length; got {len(images)} and {len(maps)}.")
         if titles is not None and len(titles) != len(images):
-            raise ValueError(f"titles must have one entry an image, {len(images)}; got {len(titles)}.")
+            raise ValueError(f"titles must have one entry per image, {len(images)}; got {len(titles)}.")
         self.images = images
         self.maps = maps
         self.map_threshold = map_threshold
@@ -70,16 +70,16 @@ class AnomalyMapDisplay:
 
     @classmethod
     def from_estimator(cls, estimator: Any, X: Any, y: ArrayLike | None = None, *, ax: Any = None) -> AnomalyMapDisplay:
-        """Map images with a fitted detector, and plot.
+        """Compute anomaly maps with a fitted detector, and plot them.
 
         Parameters
         ----------
         estimator : detector of vqad
             Fitted on images; or a `Pipeline` or a search that ends in one.
         X : images of length n
-            In any form that the estimator takes. A few: all of them are read and shown in one row.
+            A few images in any form that the estimator takes; all are read and shown in one row.
         y : array-like of shape (n,), default=None
-            +1 for normal images, -1 for anomalies, to be named in the titles.
+            +1 for normal images, -1 for anomalies; shown in the titles.
         ax : array-like of matplotlib Axes, default=None
             As for `plot`.
 
@@ -90,9 +90,9 @@ class AnomalyMapDisplay:
         Raises
         ------
         TypeError
-            When the estimator is no detector of vqad.
+            When the estimator is not a detector of vqad.
         ValueError
-            When the detector was fitted on features, or y has another length than X.
+            When the detector was fitted on features, or y and X differ in length.
         """
         pyplot_for(cls)
         detector, X = detector_and_images(cls, estimator, X)
@@ -113,7 +113,7 @@ class AnomalyMapDisplay:
     def from_predictions(
         cls, images: Any, maps: Any, *, map_threshold: float, titles: Any = None, ax: Any = None
     ) -> AnomalyMapDisplay:
-        """Plot maps that are at hand, of any detector.
+        """Plot given maps, of any detector.
 
         Parameters
         ----------
@@ -122,9 +122,9 @@ class AnomalyMapDisplay:
         maps : sequence of n arrays of shape (H_i, W_i)
             Higher is more anomalous; of the images' sizes, as ``anomaly_map`` returns them.
         map_threshold : float
-            Values over it are anomalous.
+            Values above it are anomalous.
         titles : sequence of n str, default=None
-            What is written over each image.
+            Title of each image.
         ax : array-like of matplotlib Axes, default=None
             As for `plot`.
 
@@ -138,12 +138,12 @@ class AnomalyMapDisplay:
         return cls(pixels, maps, map_threshold=map_threshold, titles=titles).plot(ax)
 
     def plot(self, ax: Any = None) -> AnomalyMapDisplay:
-        """Draw.
+        """Plot images and overlays.
 
         Parameters
         ----------
         ax : array-like of matplotlib Axes of shape (2, n) or (n,), or one Axes for one image, default=None
-            With two rows, images are drawn in the first one and overlays in the second one, otherwise overlays alone.
+            With two rows, images are plotted in the first and overlays in the second; with one row, only overlays.
             None: a new figure of two rows.
 
         Returns
@@ -177,22 +177,22 @@ class AnomalyMapDisplay:
 
 
 class ScoreDistributionDisplay:
-    """Histograms of image scores with the threshold that decides.
+    """Histograms of image scores, with the threshold.
 
-    Make it with `from_estimator` or `from_predictions`. Scores are shown as anomaly scores, ``-score_samples``:
-    right of the threshold is anomalous. All histograms have the same bins; scores far beyond the threshold share the
-    last bar, and the axis says so.
+    Create it with `from_estimator` or `from_predictions`. Scores are shown as anomaly scores, ``-score_samples``:
+    images to the right of the threshold are anomalous. All histograms have the same bins; scores far beyond the
+    threshold share the last bar, and the axis label says so.
 
     Parameters
     ----------
     anomaly_score : ndarray of shape (n,)
         Higher is more anomalous.
     threshold : ndarray of shape (n,)
-        Each image's threshold.
+        Threshold of each image.
     y : ndarray of shape (n,), default=None
-        +1 for normal images, -1 for anomalies: they get different colours.
+        +1 for normal images, -1 for anomalies, shown in different colours.
     category : ndarray of shape (n,), default=None
-        Kind of object of each image; each kind gets a histogram of its own. None: one for all.
+        Category of each image; there is one histogram per category. None: one for all.
 
     Attributes
     ----------
@@ -232,7 +232,7 @@ class ScoreDistributionDisplay:
         y : array-like of shape (n,), default=None
             +1 for normal images, -1 for anomalies.
         per_category : bool, default=False
-            Whether to draw a histogram for each category that images are judged as.
+            Whether to plot a histogram for each category that images are judged as.
         ax : matplotlib Axes or array-like of them, default=None
             As for `plot`.
 
@@ -243,9 +243,9 @@ class ScoreDistributionDisplay:
         Raises
         ------
         TypeError
-            When the estimator is no detector of vqad.
+            When the estimator is not a detector of vqad.
         ValueError
-            When y has another length than X, or values other than +1 and -1.
+            When y and X differ in length, or y has values other than +1 and -1.
         """
         pyplot_for(cls)
         detector, X = detector_and_images(cls, estimator, X)
@@ -263,18 +263,18 @@ class ScoreDistributionDisplay:
         category: ArrayLike | None = None,
         ax: Any = None,
     ) -> ScoreDistributionDisplay:
-        """Plot scores that are at hand, of any detector.
+        """Plot given scores, of any detector.
 
         Parameters
         ----------
         anomaly_score : array-like of shape (n,)
             Higher is more anomalous: ``-score_samples``.
         threshold : float or array-like of shape (n,)
-            Scores over it are anomalous: ``-offset_``.
+            Scores above it are anomalous: ``-offset_``.
         y : array-like of shape (n,), default=None
             +1 for normal images, -1 for anomalies.
         category : array-like of shape (n,), default=None
-            Kind of object of each image; each kind gets a histogram of its own.
+            Category of each image; there is one histogram per category.
         ax : matplotlib Axes or array-like of them, default=None
             As for `plot`.
 
@@ -298,12 +298,12 @@ class ScoreDistributionDisplay:
         return cls(score, threshold, y=y, category=category).plot(ax)
 
     def plot(self, ax: Any = None) -> ScoreDistributionDisplay:
-        """Draw.
+        """Plot the histograms.
 
         Parameters
         ----------
-        ax : matplotlib Axes, or array-like of one Axes for each category, default=None
-            None: a new figure, one histogram under the other.
+        ax : matplotlib Axes, or array-like of one Axes per category, default=None
+            None: a new figure, one histogram below the other.
 
         Returns
         -------
@@ -319,7 +319,7 @@ class ScoreDistributionDisplay:
             _, ax = pyplot.subplots(n, 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
         axes = np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != n:
-            raise ValueError(f"ax must hold one Axes for each of {n} categories; got {len(axes)}.")
+            raise ValueError(f"ax must have one Axes for each of {n} categories; got {len(axes)}.")
         tidy(axes)
         draw_histograms(axes, self.anomaly_score, self.threshold, group, self.y)
         figure = axes[0].figure
