@@ -1137,7 +1137,7 @@ def test_missing_weights_are_explained(detector, images):
 @pytest.mark.parametrize(
     ("device", "match"),
     [
-        ("gpu", "is no torch device; use 'auto', 'cpu' or 'cuda'"),
+        ("gpu", "is not a torch device; use 'auto', 'cpu' or 'cuda'"),
         pytest.param(
             "cuda", "torch sees no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
         ),

@@ -192,7 +192,7 @@ def test_out_of_memory_halves_what_passes_the_backbone_together(monkeypatch):
     expected = features.transform(PARTS.images[:7])
     monkeypatch.setattr(vqad.features, "chunk_size", lambda device: 4)
     monkeypatch.setattr(BackboneFeatures, "_maps", small_device)
-    with pytest.warns(UserWarning, match="Out of device memory: going on with 2 images at a time"):
+    with pytest.warns(UserWarning, match="Out of device memory: continuing with 2 images at a time"):
         made = features.transform(PARTS.images[:7])
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_out_of_memory_halves_what_is_judged_together(monkeypatch):
         return deviations(self, features, category)
 
     monkeypatch.setattr(type(made.model_), "deviations", small_device)
-    with pytest.warns(UserWarning, match="going on with . images at a time"):
+    with pytest.warns(UserWarning, match="continuing with . images at a time"):
         np.testing.assert_allclose(made.score_samples(maps), expected, rtol=1e-3, atol=1e-4)
 
 

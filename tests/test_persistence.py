@@ -401,7 +401,7 @@ def test_a_memory_map_comes_back_as_an_array(tmp_path):
 def test_an_attribute_of_another_kind_is_refused_by_name(on_maps, path, value):
     made = pickle.loads(pickle.dumps(on_maps))
     made.conformal_.extra_ = [0, {"deep": value}] if not isinstance(value, torch.nn.Module) else value
-    with pytest.raises(TypeError, match=r"detector\._fitted\.thresholds\.conformal\.extra_.* has no place for"):
+    with pytest.raises(TypeError, match=r"detector\._fitted\.thresholds\.conformal\.extra_.* does not support"):
         vqad.save(made, path)
     assert list(path.parent.iterdir()) == []
 

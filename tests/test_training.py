@@ -471,7 +471,7 @@ def test_a_device_that_is_not_there_or_keeps_no_numbers_is_told(device):
     if has is not None and has.is_available():
         assert pick_device(device).type == device
         return
-    words = f"device='{device}' was asked for, but torch sees no {device.upper()} device here"
+    words = f"device='{device}' is not available: torch finds no working {device.upper()} device"
     with pytest.raises(ValueError, match=words):
         pick_device(device)
 

@@ -1,4 +1,4 @@
-"""What a detector is made of, as JSON and tensors and back. Nothing that is read is ever called or imported."""
+"""Encoding a detector as JSON and tensors, and decoding it. Nothing that is read is ever called or imported."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vqad.registry import detector_classes
 from vqad.scoring import Scorer
 from vqad.training_run import TrainingLog
 
-# What a detector has learned is written by the fields of `Fitted`. Every class that a file may name, beside the
-# detectors: dataclasses are made of their fields, others without arguments and then given their attributes. A name is
-# never imported. What a former version wrote must stay here for ever.
+# Classes that a file may name, in addition to the detectors. Dataclasses are created from their fields, other classes
+# without arguments, and then their attributes are set. Names are never imported. Never remove a class: files of earlier
+# versions may name it.
 PARTS = (Fitted, HeldOut, Seen, Thresholds, History, TrainingLog, BackboneFeatures, ConformalCalibration, Prototypes)
-# Of every field of a dataclass the types that it may have: read here, since reading them evaluates their text.
+# Types that each field of a dataclass may have. Annotations are evaluated here, not while a file is read.
 ALLOWED = {
     cls: {
         name: tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
@@ -41,19 +41,18 @@ ALLOWED = {
     if is_dataclass(cls)
 }
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-# Weights that cannot be found again without drawing or downloading them: they are always written.
+# Weights that could only be drawn or downloaded again: they are always written.
 UNFINDABLE = ("random", "hub")
-# Where features are cached is about a machine, not about a detector; and the cache is pickles, which a file that comes
-# from elsewhere must not choose.
+# The parameter memory belongs to a machine, not to a detector; and a file must not choose a folder of pickles to read.
 LEFT_OUT = "memory"
 
 
 class Refused(ValueError):
-    """What a file says cannot be done."""
+    """The content of a file is not accepted."""
 
 
 class WrongArgument(Exception):
-    """What the caller gave does not go with the file."""
+    """An argument of the caller does not match the file."""
 
     def __init__(self, kind: type[Exception], message: str):
         super().__init__(message)
@@ -61,9 +60,9 @@ class WrongArgument(Exception):
 
 
 class _Kind(NamedTuple):
-    """How one kind of value is written, as ``{name: content}`` with the content in JSON, and read.
+    """How to write one kind of value, as ``{name: content}`` with JSON content, and how to read it.
 
-    What JSON has itself (null, booleans, whole and finite numbers, text, lists) is written as it is.
+    Values that JSON has itself (null, booleans, integers, finite floats, strings, lists) are written as they are.
     """
 
     matches: Callable[[Any], bool]
@@ -72,7 +71,7 @@ class _Kind(NamedTuple):
 
 
 class Writer:
-    """Makes JSON of a detector, and collects its tensors."""
+    """Encodes a detector as JSON, and collects its tensors."""
 
     def __init__(self, include_backbone: bool):
         self.include_backbone = include_backbone
@@ -90,15 +89,15 @@ class Writer:
             if kind.matches(value):
                 return {name: kind.encode(self, value, where)}
         raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which the format has no place for. "
-            "joblib.dump takes any object, but opening its file runs code that the file holds."
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which the format does not support. "
+            "joblib.dump can save any object, but opening its file runs code that it contains."
         )
 
     def items(self, values: Any, where: str) -> list[Any]:
         return [self.encode(value, f"{where}.{k}") for k, value in enumerate(values)]
 
     def tensor(self, value: Tensor, where: str) -> dict[str, Any]:
-        """Keep a tensor, and the order that its axes have in memory: last bits of a matrix product depend on it."""
+        """Store a tensor with the memory order of its axes, on which the last bits of a matrix product depend."""
         axes = _axes(value.stride(), value.is_contiguous())
         name = where.removeprefix("detector.")
         if name in self.tensors:
@@ -112,7 +111,7 @@ class Writer:
         return {**self.tensor(torch.from_numpy(native), where), **({} if axes == sorted(axes) else {"axes": axes})}
 
     def object(self, value: Any, where: str) -> dict[str, Any]:
-        """An object of one of our classes; one that was met before is referred to."""
+        """Encode an object of a class of vqad; one that was encoded before is referred to by number."""
         if id(value) in self.numbers:
             return {"again": self.numbers[id(value)]}
         self.numbers[id(value)] = len(self.numbers)
@@ -123,7 +122,7 @@ class Writer:
         return {"class": type(value).__name__, "state": state}
 
     def attribute(self, owner: Any, name: str, value: Any, where: str) -> Any:
-        """Like `encode`, for what is written in its own way because of whose attribute it is."""
+        """Like `encode`, with special cases that depend on the owner of the attribute."""
         if isinstance(value, nn.Module):
             return {"module": self.module(owner, name, value, where)}
         is_backbone = (isinstance(owner, BaseImageDetector) and name == "backbone") or (
@@ -139,8 +138,8 @@ class Writer:
         self.foreign = type(value).__name__
         if self.include_backbone:
             raise TypeError(
-                f"include_backbone=True: the backbone is a {self.foreign} of your own, and no file can bring that back "
-                "without running code. Leave include_backbone out and give it to vqad.load(path, backbone=...), or use "
+                f"include_backbone=True: the backbone is your own {self.foreign}, which cannot be restored from a file "
+                "without running code. Leave include_backbone out and pass it to vqad.load(path, backbone=...), or use "
                 "joblib.dump."
             )
         return self.foreign
@@ -154,14 +153,14 @@ class Writer:
                 "state": self.state_dict(module, where) if included else None,
                 "normalization": self.encode(module.normalization, where),
             }
-        raise TypeError(f"{where} is a torch module that the format has no place for.")
+        raise TypeError(f"{where} is a torch module that the format does not support.")
 
     def state_dict(self, module: nn.Module, where: str) -> dict[str, Any]:
         return {name: self.tensor(value, f"{where}.{name}") for name, value in module.state_dict().items()}
 
 
 class Reader:
-    """Makes a detector of JSON and tensors. Whatever is wrong with them ends in an exception, never in a call."""
+    """Decodes a detector from JSON and tensors. Invalid content raises an exception and never leads to a call."""
 
     def __init__(self, tensors: dict[str, Tensor], backbone: Any, weights: str | None):
         self.tensors = tensors
@@ -178,7 +177,7 @@ class Reader:
             return data
         ((name, content),) = data.items()
         if name not in KINDS:
-            raise Refused(f"it has values of the kind {name!r}, which is not known")
+            raise Refused(f"it has values of the unknown kind {name!r}")
         return KINDS[name].decode(self, content)
 
     def items(self, data: list[Any]) -> list[Any]:
@@ -196,9 +195,7 @@ class Reader:
             return self.objects[data["again"]]
         cls = classes().get(data["class"])
         if cls is None:
-            raise Refused(
-                f"it has an object of the class {data['class']!r}, and only classes of vqad may be in a model"
-            )
+            raise Refused(f"it has an object of the class {data['class']!r}, but a model may hold only classes of vqad")
         if is_dataclass(cls):
             return self.parts(cls, data["state"])
         made = cls()
@@ -216,7 +213,7 @@ class Reader:
         return made
 
     def parts(self, cls: type, state: dict[str, Any]) -> Any:
-        """A dataclass, made of its fields."""
+        """Create a dataclass from its fields."""
         place = len(self.objects)
         self.objects.append(None)
         fields = {}
@@ -239,8 +236,8 @@ class Reader:
         if self.backbone is None:
             raise WrongArgument(
                 ValueError,
-                f"was fitted with a backbone of your own, a {name}, which the file does not hold: give it, fitted as "
-                "it was, to vqad.load(path, backbone=...).",
+                f"was fitted with your own backbone, a {name}, which the file does not hold: pass it, fitted as it "
+                "was, to vqad.load(path, backbone=...).",
             )
         if type(self.backbone).__name__ != name:
             raise WrongArgument(
@@ -249,19 +246,19 @@ class Reader:
         try:
             check_is_fitted(self.backbone)
         except NotFittedError as error:
-            raise WrongArgument(ValueError, f"needs its backbone fitted as it was: the {name} given is not.") from error
+            raise WrongArgument(ValueError, f"needs its backbone fitted, but the given {name} is not.") from error
         return self.backbone
 
     def module(self, owner: Any, name: str, data: dict[str, Any]) -> nn.Module:
         state = None if data["state"] is None else {key: self.tensor(value) for key, value in data["state"].items()}
         if owner is Fitted and state is not None and self.detector is not None:
-            with torch.device("meta"):  # room for numbers is in the file alone
+            with torch.device("meta"):  # allocate nothing: the tensors of the file are assigned
                 scorer = Scorer.make(self.detector.model_class, self.decode(data["config"])).eval()
             scorer.load_state_dict(state, assign=True)
             return scorer
         if isinstance(owner, BackboneFeatures) and name == "network_":
             return self.network(owner, state, self.decode(data["normalization"]))
-        raise Refused(f"it has a module {name!r}, which is not known")
+        raise Refused(f"it has an unknown module {name!r}")
 
     def network(self, features: BackboneFeatures, state: dict[str, Tensor] | None, normalization: Any) -> nn.Module:
         if state is not None:
@@ -275,8 +272,8 @@ class Reader:
         digest = state_digest(network)
         if digest != features.digest_:
             raise Refused(
-                f"the weights found here for backbone={features.backbone!r} are others than those it was fitted with "
-                f"(SHA-256 {digest[:12]}..., not {str(features.digest_)[:12]}...). Give the right file as "
+                f"the weights found here for backbone={features.backbone!r} differ from those it was fitted with "
+                f"(SHA-256 {digest[:12]}..., not {str(features.digest_)[:12]}...). Pass the right file as "
                 "vqad.load(path, weights=...), or save with include_backbone=True on a machine that has them"
             )
         network.normalization = normalization
@@ -284,11 +281,11 @@ class Reader:
 
 
 def _check_attribute(owner: Any, name: str) -> None:
-    """Raise where an attribute of a file would cover a method, or is a parameter that is not known here."""
+    """Raise if an attribute in a file would hide a method or property, or is an unknown parameter."""
     covered = getattr(type(owner), name, None)
     is_covered = callable(covered) or isinstance(covered, property)
     if not name.isidentifier() or name.startswith("__") or name == LEFT_OUT or is_covered:
-        raise Refused(f"no file may set the attribute {name!r} of {type(owner).__name__}")
+        raise Refused(f"a file may not set the attribute {name!r} of {type(owner).__name__}")
     is_parameter = isinstance(owner, BaseEstimator) and not name.startswith("_") and not name.endswith("_")
     if is_parameter and name not in owner.get_params(deep=False):
         raise Refused(
@@ -297,14 +294,14 @@ def _check_attribute(owner: Any, name: str) -> None:
 
 
 def _check_kinds(cls: type, fields: dict[str, Any]) -> None:
-    """Raise where a field of a dataclass is of another type than it says."""
+    """Raise if a field of a dataclass has a type other than its annotation allows."""
     for name, allowed in ALLOWED[cls].items():
         if name in fields and Any not in allowed and not isinstance(fields[name], allowed):
             raise Refused(f"its {cls.__name__} has {type(fields[name]).__name__} as {name}")
 
 
 def _requests(owner: Any, given: dict[str, dict[str, Any]]) -> MetadataRequest:
-    """What set_fit_request and its like have asked for."""
+    """Metadata requests, as made by set_fit_request and similar methods."""
     request = owner._get_metadata_request()
     for method, parameters in given.items():
         if method not in SIMPLE_METHODS:
@@ -315,13 +312,13 @@ def _requests(owner: Any, given: dict[str, dict[str, Any]]) -> MetadataRequest:
 
 
 def _axes(strides: tuple[int, ...], is_contiguous: bool) -> list[int]:
-    """Axes in the order that they have in memory, outermost first."""
+    """Axes in memory order, outermost first."""
     axes = range(len(strides))
     return [*axes] if is_contiguous else sorted(axes, key=lambda k: -abs(strides[k]))
 
 
 def classes() -> dict[str, type]:
-    """Every class that a file may name."""
+    """All classes that a file may name."""
     return {cls.__name__: cls for cls in (*detector_classes(), *PARTS)}
 
 
@@ -379,7 +376,7 @@ def _is_random_state(value: Any) -> bool:
 
 
 KINDS: dict[str, _Kind] = {
-    # JSON has no nan and no infinity.
+    # JSON has neither nan nor infinity.
     "float": _Kind(lambda v: type(v) is float, lambda w, v, at: repr(v), lambda r, d: float(d)),
     "tuple": _Kind(
         lambda v: type(v) in (tuple, torch.Size), lambda w, v, at: w.items(v, at), lambda r, d: tuple(r.items(d))

@@ -1,4 +1,4 @@
-"""Where and how to compute: device, precision, threads, chunks, and what stays on a device between calls."""
+"""Where and how to compute: device, precision, threads, chunks, and models that stay on a device between calls."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from vqad.nn.fast.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Images that pass through a network together. On a CPU one at a time is as fast as many.
+# Cells of the images that pass through a network together. On a CPU one image at a time is as fast as many.
 _CHUNK_CELLS = {"cpu": 64, "cuda": 8192}
-# Chunks that one thread takes at a time; and at least, where a chunk has several images: each part has its rests.
+# Chunks that one thread takes at a time, and the least if a chunk has several images: each part may end with a partly
+# filled chunk.
 _PART, _LEAST_CHUNKS = 32, 8
 
 
 class Engine(NamedTuple):
-    """A device and the type to compute in there.
+    """A device and the type to compute in.
 
     Attributes
     ----------
     device : torch.device
     dtype : torch.dtype
-        Of the training and of the model; other than float32 it is used under autocast.
+        Type of training and of the model; types other than float32 are used through autocast.
     """
 
     device: torch.device
@@ -44,27 +45,27 @@ class Engine(NamedTuple):
 
     @classmethod
     def pick(cls, device: str | torch.device = "auto", precision: str = "auto") -> Engine:
-        """What the parameters of these names ask for."""
+        """The engine for the parameters ``device`` and ``precision``."""
         picked = pick_device(device)
         return cls(picked, native_precision(picked, precision))
 
     def autocast(self) -> torch.autocast:
-        """Compute in the engine's type inside."""
+        """Context in which torch computes in the engine's type."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def resident(self, module: Module) -> Module:
-        """A module on the device: the same one on a CPU, else a copy that stays there as long as the module lives.
+        """The module on the device: itself on a CPU, else a copy that stays there as long as the module lives.
 
-        The module must not change any more.
+        The module must not change afterwards.
         """
         return module if self.device.type == "cpu" else cast(Module, _kept(module, str(self.device), self._moved))
 
     def ready(self, module: nn.Module) -> nn.Module:
-        """What gives the same as a model for less, see `AnomalyModel.ready`; made once while the model lives."""
+        """The faster equivalent of a model, see `AnomalyModel.ready`; made once while the model lives."""
         return _kept(module, f"ready on {self.device}", lambda m: cast(Any, self.resident(m)).ready())
 
     def free_memory(self) -> int:
-        """Bytes that are free on the device; 0 where nobody tells."""
+        """Free bytes on the device; 0 if unknown."""
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
 
     def _moved(self, module: nn.Module) -> nn.Module:
@@ -73,7 +74,7 @@ class Engine(NamedTuple):
 
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A module on a device for as long as it learns there; then it goes back to where it was."""
+    """Move a module to a device, and back at the end."""
     home = next((p.device for p in module.parameters()), device)
     module.to(device)
     try:
@@ -83,16 +84,16 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def on_device(features: Any, device: torch.device) -> Any:
-    """A tensor or a list of tensors on a device."""
+    """Move a tensor or a list of tensors to a device."""
     if isinstance(features, Tensor):
         return features.to(device, non_blocking=True)
     return [f.to(device, non_blocking=True) for f in features]
 
 
 def ahead(load: Callable[[Any], Any], parts: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """``load(part)`` of each part; for another device than a CPU read one part ahead, into memory that it copies from.
+    """``load(part)`` of each part; unless the device is a CPU, one part is loaded ahead into pinned memory.
 
-    While the device computes, the host has nothing else to do.
+    So the host reads while the device computes.
     """
     if device.type == "cpu":
         yield from map(load, parts)
@@ -108,7 +109,7 @@ def ahead(load: Callable[[Any], Any], parts: Iterable[Any], device: torch.device
 
 
 def _started(work: Callable[[Any], Any], part: Any) -> Future[Any]:
-    """What becomes of ``work(part)``, begun in a thread."""
+    """The future result of ``work(part)``, started in a thread."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -122,7 +123,7 @@ def _started(work: Callable[[Any], Any], part: Any) -> Future[Any]:
 
 
 def pinned(features: Any, device: torch.device) -> Any:
-    """A tensor or a list of tensors in memory that a device reads while the host goes on."""
+    """Copy a tensor or a list of tensors to pinned memory, which a CUDA device reads asynchronously."""
     if isinstance(features, Tensor):
         return features.pin_memory() if device.type == "cuda" and features.device.type == "cpu" else features
     return [pinned(f, device) for f in features]
@@ -133,7 +134,7 @@ _KEPT: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 def _kept(module: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """What ``make`` makes of a module, once in its life."""
+    """``make(module)``, computed once while the module lives."""
     with _KEEPING:
         found = _KEPT.get(module, {}).get(name)
     if found is None:
@@ -144,33 +145,33 @@ def _kept(module: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) 
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to work on; "auto" takes CUDA where there is one.
+    """The device for the parameter ``device``; "auto" is CUDA if there is a GPU, else the CPU.
 
     Raises
     ------
     ValueError
-        When the asked device is unknown or not there.
+        When the device is unknown or not available.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'.") from error
+        raise ValueError(f"device={device!r} is not a torch device; use 'auto', 'cpu' or 'cuda'.") from error
     try:
         torch.zeros(1, device=picked).tolist()
     except torch.cuda.OutOfMemoryError:
         raise  # it is there, but full
     except (RuntimeError, AssertionError, ImportError) as error:
-        here = f"torch sees no {str(picked).upper()} device here that computes"
-        raise ValueError(f"device={device!r} was asked for, but {here}; use device='auto'. ({error})") from error
+        here = f"torch finds no working {str(picked).upper()} device"
+        raise ValueError(f"device={device!r} is not available: {here}; use device='auto'. ({error})") from error
     return picked
 
 
 def native_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it natively, or where asked for; float32 elsewhere.
+    """The type for the parameter ``precision``; "auto" is bfloat16 if the hardware supports it natively, else float32.
 
-    Emulated bfloat16 is a hundred times slower than float32 on a CPU without AMX or AVX512-BF16.
+    On a CPU without AMX or AVX512-BF16, emulated bfloat16 is a hundred times slower than float32.
     """
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -190,14 +191,14 @@ def _cpu_has_bfloat16() -> bool:
         return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-# ---- what belongs to the whole process -----------------------------------------------------------
+# ---- state of the whole process ------------------------------------------------------------------
 
 
 @contextmanager
 def undisturbed(device: torch.device | None = None) -> Iterator[None]:
-    """Run with gradients on and float32 as torch's default, and leave its modes and random state as they were found.
+    """Enable gradients and float32 as torch's default, and restore torch's modes and random state at the end.
 
-    One thread at a time may be in here, and none draws meanwhile from a state of its own.
+    Only one thread at a time may be inside, and no other may draw from its own state meanwhile.
     """
     devices = [device] if device is not None and device.type == "cuda" else []
     with generator_place(), torch.random.fork_rng(devices=devices), _modes():
@@ -209,7 +210,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Run `undisturbed`, with the random state of the CPU and of ``device`` alone set from ``seed``."""
     with undisturbed(device):
         torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":  # it was initialised to save its state
+        if device.type == "cuda":  # already initialised, because its state was saved
             index = torch.cuda.current_device() if device.index is None else device.index
             torch.cuda.default_generators[index].manual_seed(seed)
         elif device.type != "cpu":
@@ -219,9 +220,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def learning(seed: int, device: torch.device) -> Iterator[None]:
-    """As `seeded`; but on a CPU any number of threads may be in here, each of which draws within `drawing`.
+    """Like `seeded`, but on a CPU any number of threads may be inside, each of which draws within `drawing`.
 
-    The generator of another device is one for all threads.
+    Other devices have one generator for all threads.
     """
     if device.type != "cpu":
         with seeded(seed, device):
@@ -236,7 +237,7 @@ _learners, _dtype = 0, torch.float32
 
 @contextmanager
 def _modes() -> Iterator[None]:
-    """Gradients on, float32 as torch's default, and as many threads as torch had before any `one_core_each`."""
+    """Enable gradients, float32 as torch's default, and as many threads as torch had before any `one_core_each`."""
     global _learners, _dtype
     with torch.inference_mode(False), torch.enable_grad():
         with _COUNTING:
@@ -261,10 +262,10 @@ _pools, _intended = 0, 1
 
 @contextmanager
 def one_core_each() -> Iterator[int]:
-    """For a pool of threads that compute with one core each, and set torch's count to 1: how many there may be.
+    """For a pool of threads that set torch's thread count to 1 each: yields how many threads it may have.
 
-    Torch gives that count to all threads that are born then, whoever starts them. So it is known here, of before the
-    first of all pools that there are.
+    While such a pool runs, new threads inherit the count of 1 from torch, so the count from before the first pool is
+    remembered here.
     """
     global _pools, _intended
     with _COUNTING:
@@ -283,14 +284,14 @@ _HERE = threading.local()
 
 
 def join_pool(threads: int) -> None:
-    """What each of ``threads`` threads of a pool begins with that compute with one core each."""
+    """Initialise one of the ``threads`` threads of a pool, each of which computes with one core."""
     _HERE.threads = threads
     compute_with(1)
 
 
 @contextmanager
 def at_most_threads(threads: int | None) -> Iterator[None]:
-    """Let what this thread starts side by side take no more threads than that, whatever torch is set to; None: any."""
+    """Limit the threads that `side_by_side` starts from this thread; None: no limit beyond torch's count."""
     before = getattr(_HERE, "limit", None)
     _HERE.limit = threads
     try:
@@ -300,21 +301,21 @@ def at_most_threads(threads: int | None) -> Iterator[None]:
 
 
 def threads_beside() -> int:
-    """How many threads of a pool do what this one does, itself included."""
+    """Number of threads in this thread's pool; 1 outside a pool."""
     return getattr(_HERE, "threads", 1)
 
 
 def compute_with(threads: int) -> None:
-    """Let torch compute with so many threads in this one.
+    """Set torch's thread count for this thread.
 
-    A thread takes over the process's count when it first asks for it, even if it was told another before.
+    A thread adopts the process's count when it first reads it, overwriting a count set before; so it is read first.
     """
     torch.get_num_threads()
     torch.set_num_threads(threads)
 
 
 def _unlock() -> None:
-    """In a process that was forked off, nobody lets go of what other threads held, and their pools are not there."""
+    """Reset locks and pools in a forked process, where the other threads no longer exist."""
     global _COUNTING, _KEEPING, _pools, _learners
     _pools = _learners = 0
     _COUNTING, _KEEPING = threading.Lock(), threading.Lock()
@@ -328,14 +329,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def chunk_size(device: torch.device, cells: int = 196) -> int:
-    """Number of images of so many cells that pass through a network together on ``device``."""
+    """Number of images of ``cells`` cells each that pass through a network together on ``device``."""
     return max(1, _CHUNK_CELLS.get(device.type, 64) // cells)
 
 
 def in_chunks(work: Callable[[Tensor, int], Any], rows: Tensor, size: int) -> Iterator[tuple[Tensor, Any]]:
-    """``work(part, size)`` for parts of ``size`` rows, the last one smaller; with each part.
+    """Yield each part of ``size`` rows (the last may be smaller) with ``work(part, size)``.
 
-    Where the device's memory does not hold that, the size is halved with a warning. Last bits may then be others.
+    If the device runs out of memory, the size is halved with a warning; the last bits of results may then differ.
     """
     start = 0
     while start < len(rows):
@@ -349,7 +350,7 @@ def in_chunks(work: Callable[[Tensor, int], Any], rows: Tensor, size: int) -> It
         if done is None:
             size = max(1, size // 2)
             warn(
-                f"Out of device memory: going on with {size} images at a time. Scores may differ in their last digits."
+                f"Out of device memory: continuing with {size} images at a time. Scores may differ in the last digits."
             )
         else:
             yield part, done
@@ -359,13 +360,13 @@ def in_chunks(work: Callable[[Tensor, int], Any], rows: Tensor, size: int) -> It
 def side_by_side(
     work: Callable[[np.ndarray], Any], rows: np.ndarray, device: torch.device, wanted: bool = True, chunk: int = 1
 ) -> Iterator[Any]:
-    """What the lists ``work(part)`` hold, for consecutive parts of ``rows``; on a CPU in as many threads as torch has.
+    """Concatenate the lists ``work(part)`` of consecutive parts of ``rows``, computed in torch's number of threads.
 
-    Where that is not ``wanted``, or on another device, what ``work(rows)`` holds. A part has several of the chunks of
-    ``chunk`` images that ``work`` makes of it.
+    Unless ``wanted``, and on devices other than a CPU, this is just ``work(rows)``. A part has several of the chunks of
+    ``chunk`` images into which ``work`` divides it.
 
-    Images of the size that a network wants keep one core busy and two cores waiting for each other: every thread works
-    on its own images with one core. How many threads there are then does not change a bit of what comes out.
+    A single image does not use several cores well, so each thread works on its own images with one core. The number of
+    threads does not change a bit of the results.
     """
     if device.type != "cpu" or not wanted:
         yield from work(rows)
@@ -380,9 +381,9 @@ def side_by_side(
 
 
 def _in_threads(work: Callable[[np.ndarray], Any], parts: list[np.ndarray], threads: int) -> Iterator[Any]:
-    """``map(work, parts)`` in so many threads, all of which have ended when this has, however that was.
+    """``map(work, parts)`` in several threads, which have all ended when this ends, whatever the reason.
 
-    Not in a pool of ``concurrent.futures``, which takes no work once the main thread has ended.
+    A pool of ``concurrent.futures`` would accept no work after the main thread has ended.
     """
     done: list[Future[Any]] = [Future() for _ in parts]
     waiting = deque(zip(done, parts))
@@ -408,21 +409,21 @@ def _in_threads(work: Callable[[np.ndarray], Any], parts: list[np.ndarray], thre
     finally:
         waiting.clear()
         for worker in workers:
-            if worker.ident is not None:  # it was started
+            if worker.ident is not None:  # started
                 worker.join()
 
 
 def filled(n: int, size: int, device: torch.device) -> int:
-    """To how many images a chunk of ``n`` is filled up, of ``size`` at most.
+    """Size to which a chunk of ``n`` images is padded, at most ``size``.
 
-    A convolution's last bits depend on the size of the batch. On a CPU it is fixed, so that an image's features are the
-    same alone and in company. On other devices, which only say that they are the same but for last bits, it is the next
-    power of two: few sizes, and a single image does not wait for many.
+    A convolution's last bits depend on the batch size. On a CPU it is fixed, so that an image's features do not depend
+    on the other images. On other devices, where results may differ in the last bits, it is the next power of two: there
+    are few different sizes, and a single image stays cheap.
     """
     return size if device.type == "cpu" else min(size, 1 << (n - 1).bit_length())
 
 
 def pad_chunk(x: Tensor, size: int, device: torch.device) -> Tensor:
-    """Fill a smaller chunk up by repeating its first image, see :func:`filled`."""
+    """Pad a smaller chunk by repeating its first image, see :func:`filled`."""
     size = filled(len(x), size, device)
     return x if len(x) == size else torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])])

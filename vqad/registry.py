@@ -1,4 +1,4 @@
-"""The detectors that there are, by name: the one place where the command, the demonstration and files find them."""
+"""The detectors by name, for the command, the demonstration and model files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,26 @@ _DETECTORS: dict[str, str | type[BaseImageDetector]] = {
 
 
 def names() -> list[str]:
-    """Names of the detectors; nothing is imported."""
+    """Names of the detectors; imports none of them."""
     return list(_DETECTORS)
 
 
 def detector_class(name: str) -> type[BaseImageDetector]:
-    """The detector of a name."""
+    """The class of a detector, imported when needed.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    type
+
+    Raises
+    ------
+    KeyError
+        When there is no detector of that name.
+    """
     found = _DETECTORS[name]
     if isinstance(found, str):
         module, _, attribute = found.rpartition(".")
@@ -29,18 +43,18 @@ def detector_class(name: str) -> type[BaseImageDetector]:
 
 
 def detector_classes() -> list[type[BaseImageDetector]]:
-    """All detectors."""
+    """The classes of all detectors."""
     return [detector_class(name) for name in names()]
 
 
 def register(name: str, detector: type[BaseImageDetector]) -> None:
-    """Let the command, model files and ONNX export know a detector.
+    """Register a detector for the command, model files and ONNX export.
 
     Parameters
     ----------
     name : str
-        As the command is to call it.
+        Name of the detector on the command line; replaces a detector of the same name.
     detector : type
-        A `BaseImageDetector`. Programs that open its files must register it too.
+        A subclass of `BaseImageDetector`. Programs that open its model files must register it too.
     """
     _DETECTORS[name] = detector
