@@ -586,7 +586,7 @@ def test_without_labels_images_join_the_category_that_they_look_like():
 @pytest.mark.parametrize(("names", "label"), [(NAMES, "new 1"), (KIND + 3, 5)])
 def test_without_labels_many_images_far_from_all_make_a_category(names, label):
     made = small().fit(MAPS[KIND < 2], category=names[KIND < 2])
-    with pytest.warns(UserWarning, match=f"20 images are too far from every known category .* new ones: {label!r}"):
+    with pytest.warns(UserWarning, match=f"20 images are too far from all known categories .* new ones: {label!r}"):
         made.partial_fit(MAPS[KIND == 2])
     assert set(made.predict_category(make_maps(30, 3, seed=7)[2::3])) == {label}
     with pytest.warns(UserWarning, match="new ones: " + ("'new 2'" if label == "new 1" else "6")):

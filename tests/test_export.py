@@ -163,7 +163,7 @@ def test_a_graph_that_gives_something_else_is_not_written(detector, at_hand, tmp
         thresholds = replace(detector.fitted_.thresholds, offset=1e9)
         other._fitted = replace(detector.fitted_, thresholds=thresholds)
     with pytest.raises(
-        RuntimeError, match=rf"does not give what the detector gives for image 0.*: .*{what}.*Nothing was"
+        RuntimeError, match=rf"The graph and the detector disagree for image 0.*: .*{what}.*Nothing was"
     ):
         export_onnx(other, path, X=PARTS.images[:1])
     assert path.read_text() == "the former one"
@@ -187,7 +187,7 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
     with pytest.raises(NotFittedError):
         export_onnx(HVQTransDetector(), path)
     rows = np.random.default_rng(0).random((40, 5), np.float32)
-    with pytest.raises(ValueError, match=r"needs one of timm's: this detector has backbone=None"):
+    with pytest.raises(ValueError, match=r"with a timm model as backbone; this detector has backbone=None"):
         export_onnx(HVQTransDetector(**{**HVQ, "backbone": None}).fit(rows), path)
     with pytest.raises(ValueError, match=r"transport='exact' solves for a plan"):
         export_onnx(fitted(transport="exact"), path)
@@ -255,7 +255,7 @@ def test_the_command_writes_a_graph(detector, at_hand, tmp_path, capsys):
 
 def test_the_command_tells_of_a_failed_comparison_in_one_line(detector, tmp_path, capsys, monkeypatch):
     def failing(*args):
-        raise RuntimeError("The graph does not give what the detector gives.")
+        raise RuntimeError("The graph and the detector disagree.")
 
     monkeypatch.setattr(export, "_to_onnx", failing)
     vqad.save(detector, tmp_path / "model.safetensors")
@@ -274,5 +274,5 @@ def test_a_backbone_of_ones_own_is_refused(tmp_path):
             return np.stack([np.asarray(x)[::8, ::8] for x in X])
 
     detector = HVQTransDetector(**{**HVQ, "backbone": Own()}).fit(GOOD)
-    with pytest.raises(ValueError, match=r"needs one of timm's: this detector has backbone=Own\(\)"):
+    with pytest.raises(ValueError, match=r"with a timm model as backbone; this detector has backbone=Own\(\)"):
         export_onnx(detector, tmp_path / "model.onnx")

@@ -256,7 +256,7 @@ def test_a_backbone_that_does_not_take_the_image_size_says_so():
     with pytest.raises(ValueError, match=r"patches of 16 pixels, .* 64 x 72 pixels. Choose image_size=\(64, 64\)"):
         BackboneFeatures("vit_tiny_patch16_224", weights="random", image_size=(64, 72)).fit()
     pytest.importorskip("timm", minversion="1.0.12", reason="an older timm makes no feature maps of any such network")
-    with pytest.raises(ValueError, match=r"'convit_tiny' does not take images of 64 x 96 pixels: .*image_size"):
+    with pytest.raises(ValueError, match=r"'convit_tiny' rejects images of 64 x 96 pixels: .*image_size"):
         BackboneFeatures("convit_tiny", weights="random", image_size=(64, 96)).fit()
 
 

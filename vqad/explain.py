@@ -1,4 +1,4 @@
-"""What a map is made of: of every cell its codes and terms."""
+"""What a map is made of: codes and terms of each cell."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ __all__ = ["Explanation"]
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What the judgement of one image is made of.
+    """Explanation of the judgement of one image.
 
-    Codebooks have names, "level_0", "level_1", ... of `HVQTransDetector`, "pattern_1" to "pattern_4" and "concept" of
-    `VQFlowDetector`, and each has its own grid of cells (h_k, w_k); that of "concept" is a single cell. The map and its
-    terms have one grid (h, w).
+    Codebooks are named "level_0", "level_1", ... for `HVQTransDetector`, and "pattern_1" to "pattern_4" and "concept"
+    for `VQFlowDetector`. Each has its own grid of cells (h_k, w_k); that of "concept" is a single cell. The map has one
+    grid (h, w).
 
     Attributes
     ----------
     category : str or int
-        What the image was judged as.
+        Category that the image was judged as.
     anomaly_score : float
         ``-score_samples`` of the image.
     too_far : float
-        By how many of its limits the image is too far from its category; 0 for an image that belongs there. It adds to
-        the score, and is not on the map.
+        How far the image lies beyond the distance limit of its category, in units of that limit; 0 within the limit.
+        It adds to the score, but not to the map.
     group : int
-        Which of the groups of codes, see `Prototypes`, the codes are of.
+        Group of codes, see `Prototypes`, that the codes belong to.
     codes : dict of str to ndarray of shape (h_k, w_k), int64
-        Of each codebook the code that each cell was turned into.
+        For each codebook, the code of each cell.
     distances : dict of str to ndarray of shape (h_k, w_k), float32
-        Euclidean distance of what was encoded of the cell to that code, in the units of the codebook.
+        Euclidean distance of each encoded cell to its code, in the units of the codebook.
     terms : dict of str to ndarray of shape (h_k, w_k), float32
-        What map and score are made of, each on its own grid: distances that Gaussians by location measure of the
-        features ("fine", "middle", "deep", "whole", or "features" of maps that the caller gave) and of the model
-        ("error" and "transport_j" of `HVQTransDetector`, "latent" of `VQFlowDetector`). Higher is more anomalous; they
-        do not compare with one another.
+        Terms of map and score, each on its own grid: Mahalanobis distances of the features ("fine", "middle", "deep",
+        "whole", or "features" for maps given by the caller) and of the model's output ("error" of `HVQTransDetector`,
+        "latent" of `VQFlowDetector`), and transport costs ("transport_j" of `HVQTransDetector`). Higher is more
+        anomalous. Different terms are not comparable.
     standardized_terms : dict of str to ndarray of shape (h_k, w_k), float32
-        The same in standard deviations of normal images at that place, which compare.
+        The terms in standard deviations of normal images at that location, which are comparable.
     contributions : dict of str to ndarray of shape (h, w), float32
-        What each term of the map adds to it, standardised and weighted: their sum is the map, but for rounding.
+        What each term adds to the map, standardised and weighted: their sum is the map, up to rounding.
     standardized : ndarray of shape (h, w), float32
-        The map that ``anomaly_map`` brings to the size of the image: in units that compare between cells and images.
+        The map that ``anomaly_map`` resizes to the image, comparable between cells and images.
     tile : vqad.tiling.Box or None
-        Of an image in tiles: where the worst one lies, of which all this is (top, left, height, width, in pixels).
+        For an image in tiles, the position of the worst tile, which all other attributes describe: top, left, height
+        and width in pixels.
     """
 
     category: Any
@@ -70,22 +71,27 @@ class Explanation:
 
     @property
     def worst_cell(self) -> tuple[int, int]:
-        """Row and column of the highest value of the map; the first of several."""
+        """Row and column of the highest value of the map; the first if there are several."""
         row, col = np.unravel_index(int(self.standardized.argmax()), self.standardized.shape)
         return int(row), int(col)
 
     def cell_of(self, codebook: str, cell: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Row and column, on a codebook's grid, of the cell in which the middle of a cell of the map lies.
+        """Row and column, on a codebook's grid, of the cell that contains the centre of a cell of the map.
 
         Parameters
         ----------
         codebook : str
         cell : (int, int), default=None
-            Row and column on the map; ``worst_cell`` when left out.
+            Row and column on the map; None: ``worst_cell``.
 
         Returns
         -------
         row, col : int
+
+        Raises
+        ------
+        ValueError
+            When there is no such codebook, or the cell is outside the map.
         """
         cell, (h, w) = self.worst_cell if cell is None else cell, self.standardized.shape
         if not (0 <= cell[0] < h and 0 <= cell[1] < w):
@@ -104,7 +110,7 @@ def known(of: dict[str, Any], codebook: str) -> Any:
 
 
 def explain_images(fitted: Fitted, source: MapSource) -> list[Explanation]:
-    """What the maps of checked images are made of."""
+    """Explain the maps of checked images."""
     if source.tiling is not None:
         return list(_of_worst_tiles(fitted, source))
     found: list[Explanation] = []

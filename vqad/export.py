@@ -33,38 +33,38 @@ from vqad.verdicts import sequence_of
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OUTPUTS = ("score", "label", "map", "category")
 OPSET = 20
-# Two programs round differently, and where two codes are about equally near, rounding decides between them.
+# Largest accepted differences: rounding differs, and decides which code is nearest if two are about equally near.
 SCORE_TOLERANCE = 0.02
 MAP_TOLERANCE = 0.02
 
 
 def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X: Any = None) -> None:
-    """Write a fitted detector as an ONNX graph that takes pixels and needs neither Python nor torch.
+    """Write a fitted detector as an ONNX graph, which runs without Python and torch.
 
-    The graph has one input, ``image`` of shape (height, width, 3), float32 in 0..1, red first, of any size; and the
-    outputs
+    The graph has one input, ``image`` of shape (height, width, 3), float32 in 0..1, RGB, of any size, and these
+    outputs:
 
     - ``score``, float32, as `score_samples`: higher is more normal;
     - ``label``, int64, as `predict`: +1 normal, -1 anomaly;
     - ``map``, float32 (height, width), as `anomaly_map`: higher is more anomalous;
-    - ``category``, int64: place of the inferred category in the list ``categories``.
+    - ``category``, int64: index of the inferred category in the list ``categories``.
 
-    It checks nothing: values outside 0..1 are taken as the nearest of these, and NaN in an image gives a score of NaN
-    and the label -1. Its metadata have, as JSON, ``categories``, ``offset`` (of each category, where
-    ``threshold="category"``), ``map_threshold`` and the versions of the ``packages``.
+    The graph checks nothing: values outside 0..1 are clipped, and NaN in an image gives a score of NaN and the label
+    -1. Its metadata hold, as JSON, ``categories``, ``offset`` (a list with ``threshold="category"``),
+    ``map_threshold`` and the versions of the ``packages``.
 
-    Before anything is written, onnxruntime runs the graph, and what it gives is compared with what the detector gives
-    in float32.
+    Before the file is written, onnxruntime runs the graph, and its outputs are compared with those of the detector in
+    float32.
 
     Parameters
     ----------
     detector : HVQTransDetector or VQFlowDetector
         Fitted, on images.
     path : path-like
-        An older file is replaced once the new one is complete.
+        File to write. An existing one is replaced once the new one is complete.
     X : images, default=None
-        Images to compare on, in any of the forms that detectors take; some of yours show the most. None: three drawn
-        ones of different sizes.
+        Images to compare on, in any form that detectors take, preferably yours. None: three synthetic ones of different
+        sizes.
 
     Raises
     ------
@@ -73,19 +73,18 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
     NotFittedError
         When the detector is not fitted.
     TypeError
-        When it is no detector of vqad.
+        When it is not a detector of vqad.
     ValueError
-        When it cannot be written as a graph: with ``backbone=None`` or a transformer as backbone, with
-        ``transport="sinkhorn"`` or ``"exact"``, with ``tiles``, or a `VQFlowDetector` to which `partial_fit` added
-        categories.
+        When it cannot be exported: with ``backbone=None`` or a transformer as backbone, with ``transport="sinkhorn"``
+        or ``"exact"``, with ``tiles``, or a `VQFlowDetector` with categories added by `partial_fit`.
     RuntimeError
-        When torch cannot write the backbone as a graph, or the graph does not give what the detector gives.
+        When torch cannot export the backbone, or the outputs of graph and detector differ.
 
     Notes
     -----
-    The graph computes in float32. On hardware with bfloat16 the detector itself scores in that, unless
-    ``precision="float32"``, and differs by its rounding; the comparison is with the detector in float32. The threshold
-    is the detector's at the time of export.
+    The graph computes in float32. On hardware with bfloat16 the detector itself scores in bfloat16, unless
+    ``precision="float32"``, and differs by rounding; the comparison is with the detector in float32. The threshold is
+    that of the detector at the time of export.
     """
     _check(detector)
     onnxruntime = _packages()
@@ -100,25 +99,25 @@ def export_onnx(detector: BaseImageDetector, path: str | os.PathLike[str], *, X:
 def _check(detector: Any) -> None:
     if not isinstance(detector, BaseImageDetector):
         raise TypeError(
-            f"export_onnx takes a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}."
+            f"export_onnx needs a fitted HVQTransDetector or VQFlowDetector; got {type(detector).__name__}."
         )
     check_is_fitted(detector)
     features = getattr(detector, "features_", None)
     if detector.backbone is None or not isinstance(features, BackboneFeatures):
         raise ValueError(
-            "export_onnx writes the backbone into the graph, and needs one of timm's: this detector has "
+            "export_onnx can only export detectors with a timm model as backbone; this detector has "
             f"backbone={detector.backbone!r}."
         )
     if detector.fitted_.tiles is not None:
         raise ValueError(
-            f"export_onnx writes a graph that sees each image as a whole, and this detector sees tiles "
-            f"(tiles={detector.fitted_.tiles}): score with Python, or fit without tiles on images that are cut before."
+            f"export_onnx cannot export a detector with tiles (tiles={detector.fitted_.tiles}): score in Python, or "
+            "cut the images yourself and fit without tiles."
         )
     detector.model_.check_export()
 
 
 def _packages() -> Any:
-    """onnxruntime, if all that is needed is there."""
+    """Import the packages that are needed; returns onnxruntime."""
     try:
         return [importlib.import_module(name) for name in PACKAGES][-1]
     except ImportError as error:
@@ -129,7 +128,7 @@ def _packages() -> Any:
 
 
 class _Graph(nn.Module):
-    """All of scoring one image: resizing, the backbone, the scorer, resizing the map."""
+    """Everything needed to score one image: resizing, the backbone, the scorer, resizing the map."""
 
     def __init__(self, features: BackboneFeatures, fitted: Fitted):
         super().__init__()
@@ -155,7 +154,7 @@ class _Graph(nn.Module):
         maps = self._maps((pixels - self.pixel_mean) / self.pixel_std)
         verdict = self.scorer([self.seen, *maps] if self.ignores else maps)
         category, normal = verdict.category[0], -verdict.score[0]
-        # A comparison that NaN fails: what is no image is not normal.
+        # NaN fails the comparison, so that invalid images are not called normal.
         label = torch.where(normal - self.offset[category] >= 0, 1, -1)
         heat = _resampled(verdict.map, image[:, :, 0], _between)[0]
         return normal.float(), label, torch.where(hidden, 0.0, heat) if self.ignores else heat, category
@@ -170,9 +169,9 @@ class _Graph(nn.Module):
 
 
 def _resampled(maps: Tensor, size: Any, weights: Any) -> Tensor:
-    """Maps (C, H, W) at another size, by a product with a matrix on each side.
+    """Resize maps (C, H, W) by a matrix product on each side, which a graph can compute for any size.
 
-    That is what resizing is, and a graph has it for every size; ``size`` is a pair, or a map of that size.
+    ``size`` is a pair, or a map of that size.
     """
     if isinstance(size, Tensor):
         rows, columns = torch.ones_like(size[:, 0]), torch.ones_like(size[0])
@@ -184,13 +183,13 @@ def _resampled(maps: Tensor, size: Any, weights: Any) -> Tensor:
 
 
 def _places(ones: Tensor) -> tuple[Tensor, Tensor]:
-    """0, 1, ..., n - 1, and n: of however many ones there are when the graph runs."""
+    """0, 1, ..., n - 1, and n, where n is the number of ones when the graph runs."""
     ones = ones.double()
     return ones.cumsum(0) - 1, ones.sum()
 
 
 def _shrinking(ones: Tensor, wanted: Tensor) -> Tensor:
-    """Bilinear weights with antialiasing, pixels being areas: (wanted, n), rows of sum 1."""
+    """Bilinear weights with antialiasing, for align_corners=False: (wanted, n), rows of sum 1."""
     (source, n), (target, m) = _places(ones), _places(wanted)
     scale = n / m
     distance = (target[:, None] + 0.5) * scale - (source + 0.5)
@@ -199,14 +198,14 @@ def _shrinking(ones: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _between(ones: Tensor, wanted: Tensor) -> Tensor:
-    """Bilinear weights from corner to corner, pixels being points."""
+    """Bilinear weights, for align_corners=True."""
     (source, n), (target, m) = _places(ones), _places(wanted)
     place = target * ((n - 1) / (m - 1).clamp_min(1.0))
     return (1 - (place[:, None] - source).abs()).clamp_min(0.0)
 
 
 def _nearest(ones: Tensor, wanted: Tensor) -> Tensor:
-    """Weights of what lies at the middle of each pixel, see `vqad._ignore.stretched`."""
+    """Nearest-neighbour weights, see `vqad._ignore.stretched`."""
     (source, n), (target, m) = _places(ones), _places(wanted)
     return (torch.floor((target[:, None] + 0.5) * n / m) == source).double()
 
@@ -231,7 +230,7 @@ def _to_onnx(graph: _Graph, detector: BaseImageDetector) -> Any:
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise RuntimeError(
-            f"torch.onnx cannot write a detector with backbone={detector.backbone!r} as a graph: {reason}"
+            f"torch.onnx cannot export a detector with backbone={detector.backbone!r}: {reason}"
         ) from error
     model = program.model_proto
     about = {
@@ -248,7 +247,7 @@ def _to_onnx(graph: _Graph, detector: BaseImageDetector) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its own programmers much."""
+    """Suppress the messages of the exporter, which are meant for its developers."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [log.level for log in logs]
     try:
@@ -266,7 +265,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _drawn_images(size: tuple[int, int]) -> list[np.ndarray]:
-    """Smooth colours and noise, at the backbone's size, larger and of another shape, and smaller."""
+    """Synthetic images of smooth colours and noise: of the backbone's size, larger with another shape, and smaller."""
     rng = np.random.default_rng(0)
     shapes = [size, (size[0] + 60, 2 * size[1]), (max(2, size[0] // 3), max(2, size[1] // 2))]
     images = []
@@ -278,7 +277,7 @@ def _drawn_images(size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def _compare(session: Any, detector: BaseImageDetector, images: ImageSequence) -> None:
-    """Raise where the graph does not give what the detector gives."""
+    """Raise if the outputs of graph and detector differ."""
     for i in range(len(images)):
         pixels = np.ascontiguousarray(images.pixels(i), dtype=np.float32)
         score, label, heat, category = session.run(list(OUTPUTS), {"image": pixels})
@@ -295,7 +294,7 @@ def _compare(session: Any, detector: BaseImageDetector, images: ImageSequence) -
         }
         if any(differs.values()):
             raise RuntimeError(
-                f"The graph does not give what the detector gives for {images.name(i)}: "
+                f"The graph and the detector disagree for {images.name(i)}: "
                 f"{', '.join(name for name in differs if differs[name])} (score {score:.4f}, the detector's "
                 f"{expected:.4f}). Nothing was written. Please report this, with the versions of torch, onnx and "
                 "onnxruntime."

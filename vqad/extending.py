@@ -1,8 +1,7 @@
-"""Learning more on top of what was learned: images of known categories, or new categories. Knows no estimator.
+"""Learning more: images of known categories, or new categories. Independent of the estimator.
 
-What the categories share stays as it is: the backbone, the scale of the features, the space that images are routed in,
-the weights that all categories use, the spread that their scores are pulled to. So nothing moves for a category that no
-new image belongs to.
+Everything that categories share stays fixed: the backbone, the scale of the features, the space of the routing, the
+shared weights. So nothing changes for a category without new images.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from vqad.source import MapSource
 from vqad.splitting import hold_out, of_rows, split_rows, warn_of_single_images
 from vqad.store import FeatureStore
 
-# Images of a known category so many standard deviations above its threshold, in the median, are of something else.
+# Images of a known category whose median score is so many standard deviations above its threshold are rejected.
 STRANGE = 10.0
 
 
 def extend(images: Images, settings: Settings, seed: int, before: Fitted) -> Fitted:
-    """Learn more images of known categories, or categories that were never seen."""
+    """Learn more images of known categories, or new categories."""
     source, rows, category, groups = images
     with learning(seed, source.engine.device):
         with source.drawing():
@@ -83,7 +82,7 @@ def _place(
     groups: np.ndarray | None,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Category of every image, -1 for images that are left out; and all categories, of which the router learns new."""
+    """Category of each image, -1 for images left out, and the labels of all categories; the router learns new ones."""
     is_placed = np.ones(len(descriptor), dtype=bool)
     if category is None:
         nearest, distance = router(torch.from_numpy(descriptor))
@@ -95,13 +94,13 @@ def _place(
             category = category.astype(np.result_type(category, new))
             category[far] = new
             names = ", ".join(map(repr, np.unique(new).tolist()))
-            warn(f"{far.sum()} images are too far from every known category and are taken as new ones: {names}.")
+            warn(f"{far.sum()} images are too far from all known categories and form new ones: {names}.")
         elif far.any():
             is_placed = ~far
             of = "" if own is None else f" of {n_apart} groups"
             warn(
-                f"{far.sum()} images{of} are too far from every known category, and too few to be one of their own: "
-                "they are left out. Give their category to have them learned."
+                f"{far.sum()} images{of} are too far from all known categories, and too few for a new one: they are "
+                "left out. Pass their category to learn them."
             )
     index = known_index(category, categories)
     if (index < 0).any():
@@ -115,9 +114,9 @@ def _place(
 def _without_strange(
     before: Fitted, store: FeatureStore, index: np.ndarray, source: MapSource, rows: np.ndarray
 ) -> np.ndarray:
-    """Categories of images, -1 for those of known ones that look like nothing that was learned of these.
+    """Set the category of images to -1 if the new images of a known category look nothing like its earlier ones.
 
-    Thresholds that let such images pass, as of another lamp, would let defects pass too.
+    Thresholds that accept such images, say under another lamp, would accept defects too.
     """
     known = np.flatnonzero((index >= 0) & (index < len(before.categories)))
     if not len(known):
@@ -133,10 +132,10 @@ def _without_strange(
         if typical > threshold[c] + STRANGE:
             name = before.categories[c].item()
             warn(
-                f"{own.sum()} images of category {name!r} are left out: their scores, {typical:.1f} in the median, "
-                f"are so far above the threshold, {threshold[c]:.1f}, that a detector that calls them normal would "
-                "find no defects any more. If another lamp or camera is to stay, fit on images of both, give them a "
-                "category of their own, or take recalibrate."
+                f"{own.sum()} images of category {name!r} are left out: their median score, {typical:.1f}, is so far "
+                f"above the threshold, {threshold[c]:.1f}, that a detector that accepts them would no longer find "
+                "defects. If lamp or camera have changed for good, fit on images of both, give the new images a "
+                "category of their own, or use recalibrate."
             )
             index[known[own]] = -1
     return index
@@ -151,7 +150,7 @@ def _split_more(
     n_known: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to hold out; of a new category at least one is held out, if need be a trained one."""
+    """Rows to train on and rows to hold out; of a new category at least one, if need be one that is also trained on."""
     known, new = placed[index[placed] < n_known], placed[index[placed] >= n_known]
     train, held_out = [], []
     for rows, split in ((known, hold_out), (new, split_rows)):
@@ -173,7 +172,7 @@ def _train_more(
     settings: Settings,
     history: History,
 ) -> History:
-    """One pass over the images of known categories, ``max_iter`` over those of new ones."""
+    """Train: one pass over images of known categories, ``max_iter`` passes over those of new ones."""
     model, index, train = scorer.model, sample.index, sample.split.train
     is_new = index[train] >= n_known
     if is_new.any():
@@ -187,7 +186,7 @@ def _train_more(
             log = train_model(features, model, index, rows, settings, categories=learning, n_passes=n_passes)
             history = history.append(log)
             if log.interrupted and not is_last:
-                raise KeyboardInterrupt  # rather than keep a category that was never trained
+                raise KeyboardInterrupt  # do not keep a category that was never trained
     if is_new.any():
         with drawing():
             model.settle(batches)
@@ -203,14 +202,14 @@ def _calibrate_more(
     descriptor: np.ndarray,
     settings: Settings,
 ) -> Fitted:
-    """Scales of new categories; thresholds of all."""
+    """Set the scales of new categories, and all thresholds."""
     source, n_known = images.source, cast(TermScorer, after.scorer.terms).n_categories
     scorer, held = learn_terms(after.scorer, sample.learned(descriptor), source.engine, after.seed)
     if source.tiling is not None:
         held = hold_scans(scorer, source, images.rows[held_out], index[held_out], n_known)
     held, seen = after.held_out.append(held), after.seen
     if settings.contamination != "auto":
-        # Of before it was asked for there are those held out.
+        # If contamination was "auto" before, only held-out images have scores.
         seen = seen if len(seen.score) else Seen(after.held_out.category, after.held_out.score)
         seen = seen.append(seen_of(scorer, sample, images, descriptor, settings))
     thresholds = thresholds_of(held, seen, after.categories, settings)

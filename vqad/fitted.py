@@ -1,4 +1,4 @@
-"""Fitted: all that a detector has learned, in one thing that does not change."""
+"""Fitted: the learned state of a detector, as one immutable object."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vqad.training_run import TrainingLog
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What happened in training.
+    """History of training.
 
     Attributes
     ----------
     loss_curve, validation_curve : tuple of float
-        After every pass of all trainings.
+        Losses after each pass of all trainings.
     log : TrainingLog
-        The last training.
+        Log of the last training.
     """
 
     loss_curve: tuple[float, ...] = ()
@@ -30,27 +30,27 @@ class History:
     log: TrainingLog = field(default_factory=TrainingLog)
 
     def append(self, log: TrainingLog) -> History:
-        """This and another training."""
+        """The history with another training appended."""
         curves = (*self.loss_curve, *log.loss_curve), (*self.validation_curve, *log.validation_curve)
         return History(*curves, log)
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What was learned.
+    """The learned state of a detector.
 
     Attributes
     ----------
     features : BackboneFeatures, transformer or None
-        The backbone, fitted; None of features that came ready.
+        The fitted backbone; None with ``backbone=None``.
     map_shape : tuple of int or None
-        What a caller's own transformer gives for every image, (1, h, w, C), or ready-made features are, (h, w, C).
+        Shape of the output of a caller's own transformer for one image, (1, h, w, C), or of given features, (h, w, C).
     ignore : ndarray of shape (h, w), bool, or None
-        What is not looked at of any image.
+        Mask of what to ignore in all images.
     tiles : (int, int) or None
-        Size and overlap of the tiles that images are learned and judged by; None where each is seen as a whole.
+        Size and overlap of tiles; None if images are not cut.
     categories : ndarray of shape (n_categories,)
-        Labels.
+        Labels of the categories.
     scorer : Scorer
     held_out : HeldOut
     seen : Seen
@@ -58,9 +58,9 @@ class Fitted:
     prototypes : Prototypes
     history : History
     n_images : int
-        Normal images given, held-out ones among them.
+        Number of normal images given, including held-out ones.
     seed : int
-        Of the split into training and held-out images.
+        Seed of the split into training and held-out images.
     """
 
     features: Any
