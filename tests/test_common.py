@@ -676,7 +676,7 @@ def test_a_threshold_for_each_category(detector, rows):
 
 
 def test_a_threshold_for_each_category_needs_two_images_of_each(detector, rows):
-    with pytest.raises(ValueError, match="needs at least 2 images of every category; b has 1"):
+    with pytest.raises(ValueError, match="needs at least 2 images of each category; b has 1"):
         features_only(detector, threshold="category").fit(rows[:20], category=["a"] * 19 + ["b"])
 
 

@@ -376,7 +376,7 @@ def test_a_warm_start_may_change_how_it_trains_but_not_the_shape():
     made.set_params(learning_rate=1e-4, max_iter=2, dropout=0.0).fit(MAPS, category=NAMES)
     assert made.n_iter_ == 6
     before = made.score_samples(MAPS)
-    with pytest.raises(ValueError, match=r"warm_start=True goes on with the model of the last fit.*size mismatch"):
+    with pytest.raises(ValueError, match=r"warm_start=True continues with the model of the last fit.*size mismatch"):
         made.set_params(n_codes=16).fit(MAPS, category=NAMES)
     np.testing.assert_array_equal(made.score_samples(MAPS), before)
 

@@ -157,7 +157,7 @@ def test_a_category_of_one_group_is_spoken_of():
     kind = np.where(piece == 10, 2, kind)
     with pytest.warns(UserWarning, match="Of category 2 there is one group: nothing says"):
         clone(SMALL).fit(X, category=kind, groups=piece)
-    with pytest.raises(ValueError, match="needs at least 2 groups of every category; 2 has 1"):
+    with pytest.raises(ValueError, match="needs at least 2 groups of each category; 2 has 1"):
         clone(SMALL).set_params(threshold="category").fit(X, category=kind, groups=piece)
     with pytest.warns(UserWarning, match="Too few groups to hold any out: thresholds come from the training images"):
         clone(SMALL).fit(X, groups=np.zeros(44))
@@ -172,7 +172,7 @@ def test_large_groups_that_are_held_out_are_spoken_of():
             warnings.simplefilter("always")
             made = clone(SMALL).set_params(random_state=seed).fit(X, category=["a"] * 23, groups=groups)
         is_large = 4 in groups[hold_out(np.zeros(23, dtype=int), 0.2, made.fitted_.seed, groups)[1]]
-        said.append(any("Of 23 images 18 are not used" in str(w.message) for w in record))
+        said.append(any("18 of 23 images are not used" in str(w.message) for w in record))
         assert said[-1] == is_large
     assert len(set(said)) == 2
 

@@ -410,7 +410,7 @@ def test_colours_of_16_bits_are_read_with_8_and_a_warning(kind, tmp_path):
         warnings.simplefilter("always")
         read = images.pixels(0)
         images.pixels(1)
-    said = [str(w.message) for w in caught if "has 16 bits a channel, of which 8 are read" in str(w.message)]
+    said = [str(w.message) for w in caught if "has 16 bits per channel, of which 8 are read" in str(w.message)]
     assert len(said) == (channels > 1)
     expected = pixels[:, :, :1] if channels < 3 else pixels[:, :, :3]
     exact = 1e-6 if channels == 1 else 0.005

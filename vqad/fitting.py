@@ -1,4 +1,4 @@
-"""Learning all categories at once, anew or warm: images and settings to what is fitted. Knows no estimator."""
+"""Learning all categories together, from scratch or with a warm start. Independent of the estimator."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from vqad.store import FeatureStore
 from vqad.training import Trainer
 from vqad.training_run import TrainingLog, TrainingPlan
 
-# Images that the scale of the features and the start of the model come from: of each category at most 200, or as many
-# as make 2,000 in all.
+# Images from which the scale of the features and the model's initialisation are computed: per category at most 200, or
+# more if that makes fewer than 2,000 in all.
 START_PER_CATEGORY, START_IMAGES = 200, 2000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the parameters of a detector say.
+    """Settings from the parameters of a detector.
 
     Attributes
     ----------
     make_model : callable
-        From a `FeatureShape`, a number of categories, and how many of them were added after `fit`, to a model.
+        Creates a model from a `FeatureShape`, the number of categories, and how many of them were added after `fit`.
     plan : TrainingPlan
     training : mapping
-        All parameters that a trained model depends on, by which a checkpoint is known.
+        All parameters that a trained model depends on; they identify a checkpoint.
     is_seeded : bool
         Whether ``random_state`` is given.
     map_shape : tuple of int or None
-        Of ready-made features.
+        Shape of given features.
     gaussian, standardize, contamination, false_alarm_rate, per_category, calibration_fraction, validation_fraction
     checkpoint_dir, n_jobs, verbose
         As the parameters of these names; ``per_category``: whether ``threshold="category"``.
@@ -82,11 +82,11 @@ class Images(NamedTuple):
     ----------
     source : MapSource
     rows : ndarray of int
-        Which images of the source.
+        Indices of the images in the source.
     category : ndarray of shape (len(rows),) or None
-        Labels; None to find them.
+        Labels; None to discover them.
     groups : ndarray of shape (len(rows),) or None
-        Number of what is one piece; None where every image is one of its own.
+        Number of each image's group; None if each image is a group of its own.
     """
 
     source: MapSource
@@ -99,7 +99,7 @@ class Images(NamedTuple):
 
 
 def fit(images: Images, settings: Settings, seed: int, before: Fitted | None = None) -> Fitted:
-    """Learn all that is to be known, anew, or warm from what was learned before."""
+    """Learn from scratch, or with a warm start from the state ``before``."""
     engine = images.source.engine
     with learning(seed, engine.device), images.source.drawing():
         store, descriptor = images.source.extract(images.rows, settings.verbose)
@@ -108,16 +108,16 @@ def fit(images: Images, settings: Settings, seed: int, before: Fitted | None = N
     with learning(seed, engine.device):
         fitted = _fit(images, store, descriptor, settings, seed, checkpoint, before)
     if checkpoint is not None and not settings.is_seeded and not fitted.history.log.interrupted:
-        checkpoint.remove()  # the next fit is another one
+        checkpoint.remove()  # the next fit will be a different one
     return fitted
 
 
 def check_labels(
     category: np.ndarray | None, groups: np.ndarray | None, settings: Settings, before: Fitted | None, warm: bool
 ) -> None:
-    """Raise for labels from which nothing can be learned.
+    """Raise for labels that cannot be learned, before the slow extraction of features.
 
-    Before features are extracted, which takes long. What can be wrong with categories that are found comes later.
+    Problems with discovered categories are found later.
     """
     if category is None:
         return
@@ -127,19 +127,19 @@ def check_labels(
             category, groups = category[index < 0], of_rows(groups, index < 0)
         elif set(index) != set(range(len(before.categories))):
             raise ValueError(
-                f"warm_start=True goes on with the categories {before.categories.tolist()}; got "
-                f"{np.unique(category).tolist()}. Use partial_fit to add categories or to go on with some of them."
+                f"warm_start=True needs images of all categories {before.categories.tolist()}; got "
+                f"{np.unique(category).tolist()}. Use partial_fit to add categories or to learn more of some of them."
             )
     names, index = np.unique(category, return_inverse=True)
     _, held_out = hold_out(index, settings.calibration_fraction, 0, groups)
-    if len(held_out):  # else thresholds come from what is trained on
+    if len(held_out):  # otherwise thresholds come from the training images
         check_each_held_out(settings, np.delete(names, np.unique(index[held_out])), groups)
 
 
 def _open_checkpoint(
     images: Images, store: FeatureStore, settings: Settings, seed: int, before: Fitted | None
 ) -> collective.AnyCheckpoint | None:
-    """The checkpoint of this very training, which is known by its features, parameters and start."""
+    """The checkpoint of this training, identified by its features, parameters and initial state."""
     if settings.checkpoint_dir is None:
         return None
     start = None
@@ -172,7 +172,7 @@ def _fit(
     else:
         router, categories = copy.deepcopy(before.scorer.router), before.categories
         index = _same_categories(router, categories, descriptor, category)
-        seed = before.seed  # a second fit on the same images must hold out the same
+        seed = before.seed  # a second fit on the same images must hold out the same ones
     router.set_limits(descriptor, index)
     groups = pieces(source.data, rows, groups, descriptor, index, seed)
     images = images._replace(groups=groups)
@@ -250,7 +250,7 @@ def _learn_scaling(store: FeatureStore, rows: np.ndarray, standardize: bool, n_m
 def sample_of(
     images: Images, store: FeatureStore, index: np.ndarray, split: Split, seed: int, settings: Settings
 ) -> Sample:
-    """What is learned from of images of these categories: their maps in ``store``, or maps of their tiles."""
+    """The maps to learn from: those of whole images in ``store``, or maps of their tiles."""
     source, rows, _, groups = images
     if source.tiling is None:
         return Sample(store, index, split, groups, rows)
@@ -258,7 +258,7 @@ def sample_of(
 
 
 def seen_of(scorer: Scorer, sample: Sample, images: Images, descriptor: np.ndarray, settings: Settings) -> Seen:
-    """Scores of all images learned from, where ``contamination`` asks for them."""
+    """Scores of all images given, if ``contamination`` needs them."""
     if settings.contamination == "auto":
         return Seen()
     if images.source.tiling is None:
@@ -283,7 +283,7 @@ def train_model(
     validation: np.ndarray | None = None,
     checkpoint: collective.AnyCheckpoint | None = None,
 ) -> TrainingLog:
-    """Train the model, or the parts of it that serve these categories alone."""
+    """Train the model, or only the parts that belong to the given categories."""
     plan = replace(settings.plan, clip_norm=model.clip_norm)
     trainer = Trainer(
         model,
@@ -302,7 +302,7 @@ def train_model(
 def _split(
     settings: Settings, categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None, seed: int
 ) -> Split:
-    """Rows to train on, rows that early stopping watches, if it does, and rows that scales and thresholds come from."""
+    """Rows for training, for early stopping (if any), and for scales and thresholds."""
     train, held_out = split_rows(index, settings.calibration_fraction, seed, groups)
     check_each_held_out(settings, np.delete(categories, np.unique(index[held_out])), groups)
     _warn_of_unused(len(index), len(train) + len(held_out))
@@ -317,19 +317,19 @@ def _split(
 
 
 def _warn_of_unused(n: int, n_used: int) -> None:
-    """Say that large groups are held out, of which nothing is learned."""
+    """Warn if large groups are held out, whose other images are not used."""
     if n_used < n / 2:
         warn(
-            f"Of {n} images {n - n_used} are not used: they are of groups that are held out, of which one image each "
-            "counts. Another random_state holds others out; groups of similar size lose less."
+            f"{n - n_used} of {n} images are not used, because only one image of each held-out group is. Another "
+            "random_state holds out other groups; groups of similar size waste fewer images."
         )
 
 
 def check_each_held_out(settings: Settings, alone: np.ndarray, groups: np.ndarray | None) -> None:
-    """Raise where categories are to have thresholds of their own, and those named ``alone`` have no held-out image."""
+    """Raise if thresholds are per category and the categories ``alone`` have no held-out image."""
     if settings.per_category and len(alone):
         units = "images" if groups is None else "groups"
-        raise ValueError(f"threshold='category' needs at least 2 {units} of every category; {alone[0]} has 1.")
+        raise ValueError(f"threshold='category' needs at least 2 {units} of each category; {alone[0]} has 1.")
 
 
 def _same_categories(
@@ -342,18 +342,18 @@ def _same_categories(
     missed = np.setdiff1d(np.arange(len(categories)), index)
     if len(missed):
         raise ValueError(
-            f"warm_start=True goes on with the categories {categories.tolist()}; no image is nearest to "
-            f"{categories[missed].tolist()}. Use partial_fit to go on with some of them."
+            f"warm_start=True needs images of all categories {categories.tolist()}, but no image is nearest to "
+            f"{categories[missed].tolist()}. Use partial_fit to learn more of some of them."
         )
     return index
 
 
 def _take_over(model: AnomalyModel, before: AnomalyModel) -> None:
-    """Bring a model to the state of the model of an earlier fit."""
+    """Load the state of the model of an earlier fit."""
     try:
         model.load_state_dict(before.state_dict())
     except RuntimeError as error:
         raise ValueError(
-            "warm_start=True goes on with the model of the last fit, but images or parameters now ask for a model of "
+            "warm_start=True continues with the model of the last fit, but images or parameters now need a model of "
             f"another shape: {str(error).splitlines()[-1].strip()} Use warm_start=False."
         ) from error

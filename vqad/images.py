@@ -1,8 +1,8 @@
-"""From what a caller passes as ``X`` to batches of pixels.
+"""From the argument ``X`` to batches of pixels.
 
-Every accepted form ends as something indexable whose items are single images (an array, a tensor, a PIL
-image or a path), and every item takes the same way from there: decoded, scaled to 0..1, given three channels,
-resized. So two forms of one picture cannot differ in their pixels, nor can one picture in other company.
+Every accepted form becomes an indexable of single images (arrays, tensors, PIL images or paths). From there all items
+are processed in the same way: decoded, scaled to 0..1, given three channels, resized. So the form of an image, and the
+other images in X, do not affect its pixels.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from vqad._warn import warn
 
 __all__ = ["ImageSequence", "check_images"]
 
-# Pixels that are floats at a time while a large image is made smaller.
+# Pixels that are converted to float at a time while a large image is resized.
 BAND_PIXELS = 2**20
 
 
 def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> ImageSequence:
-    """Check the form of ``X`` and wrap it; pixels are read, and checked, only when they are loaded.
+    """Check the form of ``X`` and wrap it. Pixels are read and checked only when they are needed.
 
     Parameters
     ----------
     X : array, tensor, list, tuple, Series or lazy collection
         One of
 
-        - array or torch tensor of shape (n, H, W) or (n, H, W, C), with C = 1 (grey), 3 (RGB) or 4 (RGBA,
-          alpha is dropped with a warning). Any object with numpy's ``shape``, ``dtype`` and indexing, such as
-          a memmap or an HDF5 data set, is read image by image;
-        - list, tuple or object array of single images of any sizes: arrays or tensors of shape (H, W) or
-          (H, W, C), PIL images, file paths, and the bytes of image files, or files opened for reading them;
+        - array or torch tensor of shape (n, H, W) or (n, H, W, C), with C = 1 (grey), 3 (RGB) or 4 (RGBA; alpha is
+          dropped with a warning). Any object with numpy's ``shape``, ``dtype`` and indexing, such as a memmap or an
+          HDF5 data set, is read image by image;
+        - list, tuple or object array of single images of any sizes: arrays or tensors of shape (H, W) or (H, W, C),
+          PIL images, file paths, the bytes of image files, or open image files;
         - array or pandas Series of file paths, or of bytes;
-        - an object with a sequence of file paths as attribute ``paths``, as `vqad.datasets.ImageDataset` has;
-        - any other object with ``len(X)`` and ``X[i]``, where ``X[i]`` is a single image in one of these
-          forms and is asked for whenever it is needed;
-        - rows (n, n_features) when `image_shape` is given.
+        - an object with a sequence of file paths as attribute ``paths``, such as `vqad.datasets.ImageDataset`;
+        - any other object with ``len(X)`` and ``X[i]``, where ``X[i]`` is a single image in one of these forms, which
+          is read each time it is needed;
+        - rows (n, n_features) if `image_shape` is given.
 
-        Unsigned integers are divided by their type's maximum, booleans are 0 and 1, floats are taken as 0..1.
+        Unsigned integers are divided by their type's maximum, booleans are 0 and 1, floats must be in 0..1.
     image_shape : (H, W) or (H, W, C), default=None
-        Shape of the images that the rows of a 2-D ``X`` were flattened from; unused for any other form.
+        Shape of the images whose flattened pixels are the rows of a 2-D ``X``; not used for other forms.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
     ValueError, TypeError
         If ``X`` is none of these forms, is empty, or has the wrong number of channels or columns.
     FileNotFoundError, IsADirectoryError
-        If a path leads to nothing, or to a folder.
+        If a path does not exist, or is a folder.
     """
     if isinstance(X, ImageSequence):
         return X
@@ -80,9 +80,9 @@ def check_images(X: Any, *, image_shape: tuple[int, ...] | None = None) -> Image
 
 
 class ImageSequence:
-    """Checked images, read when they are asked for; made by `check_images`.
+    """Checked images, read when they are needed; created by `check_images`.
 
-    Decoded pixels are never kept. The sequence pickles, with the arrays or the paths that it was made from.
+    Decoded pixels are never kept. A pickle holds the arrays or paths of the images.
 
     Parameters
     ----------
@@ -90,9 +90,9 @@ class ImageSequence:
         ``items[i]`` is a single image: an array or tensor (H, W) or (H, W, C), a PIL image, a path (str), or the bytes
         of a file.
     indices : ndarray of int
-        Which items, in which order.
+        Items in this sequence, in order.
     ignored : Ignored, optional
-        What is not to be looked at, by the numbers of the items.
+        Masks of what to ignore, by the numbers of the items.
     """
 
     def __init__(
@@ -115,33 +115,33 @@ class ImageSequence:
 
     @property
     def reads_in_threads(self) -> bool:
-        """Whether several threads may read at a time: not from a caller's own collection."""
+        """Whether several threads may read at the same time; False for a caller's own collection."""
         return isinstance(self._items, list) or is_array(self._items)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} images>"
 
     def name(self, i: int) -> str:
-        """Name of image `i` in the caller's terms, such as ``image 17 of X, path 'a.png'``."""
+        """Name of image `i` for messages, such as ``image 17 of X, path 'a.png'``."""
         path = self.path(i)
         return f"image {int(self._numbers[i])} of X" + ("" if path is None else f", path {path!r}")
 
     def path(self, i: int) -> str | None:
-        """The file of image `i`, if it came as one."""
+        """Path of image `i`, or None if it is not a file."""
         item = self._items[int(self._indices[i])] if isinstance(self._items, list) else None
         return item if isinstance(item, str) else None
 
     def subset(self, indices: Any) -> ImageSequence:
-        """Return a view of some images (int array, boolean mask or slice); names keep their number in X."""
+        """A view of some images (int array, boolean mask or slice), whose names keep their number in X."""
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices.astype(np.intp) if indices.size == 0 else indices
         return ImageSequence(self._items, self._indices[indices], self._said, self.ignored, self._numbers[indices])
 
     def part(self, indices: Any, ignored: bool = True) -> ImageSequence:
-        """As `subset`, with nothing in it but these images, to be sent to a process that may be in another folder.
+        """Like `subset`, but holding only these images and absolute paths, to be sent to another process.
 
-        What is ignored of all images is left out where it is not ``ignored``: others know it.
+        Unless ``ignored``, the mask for all images is left out.
         """
         places, masks = self._indices[indices].tolist(), None
         items = [self._items[place] for place in places]
@@ -151,20 +151,24 @@ class ImageSequence:
         return ImageSequence(items, np.arange(len(items)), set(self._said), masks, self._numbers[indices])
 
     def ignoring(self, masks: Any) -> ImageSequence:
-        """The same images, of which parts are not looked at: neither learned from nor judged.
+        """The same images with masks of what to ignore: those parts are neither learned nor judged.
 
-        A backbone sees grey there, and cells of maps that lie in there count nowhere.
+        The backbone sees grey there, and map cells inside a mask have no effect.
 
         Parameters
         ----------
         masks : array of shape (H, W), path, or sequence of these and None
-            True, or not black, where not to look: one mask for all images, stretched to the size of each, or one for
-            each image, of its size.
+            True, or not black, where to ignore the image: one mask for all images, stretched to the size of each, or
+            one for each image, of its size.
+
+        Returns
+        -------
+        ImageSequence
 
         Raises
         ------
         ValueError
-            When a mask is none or covers everything, or masks are not as many as images.
+            When a mask is invalid or covers everything, or the number of masks and images differ.
 
         Examples
         --------
@@ -180,11 +184,11 @@ class ImageSequence:
         if isinstance(masks, (str, os.PathLike)) or getattr(masks, "ndim", None) == 2:
             new = as_mask(masks, "the mask to ignore")
             if one is not None and one.shape != new.shape:
-                raise ValueError(f"two masks for all images have shapes {one.shape} and {new.shape}: give one.")
+                raise ValueError(f"two masks for all images have shapes {one.shape} and {new.shape}: combine them.")
             one = new if one is None else one | new
         else:
             if each is not None:
-                raise ValueError("each of these images has a mask of what to ignore already.")
+                raise ValueError("these images already have a mask each of what to ignore: combine the masks.")
             own = check_each(masks, len(self))
             each = [None] * (int(self._indices.max(initial=-1)) + 1)
             for origin, mask in zip(self._indices.tolist(), own):
@@ -192,19 +196,19 @@ class ImageSequence:
         return ImageSequence(self._items, self._indices, self._said, Ignored(one, each), self._numbers)
 
     def mask(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
-        """What of image `i` is ignored, bool of its own size, or stretched to another; None where nothing is."""
+        """Mask of what to ignore in image `i`, bool, at its own size or stretched to `size`; None for nothing."""
         if self.ignored is None:
             return None
         own = self.ignored.at(int(self._indices[i]), self.size(i), self.name(i))
         return own if own is None or size is None else stretched(own, size)
 
     def seen(self, i: int, grid: tuple[int, int]) -> torch.Tensor:
-        """Share of each cell of a grid that is looked at of image `i`, (1, rows, columns)."""
+        """Share of each cell of a grid that is not ignored in image `i`, (1, rows, columns)."""
         ignored = Ignored() if self.ignored is None else self.ignored
         return ignored.seen(int(self._indices[i]), grid, self.name(i))
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image `i` in pixels, upright; of a file only the header is read, however large it is."""
+        """Height and width of image `i` in pixels, upright. Of a file only the header is read."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with opened(item, name, of_any_size=True) as image:
@@ -225,14 +229,14 @@ class ImageSequence:
         Raises
         ------
         ValueError
-            If the file is truncated or no image, or if the values are not finite or not in 0..1.
+            If the file is truncated or not an image, or if values are not finite or not in 0..1.
         """
         raw = self.stored(i)
         pixels = _scaled(raw, self._mask_of(i, raw), self.name(i))
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def digest(self, i: int) -> str:
-        """SHA-256 of what image `i` is made from, its file or array, and of its mask. Nothing is decoded."""
+        """SHA-256 of the file or array of image `i` and of its mask. Files are not decoded."""
         ignored = "" if self.ignored is None else self.ignored.digest(int(self._indices[i]))
         return self._own_digest(i) if not ignored else f"{self._own_digest(i)}-{ignored}"
 
@@ -255,7 +259,7 @@ class ImageSequence:
         Parameters
         ----------
         indices : sequence of int
-            Which images of this sequence.
+            Positions of the images in this sequence.
         size : (h, w)
             Height and width in pixels.
 
@@ -270,16 +274,16 @@ class ImageSequence:
         return batch
 
     def stored(self, i: int) -> np.ndarray:
-        """Pixels of image `i` as they are stored, (H, W, 1) or (H, W, 3) of any type; alpha is dropped."""
+        """Pixels of image `i` as stored, (H, W, 1) or (H, W, 3) of any type, without alpha."""
         item, name = self._item(i), self.name(i)
         if isinstance(item, (str, bytes)):
             with opened(item, name) as image:
                 if is_narrowed(image):
-                    self._warn_once(name, "16 bits a channel, of which 8 are read: pass arrays of uint16 for all 16.")
+                    self._warn_once(name, "16 bits per channel, of which 8 are read: pass arrays of uint16 for all 16.")
                 raw, has_alpha = pil_to_array(image)
                 has_pages = has_more_pages(image)
             if has_pages:
-                self._warn_once(name, "several pages or frames: the first is taken, the others are not looked at.")
+                self._warn_once(name, "several pages or frames: only the first is used.")
         elif isinstance(item, Image.Image):
             with loaded(item, name) as image:
                 raw, has_alpha = pil_to_array(image)
@@ -287,7 +291,7 @@ class ImageSequence:
             raw = tensor_to_array(item)
             has_alpha = raw.ndim == 3 and raw.shape[2] == 4
         if has_alpha:
-            self._warn_once(name, "an alpha channel: it is dropped, the colours are kept as stored.")
+            self._warn_once(name, "an alpha channel: it is dropped, and the colours are used as stored.")
         return raw[:, :, None] if raw.ndim == 2 else raw[:, :, :3]
 
     def _mask_of(self, i: int, raw: np.ndarray) -> np.ndarray | None:
@@ -296,10 +300,10 @@ class ImageSequence:
         return self.ignored.at(int(self._indices[i]), (raw.shape[0], raw.shape[1]), self.name(i))
 
     def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
-        """Image `i` at `size`: (3, h, w), or (1, h, w) of a grey one.
+        """Image `i` at `size`: (3, h, w), or (1, h, w) if it is grey.
 
-        A large image of whole numbers becomes floats, and narrower, some rows at a time: that gives the same to the
-        last bit, and never are there floats of all of it.
+        A large image of integers is converted to float and made narrower some rows at a time. The result is the same
+        to the last bit, without floats of the whole image in memory.
         """
         raw, name = self.stored(i), self.name(i)
         mask = self._mask_of(i, raw)
@@ -316,15 +320,15 @@ class ImageSequence:
     def _item(self, i: int) -> Any:
         origin = int(self._indices[i])
         item = self._items[origin]
-        # Lists and arrays were checked by check_images; what a lazy object gives is seen only here.
+        # Lists and arrays were checked by check_images; items of a lazy object can only be checked here.
         return item if isinstance(self._items, list) or is_array(self._items) else check_item(item, origin)
 
     def warn_once(self, i: int, what: str) -> None:
-        """Warn of what image `i` has, unless another of this X had the same."""
+        """Warn about image `i`, unless another image of this X raised the same warning."""
         self._warn_once(self.name(i), what)
 
     def is_news(self, message: str) -> bool:
-        """Whether a warning that another process had of some of these images was not said of others before."""
+        """Whether a warning from another process about some of these images was not issued before."""
         what = message.rpartition(" has ")[2]
         if what in self._said:
             return False
@@ -338,7 +342,7 @@ class ImageSequence:
 
 
 def _scaled(raw: np.ndarray, hidden: np.ndarray | None, name: str) -> np.ndarray:
-    """Pixels as floats in 0..1, grey where they are hidden, whatever is there."""
+    """Pixels as floats in 0..1, grey where they are ignored; ignored values are not checked."""
     if hidden is None:
         return to_unit_range(raw, name)
     if raw.dtype.kind == "f":
