@@ -56,7 +56,7 @@ def test_a_difference_is_seen_and_changes_its_sign_with_the_order():
     assert other.auroc_interval == pytest.approx((-one.auroc_interval[1], -one.auroc_interval[0]))
     assert "b is better" in str(one)
     assert "a is better" in str(other)
-    assert "no difference is shown" in str(compare(y, a, a, random_state=0))
+    assert "no significant difference" in str(compare(y, a, a, random_state=0))
 
 
 def test_each_category_keeps_its_share():

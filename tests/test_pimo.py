@@ -189,7 +189,7 @@ def test_limits_must_rise_within_0_1(limits):
     [
         (lambda masks, maps: (masks[3:], maps[3:]), "every mask marks a defect"),
         (lambda masks, maps: (masks[:3], maps[:3]), "the masks mark no defect pixel"),
-        (lambda masks, maps: (masks[:5], maps), "masks end after 5 images"),
+        (lambda masks, maps: (masks[:5], maps), "there are 5 masks and more maps"),
         (lambda masks, maps: (masks, maps * np.nan), "map 0 must be finite"),
     ],
 )

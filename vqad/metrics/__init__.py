@@ -1,8 +1,8 @@
-"""How well anomaly scores and anomaly maps separate what is wrong from what is normal.
+"""Metrics of anomaly scores and anomaly maps.
 
-Labels are scikit-learn's for outliers: +1 normal, -1 anomaly. Scores and maps are higher where more
-anomalous: for a detector, ``-detector.score_samples(X)`` and ``detector.anomaly_map(X)``. Every number is
-exact: nothing is binned or subsampled, and equal scores move together.
+Labels are those of scikit-learn's outlier detectors: +1 normal, -1 anomaly. Scores and maps are higher where more
+anomalous: for a detector, ``-detector.score_samples(X)`` and ``detector.anomaly_map(X)``. All metrics are exact:
+nothing is binned or subsampled, and ties are handled as one threshold.
 """
 
 from vqad.metrics._compare import Comparison, compare

@@ -1,4 +1,4 @@
-"""Two detectors on the same images: which finds more."""
+"""Comparing two detectors on the same images."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from vqad.metrics._image import check_image_scores
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` finds of two detectors a and b.
+    """Result of `compare` for two detectors a and b.
 
     Attributes
     ----------
     auroc : (float, float)
         Image AUROC of a and b.
     auroc_difference : float
-        That of b less that of a.
+        AUROC of b minus that of a.
     auroc_interval : (float, float)
-        In which this difference lies with ``confidence_level``.
+        Confidence interval of this difference.
     found : (float, float)
-        Share of the anomalies that a and b find, each at a threshold of its own that as many normal images are over.
+        Recall of a and b, each at its own threshold with the same false-alarm rate.
     found_difference, found_interval
-        As of the AUROC.
+        As for the AUROC.
     false_alarm_rate, confidence_level : float
         As given.
     n_normal, n_anomalous : int
-        Images compared on.
+        Number of normal images and anomalies.
     """
 
     auroc: tuple[float, float]
@@ -50,7 +50,7 @@ class Comparison:
         at = f"found at {self.false_alarm_rate:.3g} alarms"
         width, level = max(len(at), len("image AUROC")), f"{100 * self.confidence_level:g} % interval"
         lines = [
-            f"{self.n_normal} normal images, {self.n_anomalous} anomalies; both models on the same",
+            f"{self.n_normal} normal images, {self.n_anomalous} anomalies; the same for both models",
             f"{'':<{width}}  {'a':>6}  {'b':>6}  {'b - a':>7}  {level}",
         ]
         rows = (
@@ -76,25 +76,28 @@ def compare(
     confidence_level: float = 0.95,
     random_state: int | np.random.RandomState | None = None,
 ) -> Comparison:
-    """Compare two detectors by their scores of the same images, with intervals of the differences.
+    """Compare two detectors by their scores of the same images, with confidence intervals of the differences.
 
-    Images are drawn anew with their scores by both (paired bootstrap, [1]_), as many of each label, and of each
-    category if these are given: what makes an image hard for both does not widen the interval. It speaks of other test
-    images from the same source, not of another training run.
+    Images are resampled together with both scores (paired bootstrap, [1]_), stratified by label and by category if
+    given, so images that are hard for both do not widen the intervals. The intervals cover the choice of test images
+    from the same source, but not the variation between training runs.
 
     Parameters
     ----------
     y_true : array-like of shape (n_images,)
         +1 for a normal image, -1 for an anomaly; both must occur.
     score_a, score_b : array-like of shape (n_images,)
-        Finite; higher is more anomalous: ``-detector.score_samples(X)``. They need not be on one scale.
+        Finite; higher is more anomalous: ``-detector.score_samples(X)``. The two scales may differ.
     category : array-like of shape (n_images,), default=None
-        Kind of object of each image.
+        Category of each image.
     false_alarm_rate : float, default=0.05
-        In [0, 1): the share of the normal images that may be over the threshold of each detector.
+        In [0, 1): share of the normal images that may be above the threshold of each detector.
     n_resamples : int, default=2000
+        Number of bootstrap resamples, at least 1.
     confidence_level : float, default=0.95
+        In (0, 1).
     random_state : int, RandomState instance or None, default=None
+        Draws the resamples; an int makes the intervals reproducible.
 
     Returns
     -------
@@ -104,7 +107,7 @@ def compare(
     Raises
     ------
     ValueError
-        As `image_auroc`, or a number outside its range.
+        As `image_auroc`, or when a number is out of its range.
 
     References
     ----------
@@ -149,12 +152,12 @@ def compare(
 
 
 def _strata(y: NDArray[np.int64], category: ArrayLike | None) -> list[NDArray[np.intp]]:
-    """Images of each label, and of each category."""
+    """Rows of each combination of label and category."""
     kind = np.zeros(len(y), int)
     if category is not None:
         given = np.asarray(category)
         if given.shape != y.shape:
-            raise ValueError(f"category has shape {given.shape}, but there are {len(y)} images: one label each.")
+            raise ValueError(f"category has shape {given.shape}, but there are {len(y)} images: give one label each.")
         kind = np.unique(given, return_inverse=True)[1]
     parts = [np.flatnonzero((y == label) & (kind == c)) for label in (1, -1) for c in np.unique(kind)]
     return [rows for rows in parts if len(rows)]
@@ -163,7 +166,7 @@ def _strata(y: NDArray[np.int64], category: ArrayLike | None) -> list[NDArray[np
 def _measured(
     y: NDArray[np.int64], scores: NDArray[np.float64], rate: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """AUROC of both detectors, and the share of anomalies that each finds."""
+    """AUROC of both detectors, and their recall."""
     is_normal = y == 1
     auroc = [_auroc(is_normal, score) for score in scores]
     found = [_found(score[is_normal], score[~is_normal], rate) for score in scores]
@@ -171,17 +174,17 @@ def _measured(
 
 
 def _auroc(is_normal: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """By the ranks of the anomalies, ties counting half."""
+    """AUROC from the ranks of the anomalies; ties count half."""
     n_normal, n_anomalous = int(is_normal.sum()), int((~is_normal).sum())
     ranks = rankdata(score)[~is_normal].sum()
     return float((ranks - n_anomalous * (n_anomalous + 1) / 2) / (n_normal * n_anomalous))
 
 
 def _found(normal: NDArray[np.float64], anomalous: NDArray[np.float64], rate: float) -> float:
-    """Share of anomalies over the lowest threshold that at most this share of normal images is over."""
+    """Share of anomalies above the lowest threshold that at most a share ``rate`` of the normal images exceeds."""
     n_alarms = math.floor(rate * len(normal) + 1e-9)
     return float((anomalous > np.sort(normal)[len(normal) - 1 - n_alarms]).mean())
 
 
 def _said(low: float, high: float) -> str:
-    return "b is better" if low > 0 else "a is better" if high < 0 else "no difference is shown"
+    return "b is better" if low > 0 else "a is better" if high < 0 else "no significant difference"

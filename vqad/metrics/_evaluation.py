@@ -1,4 +1,4 @@
-"""All metrics, per category and in the mean."""
+"""All metrics, per category and averaged."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _COUNTS = ("n_images", "n_anomalies")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; ``print(evaluation)`` shows it as a table.
+    """Result of `evaluate`; ``print(evaluation)`` shows it as a table.
 
     Attributes
     ----------
     per_category : dict of dict
-        For every category ``n_images``, ``n_anomalies``, ``image_auroc``, ``image_average_precision`` and
-        ``image_f1_max``, and with maps ``pixel_auroc``, ``pixel_average_precision``, ``pixel_f1_max`` and
-        ``aupro``. What a category does not allow, for want of anomalies, normal images or masks, is nan.
+        For each category ``n_images``, ``n_anomalies``, ``image_auroc``, ``image_average_precision`` and
+        ``image_f1_max``, and with maps ``pixel_auroc``, ``pixel_average_precision``, ``pixel_f1_max`` and ``aupro``.
+        Metrics that need missing anomalies, normal images or masks are nan.
     mean : dict
-        Every metric's mean over the categories where it is not nan; nan if there is none.
+        Mean of each metric over the categories where it is not nan; nan if there is none.
     pooled : dict
-        The image metrics over the images of all categories together, as with one threshold for all.
+        Image metrics over the images of all categories together, as with one threshold for all.
     fpr_limit : float
-        The limit of ``aupro``.
+        Integration limit of ``aupro``.
     """
 
     per_category: dict[Any, dict[str, float]]
@@ -65,7 +65,7 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """Return a text table: a row per category, their mean, all images pooled, and what is missing."""
+        """Return a text table: a row per category, the mean, all images pooled, and notes on metrics that are nan."""
         columns = [*_COUNTS, *self.mean]
         titles = {**_TITLES, "aupro": ("", f"AUPRO@{self.fpr_limit:g}")}
         rows = [(str(name), row) for name, row in self.per_category.items()]
@@ -91,7 +91,7 @@ class Evaluation:
         return self.table()
 
     def notes(self) -> list[str]:
-        """Return one line for every reason why a metric is nan."""
+        """Return one line for each reason why a metric is nan."""
         reasons: dict[str, list[str]] = {}
         for name, row in self.per_category.items():
             if row["n_anomalies"] in (0, row["n_images"]):
@@ -113,7 +113,7 @@ def evaluate(
     maps: Iterable[Any] | None = None,
     fpr_limit: float = 0.3,
 ) -> Evaluation:
-    """Compute every image and pixel metric, for each category and in the mean.
+    """Compute all image and pixel metrics, per category and averaged.
 
     Parameters
     ----------
@@ -122,12 +122,12 @@ def evaluate(
     anomaly_score : array-like of shape (n_images,)
         Finite; higher is more anomalous: ``-detector.score_samples(X)``.
     category : array-like of shape (n_images,), str or int, default=None
-        The kind of object of every image; None takes all as one category, "all".
+        Category of each image; None takes all as one category, "all".
     masks, maps : array of shape (n_images, H, W), or iterable of (H_i, W_i) arrays, default=None
-        As for `pixel_auroc`, with its memory; both or neither, in the order of `y_true`. An anomalous image
-        with mask None is left out of the pixel metrics; a normal one needs no mask: None means no defects.
+        As for `pixel_auroc`, with the same use of memory; pass both or neither, in the order of `y_true`. An anomalous
+        image with mask None is left out of the pixel metrics. For a normal image None means no defects.
     fpr_limit : float, default=0.3
-        In (0, 1]: where AUPRO stops.
+        In (0, 1]: false-positive rate up to which AUPRO integrates.
 
     Returns
     -------
@@ -137,12 +137,12 @@ def evaluate(
     Raises
     ------
     ValueError
-        As `image_auroc` and `pixel_auroc`, except that a label, a defect or a mask may be missing and gives
-        nan; or the mask of a normal image marks defect pixels.
+        As `image_auroc` and `pixel_auroc`, except that missing labels, defects or masks only give nan; also when the
+        mask of a normal image marks defect pixels.
 
     See Also
     --------
-    bootstrap_interval : How sure an image metric is.
+    bootstrap_interval : Confidence interval of an image metric.
     """
     y, score = check_image_scores(y_true, anomaly_score, both_labels=False)
     check_fpr_limit(fpr_limit)
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def split_by(category: ArrayLike | None, n_images: int) -> tuple[list[Any], NDArray[np.intp]]:
-    """Return the names of the categories, sorted, and the position of every image's among them."""
+    """Return the names of the categories, sorted, and the position of each image's category among them."""
     if category is None:
         return ["all"], np.zeros(n_images, np.intp)
     labels = np.asarray(category)

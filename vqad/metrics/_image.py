@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 
 
 def image_auroc(y_true: ArrayLike, anomaly_score: ArrayLike) -> float:
-    """Area under the ROC curve of the image scores, anomalies being the positive class.
+    """Area under the ROC curve of the image scores, with anomalies as the positive class.
 
     Parameters
     ----------
@@ -25,22 +25,22 @@ def image_auroc(y_true: ArrayLike, anomaly_score: ArrayLike) -> float:
     Returns
     -------
     float
-        In [0, 1]: the chance that a random anomaly scores above a random normal image, ties counting half.
+        In [0, 1]: probability that a random anomaly scores above a random normal image, where ties count half.
 
     Raises
     ------
     ValueError
-        Labels other than +1 and -1, only one of the two, scores that are not finite or of another length.
+        When labels are not +1 and -1 or only one of them occurs, or scores are not finite or differ in number.
     """
     y, score = check_image_scores(y_true, anomaly_score)
     return float(roc_auc_score(y == -1, score))
 
 
 def image_average_precision(y_true: ArrayLike, anomaly_score: ArrayLike) -> float:
-    """Average precision of the image scores, anomalies being the positive class.
+    """Average precision of the image scores, with anomalies as the positive class.
 
-    The sum of precision times the step of recall over all thresholds, without interpolation, which would be
-    too optimistic [1]_.
+    The sum over all thresholds of the precision times the step in recall, without interpolation, which would be too
+    optimistic [1]_.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def image_average_precision(y_true: ArrayLike, anomaly_score: ArrayLike) -> floa
     Returns
     -------
     float
-        In (0, 1]. Scores without information give the share of anomalies.
+        In (0, 1]. Constant scores give the share of anomalies.
 
     Raises
     ------
@@ -76,10 +76,10 @@ def image_f1_max(
 def image_f1_max(
     y_true: ArrayLike, anomaly_score: ArrayLike, *, return_threshold: bool = False
 ) -> float | tuple[float, float]:
-    """Largest F1 of the image scores over all thresholds, anomalies being the positive class.
+    """Largest F1 of the image scores over all thresholds, with anomalies as the positive class.
 
-    The threshold is chosen on the very labels that it is judged by, so this bounds what a threshold chosen
-    beforehand can reach.
+    The threshold is chosen on the labels that it is evaluated on, so this is an upper bound for a threshold chosen
+    beforehand.
 
     Parameters
     ----------
@@ -95,8 +95,8 @@ def image_f1_max(
     f1 : float
         In (0, 1].
     threshold : float
-        An image is called an anomaly when its score is at or above it. Of several thresholds with the same
-        F1 it is the highest, which raises the fewest alarms. Only if `return_threshold`.
+        Images with scores at or above it are called anomalies. Of thresholds with the same F1 it is the highest, which
+        raises the fewest alarms. Only if `return_threshold`.
 
     Raises
     ------
@@ -105,11 +105,11 @@ def image_f1_max(
     """
     y, score = check_image_scores(y_true, anomaly_score)
     precision, recall, thresholds = precision_recall_curve(y == -1, score)
-    # The last point of the curve (precision 1 at recall 0) belongs to no threshold.
+    # The last point of the curve (precision 1 at recall 0) has no threshold.
     precision, recall = precision[:-1], recall[:-1]
     with np.errstate(invalid="ignore"):
         f1 = np.nan_to_num(2 * precision * recall / (precision + recall))
-    # Rounding may part equal F1 by an ulp, and must not decide between thresholds.
+    # Equal F1 may differ by an ulp of rounding, which must not decide between thresholds.
     best = np.flatnonzero(f1 >= f1.max() * (1 - 1e-12))[-1]
     value = float(f1[best])
     return (value, float(thresholds[best])) if return_threshold else value
@@ -126,8 +126,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of an image metric, resampling images within each label [1]_.
 
-    Every resample has as many normal images and as many anomalies as the data, so the metric is defined on
-    all of them. The interval speaks of other test images from the same source, not of another training run.
+    Each resample has as many normal images and as many anomalies as the data, so the metric is always defined. The
+    interval covers the choice of test images from the same source, but not the variation between training runs.
 
     Parameters
     ----------
@@ -142,17 +142,17 @@ def bootstrap_interval(
     confidence_level : float, default=0.95
         In (0, 1).
     random_state : int, RandomState instance or None, default=None
-        Draws the resamples; an integer makes the interval reproducible.
+        Draws the resamples; an int makes the interval reproducible.
 
     Returns
     -------
     low, high : float
-        The ``(1 - confidence_level) / 2`` quantiles of the resampled metric from below and above.
+        The quantiles ``(1 - confidence_level) / 2`` and ``(1 + confidence_level) / 2`` of the resampled metric.
 
     Raises
     ------
     ValueError
-        As `image_auroc`, or `n_resamples` or `confidence_level` outside its range.
+        As `image_auroc`, or when `n_resamples` or `confidence_level` is out of range.
 
     References
     ----------
@@ -182,7 +182,7 @@ def bootstrap_interval(
 def check_image_scores(
     y_true: ArrayLike, anomaly_score: ArrayLike, *, both_labels: bool = True
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return labels and scores as 1-D arrays, or say what is wrong with them."""
+    """Check labels and scores; returns them as 1-D arrays."""
     y, score = np.asarray(y_true), np.asarray(anomaly_score)
     for name, values in (("y_true", y), ("anomaly_score", score)):
         if values.ndim != 1:
@@ -191,7 +191,7 @@ def check_image_scores(
         raise ValueError(f"y_true has {y.size} images but anomaly_score has {score.size}")
     if y.size == 0:
         raise ValueError("y_true is empty: there is no image to measure on")
-    if y.dtype.kind == "O" and all(isinstance(label, Integral) for label in y):  # as of a table
+    if y.dtype.kind == "O" and all(isinstance(label, Integral) for label in y):  # a column of a table
         y = y.astype(float)
     if y.dtype.kind not in "iuf":
         raise ValueError(f"y_true must hold the numbers +1 (normal) and -1 (anomaly), got dtype {y.dtype}")

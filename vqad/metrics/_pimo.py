@@ -1,4 +1,4 @@
-"""AUPIMO: how much of each defect is found while hardly a pixel of the normal images is called one."""
+"""AUPIMO: the share of each defect that is found at very low false-positive rates on normal images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vqad._warn import warn
 from vqad.metrics._pixel_counts import each, read_pairs
 
-# Normal pixels that are held before those beyond the limit are let go.
+# Number of normal pixels held before those below the threshold of the limit are dropped.
 HELD_PIXELS = 2**20
 
 
@@ -20,9 +20,10 @@ def aupimo(
 ) -> NDArray[np.float64]:
     r"""Area under the per-image overlap curve (AUPIMO) of every defective image [1]_.
 
-    Thresholds are told by the normal images alone: at a threshold :math:`t`, with :math:`s` the score of a pixel, the
-    false-positive rate is the mean over the normal images :math:`N_1, \dots, N_n` of the share of their pixels that
-    are called defects; and of a defective image :math:`i` with defect pixels :math:`D_i` the share that is found is
+    False-positive rates are measured on normal images only. At a threshold :math:`t`, with :math:`s` the score of a
+    pixel, the false-positive rate is the mean over the normal images :math:`N_1, \dots, N_n` of the share of their
+    pixels that are called defects. The true-positive rate of a defective image :math:`i` is the share of its defect
+    pixels :math:`D_i` that is found:
 
     .. math::
         \mathrm{FPR}(t) = \frac1n \sum_j \frac{|\{p \in N_j : s_p \ge t\}|}{|N_j|}, \qquad
@@ -33,14 +34,14 @@ def aupimo(
     .. math::
         \mathrm{AUPIMO}_i = \frac{1}{\log(U/L)} \int_{\log L}^{\log U} \mathrm{TPR}_i \; d\log\mathrm{FPR}.
 
-    With the default limits it asks what is found where at most one pixel of 10,000 is a false alarm. Sound pixels of
-    defective images, which no one has labelled with such care, play no part.
+    With the default limits it measures what is found when at most one pixel in 10,000 is a false alarm. The normal
+    pixels of defective images, whose labels are less reliable, are not used.
 
     Parameters
     ----------
     masks : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
-        bool, True on defect pixels; integers 0/1 or 0/255 are taken too. An image without defect pixels is normal. One
-        whose mask is None is left out.
+        bool, True on defect pixels; integers 0/1 or 0/255 are accepted too. An image without defect pixels is normal.
+        Images whose mask is None are left out.
     maps : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
         Finite; higher is more anomalous.
     fpr_limits : (float, float), default=(1e-5, 1e-4)
@@ -49,28 +50,28 @@ def aupimo(
     Returns
     -------
     ndarray of shape (n_images,), float64
-        In [0, 1]; nan for normal images and those that were left out. ``numpy.nanmean`` of it is one number for all.
+        In [0, 1]; nan for normal images and those that were left out. ``numpy.nanmean`` gives one number for all.
 
     Raises
     ------
     ValueError
-        Maps or masks of the wrong shape, dtype, length or values, no normal or no defective image, or limits out of
-        range.
+        When maps or masks have the wrong shape, dtype, length or values, there is no normal or no defective image, or
+        limits are out of range.
 
     Warns
     -----
     UserWarning
-        When the normal images have fewer than 1/L pixels: the lowest rates that the integral asks for are then not to
-        be had, and the share that is found over all normal pixels stands for them.
+        When the normal images have fewer than 1/L pixels. The lowest rates then cannot be measured, and the share found
+        above all normal pixels is used for them.
 
     Notes
     -----
-    The integral is exact, in the sense of `aupro`: where only the false-positive rate grows, the curve is flat; where
-    pixels of both kinds have the same score, it is a straight line.
+    The integral is exact, in the sense of `aupro`: the curve is flat where only the false-positive rate grows, and a
+    straight line where normal and defect pixels have the same score.
 
-    Collections with a length are read once, an image at a time. Held are the scores of the defect pixels, those of
-    about the share U of all others, and a buffer of a million. Of iterators all normal pixels are held. Time is linear
-    in the number of pixels, but for sorting those that are held.
+    Collections with a length are read once, an image at a time. The scores of the defect pixels, of about a share U of
+    all others, and a buffer of a million are held in memory. For iterators all normal pixels are held. Time is linear
+    in the number of pixels, except for sorting those that are held.
 
     References
     ----------
@@ -96,7 +97,7 @@ def aupimo(
         elif scores.size:
             normal.add(scores)
     if not normal.n_images:
-        raise ValueError("every mask marks a defect: aupimo needs images without one to tell false alarms")
+        raise ValueError("every mask marks a defect: aupimo needs normal images to measure false-positive rates")
     if all(own is None for own in defects):
         raise ValueError("the masks mark no defect pixel (True): aupimo needs at least one")
     if normal.n_pixels * low < 1:
@@ -109,7 +110,7 @@ def aupimo(
 
 
 class _HighestPixels:
-    """The pixels of normal images that may come into a false-positive rate of at most ``limit`` / number of images."""
+    """The highest pixels of normal images, up to a false-positive rate of ``limit`` / number of images."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -122,10 +123,10 @@ class _HighestPixels:
         self.n_pixels = 0
 
     def add(self, scores: NDArray[Any]) -> None:
-        """Take a normal image's scores, each of the weight 1 / (number of them)."""
+        """Add the scores of a normal image, each with the weight 1 / (number of its pixels)."""
         self.n_images += 1
         self.n_pixels += scores.size
-        # What is under the floor is beyond the limit already, whatever comes.
+        # Scores below the floor are beyond the limit, whatever images follow.
         high = scores[scores >= self._floor]
         self._scores.append(high)
         self._weights.append(np.full(high.size, 1 / scores.size))
@@ -135,7 +136,7 @@ class _HighestPixels:
             self._largest = max(HELD_PIXELS, 2 * self._held)
 
     def rates(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """Distinct scores, falling, and the false-positive rate at each."""
+        """Distinct scores in descending order, and the false-positive rate at each."""
         self._prune()
         score, weight = self._scores[0], self._weights[0]
         last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
@@ -148,7 +149,7 @@ class _HighestPixels:
         reached = int(np.searchsorted(np.cumsum(weight), self._limit))
         keep = score.size
         if reached < keep:
-            # All pixels of the score at which the limit is reached stay; of lower ones none is asked for any more.
+            # Keep all pixels with the score at which the limit is reached; lower ones are not needed.
             self._floor = score[reached]
             keep = int(np.searchsorted(-score, -self._floor, side="right"))
         self._scores, self._weights, self._held = [score[:keep]], [weight[:keep]], keep
@@ -157,10 +158,10 @@ class _HighestPixels:
 def _share_found(
     defect: NDArray[Any], score: NDArray[Any], rate: NDArray[np.float64], low: float, high: float
 ) -> float:
-    """The mean share of the pixels ``defect`` that is found, over the logarithm of the rate between its limits.
+    """Mean share of the pixels ``defect`` that is found, over the logarithm of the rate between its limits.
 
-    A pixel is found from the rate on that the normal pixels above it make, and so for its share of the integral; where
-    normal pixels have its very score, it is found bit by bit while the rate grows by those.
+    A pixel is found from the rate given by the normal pixels above it. If normal pixels have the same score, its share
+    grows linearly while the rate grows by these.
     """
     falling = -score
     above = np.append(0.0, rate)[np.searchsorted(falling, -defect, side="left")]

@@ -11,41 +11,40 @@ from vqad.metrics._pixel_counts import PixelCounts, count_pixels
 
 
 def pixel_auroc(masks: Iterable[Any], maps: Iterable[Any]) -> float:
-    """Area under the ROC curve over all pixels of all images, defect pixels being the positive class.
+    """Area under the ROC curve over all pixels of all images, with defect pixels as the positive class.
 
     Parameters
     ----------
     masks : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
-        bool, True on defect pixels; integers 0/1 or 0/255 are taken too. An image whose mask is None is left
-        out: its pixels are not known.
+        bool, True on defect pixels; integers 0/1 or 0/255 are accepted too. Images whose mask is None are left out.
     maps : array of shape (n_images, H, W), or iterable of n_images arrays of shape (H_i, W_i)
-        Finite; higher is more anomalous. float32 and float64 are compared as they are, float16 and integers
-        after conversion to float32 and float64.
+        Finite; higher is more anomalous. float32 and float64 are compared as they are, float16 and integers after
+        conversion to float32 and float64.
 
     Returns
     -------
     float
-        In [0, 1]: the chance that a random defect pixel scores above a random normal one, ties counting half.
+        In [0, 1]: probability that a random defect pixel scores above a random normal one, where ties count half.
 
     Raises
     ------
     ValueError
-        Maps or masks of the wrong shape, dtype, length or values, or no defect pixel, or no normal pixel.
+        When maps or masks have the wrong shape, dtype, length or values, or there is no defect or no normal pixel.
 
     Notes
     -----
-    Any lazy collection will do, and is read twice, one image at a time. What is held is about 50 bytes per
-    *defect* pixel and a chunk of 64 MB (float32). An iterator such as a generator is read once; then the
-    scores of the normal pixels are held as well, 4 bytes each (float32).
+    Masks and maps may be lazy collections, which are read twice, one image at a time. About 50 bytes per *defect* pixel
+    and a chunk of 64 MB (float32) are held in memory. Iterators such as generators are read once; then the scores of
+    the normal pixels are held as well, 4 bytes each (float32).
     """
     return auroc_of(_known(count_pixels(masks, maps)[0]))
 
 
 def pixel_average_precision(masks: Iterable[Any], maps: Iterable[Any]) -> float:
-    """Average precision over all pixels of all images, defect pixels being the positive class.
+    """Average precision over all pixels of all images, with defect pixels as the positive class.
 
-    The sum of precision times the step of recall over all thresholds, without interpolation, which would be
-    too optimistic [1]_. Recall steps only at the scores of defect pixels, so only these are looked at.
+    The sum over all thresholds of the precision times the step in recall, without interpolation, which would be too
+    optimistic [1]_. Recall changes only at the scores of defect pixels, so only these thresholds are used.
 
     Parameters
     ----------
@@ -55,7 +54,7 @@ def pixel_average_precision(masks: Iterable[Any], maps: Iterable[Any]) -> float:
     Returns
     -------
     float
-        In (0, 1]. Maps without information give the share of defect pixels.
+        In (0, 1]. Constant maps give the share of defect pixels.
 
     Raises
     ------
@@ -78,10 +77,10 @@ def pixel_f1_max(
 def pixel_f1_max(
     masks: Iterable[Any], maps: Iterable[Any], *, return_threshold: bool = False
 ) -> float | tuple[float, float]:
-    """Largest F1 over all thresholds and all pixels of all images, defect pixels being the positive class.
+    """Largest F1 over all thresholds and all pixels of all images, with defect pixels as the positive class.
 
-    Between two scores of defect pixels a lower threshold only adds false alarms, so the best threshold is
-    the score of a defect pixel.
+    Between two scores of defect pixels a lower threshold only adds false alarms, so the best threshold is the score of
+    a defect pixel.
 
     Parameters
     ----------
@@ -95,8 +94,8 @@ def pixel_f1_max(
     f1 : float
         In (0, 1].
     threshold : float
-        A pixel is called a defect when its score is at or above it. Of several thresholds with the same F1
-        it is the highest. Only if `return_threshold`.
+        Pixels with scores at or above it are called defects. Of thresholds with the same F1 it is the highest. Only if
+        `return_threshold`.
 
     Raises
     ------
@@ -121,15 +120,15 @@ def aupro(masks: Iterable[Any], maps: Iterable[Any], *, fpr_limit: float = 0.3) 
     .. math::
         \mathrm{AUPRO} = \frac1L \int_0^L \mathrm{PRO} \; d\mathrm{FPR}, \qquad L = \mathtt{fpr\_limit}.
 
-    Every region weighs the same, whatever its size: PRO is the true-positive rate of a ROC curve in which a
-    pixel of region r weighs :math:`1 / (m |R_r|)`.
+    Every region has the same weight, whatever its size: PRO is the true-positive rate of a ROC curve in which a pixel
+    of region r has the weight :math:`1 / (m |R_r|)`.
 
     Parameters
     ----------
     masks, maps
-        As for `pixel_auroc`, but holding about 80 bytes per defect pixel.
+        As for `pixel_auroc`, but with about 80 bytes per defect pixel.
     fpr_limit : float, default=0.3
-        In (0, 1]: the false-positive rate at which the integration stops.
+        In (0, 1]: false-positive rate up to which to integrate.
 
     Returns
     -------
@@ -139,21 +138,21 @@ def aupro(masks: Iterable[Any], maps: Iterable[Any], *, fpr_limit: float = 0.3) 
     Raises
     ------
     ValueError
-        As `pixel_auroc`, or `fpr_limit` outside (0, 1].
+        As `pixel_auroc`, or when `fpr_limit` is not in (0, 1].
 
     Notes
     -----
-    The integral is exact. Let :math:`u_1 > u_2 > \dots > u_k` be the distinct scores of defect pixels and
-    lower the threshold from infinity. Between two of them PRO stands still and only FPR grows, so the curve
-    is flat there. At :math:`u_j` both move: FPR from the share of normal pixels above :math:`u_j` to the
-    share at or above it, PRO from :math:`P_{j-1}` to :math:`P_j`. Where no normal pixel is tied with
-    :math:`u_j` this is a vertical step, else a straight line, as equal scores move together. The corners
+    The integral is exact. Let :math:`u_1 > u_2 > \dots > u_k` be the distinct scores of defect pixels, and lower the
+    threshold from infinity. Between two of them PRO is constant and only FPR grows, so the curve is flat there. At
+    :math:`u_j` both change: FPR from the share of normal pixels above :math:`u_j` to the share at or above it, PRO from
+    :math:`P_{j-1}` to :math:`P_j`. This is a vertical step if no normal pixel has the score :math:`u_j`, otherwise a
+    straight line. The corners
 
     .. math::
         (\mathrm{FPR}_{> u_j}, P_{j-1}), \; (\mathrm{FPR}_{\ge u_j}, P_j), \qquad j = 1, \dots, k, \; P_0 = 0,
 
-    together with (0, 0) and (1, 1) are hence the whole curve. Its trapezoids are summed, the last one cut
-    off at the limit with PRO interpolated there.
+    together with (0, 0) and (1, 1) define the whole curve. Its trapezoids are summed; the last one is cut off at the
+    limit, where PRO is interpolated.
 
     References
     ----------

@@ -1,10 +1,10 @@
-"""From masks and maps to the counts that every pixel metric is made of.
+"""Pixel counts of masks and maps, from which all pixel metrics are computed.
 
-All the curves (ROC, precision-recall, per-region overlap) bend only at the scores of defect pixels, which are
-few. Normal pixels, which are many, therefore need to be counted only: how many lie below each distinct score
-of a defect pixel and how many are equal to it. They are counted chunk by chunk: a chunk is sorted, and the
-distinct defect scores, sorted as well, are looked up in it. (Sorting float32 runs at 7e7 pixels per second
-with numpy >= 2; looking the pixels up among the defect scores is five times slower.)
+All curves (ROC, precision-recall, per-region overlap) bend only at the scores of defect pixels, of which there are
+few. Normal pixels, of which there are many, are only counted: how many are below each distinct score of a defect pixel
+and how many are equal to it. They are counted chunk by chunk: a chunk is sorted, and the sorted distinct defect scores
+are looked up in it. (Sorting float32 runs at 7e7 pixels per second with numpy >= 2; looking up the pixels among the
+defect scores is five times slower.)
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class PixelCounts:
     n_normal : int
         Normal pixels of the set.
     overlap : ndarray of shape (k,), float64, or None
-        Share of the defect regions that has exactly that score: the mean over regions of (pixels of the
-        region with that score) / (pixels of the region). Sums to 1.
+        Mean over the defect regions of the share of their pixels with exactly that score. Sums to 1.
     """
 
     score: NDArray[Any]
@@ -59,9 +58,9 @@ def count_pixels(
     groups: NDArray[np.intp] | None = None,
     normal: NDArray[np.bool_] | None = None,
 ) -> list[PixelCounts]:
-    """Count the pixels of every group of images.
+    """Count the pixels of each group of images.
 
-    Masks and maps that can be iterated twice are read twice and not held. If either is an iterator, both are
+    Masks and maps that can be iterated twice are read twice and not held in memory. If either is an iterator, both are
     read once, and the scores of the normal pixels are held.
 
     Parameters
@@ -71,9 +70,9 @@ def count_pixels(
     regions : bool
         Also find the connected regions of the masks.
     groups : ndarray of shape (n_images,), or None
-        Group of every image, 0, 1, ...; None is one group.
+        Group of each image, 0, 1, ...; None is one group.
     normal : ndarray of shape (n_images,), or None
-        Images known to be normal: their mask may be None, and may not hold a defect pixel.
+        Images known to be normal: their mask may be None, and must not mark a defect pixel.
     """
     n_groups = 1 if groups is None else int(groups.max()) + 1
     defects = [_DefectPixels(regions) for _ in range(n_groups)]
@@ -85,7 +84,7 @@ def count_pixels(
             defects[group].add(mask, scores)
         if once:
             held.append((group, _normal_pixels(mask, scores, copy=True)))
-    # A flush looks every distinct score up: no fewer pixels than those at a time.
+    # A flush looks up every distinct score, so a chunk has at least as many pixels.
     distinct = [d.distinct() for d in defects]
     counters = [_NormalCounter(scores, max(CHUNK_PIXELS // n_groups, scores.size)) for scores in distinct]
     if once:
@@ -192,7 +191,7 @@ def read_pairs(
     for i, (mask, scores) in enumerate(zip_longest(each(masks), each(maps), fillvalue=_END)):
         if mask is _END or scores is _END:
             short, long = ("masks", "maps") if mask is _END else ("maps", "masks")
-            raise ValueError(f"masks and maps must go together, but {short} end after {i} images and {long} go on")
+            raise ValueError(f"masks and maps must have the same length, but there are {i} {short} and more {long}")
         if normal is not None and i >= normal.size:
             raise ValueError(f"y_true has {normal.size} images, but masks and maps have more")
         read = i + 1
@@ -214,7 +213,7 @@ def read_pairs(
 
 
 def each(images: Any) -> Iterator[Any]:
-    """Iterate; a lazy collection may know only its length and its items."""
+    """Iterate over images; a lazy collection may have only a length and indexing."""
     if hasattr(images, "__iter__") or not hasattr(images, "__len__"):
         return iter(images)
     item: Callable[[int], Any] = images.__getitem__
@@ -244,7 +243,7 @@ def _check_mask(i: int, image: Any, scores: NDArray[Any]) -> NDArray[np.bool_]:
     marked: NDArray[np.bool_] = mask != 0
     if mask.dtype.kind not in "iu" or not (np.all(mask[marked] == 1) or np.all(mask[marked] == 255)):
         raise ValueError(
-            f"mask {i} must be boolean, True on defect pixels (integers 0/1 or 0/255 are taken too), but has "
+            f"mask {i} must be boolean, True on defect pixels (integers 0/1 or 0/255 are accepted too), but has "
             f"dtype {mask.dtype} and values from {mask.min()} to {mask.max()}; if every nonzero value marks "
             "a defect, pass mask != 0"
         )
