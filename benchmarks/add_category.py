@@ -1,4 +1,4 @@
-"""Adding a category to a fitted model: what it costs the others, what it gains, beside a fit on all from the start.
+"""Measure what adding a category to a fitted model costs the others and gains, compared with one fit on all.
 
 Fits on some categories of a data set in MVTec layout, adds another with partial_fit, and scores the test images.
 
@@ -9,12 +9,12 @@ Fits on some categories of a data set in MVTec layout, adds another with partial
 from __future__ import annotations
 
 import argparse
-import ast
 import time
 
 import numpy as np
 
 import vqad
+from vqad.cli._arguments import assignment
 from vqad.datasets import load_mvtec
 from vqad.metrics import evaluate
 
@@ -25,16 +25,15 @@ def main() -> None:
     parser.add_argument("--first", nargs="+", required=True, help="categories that fit learns")
     parser.add_argument("--then", nargs="+", required=True, help="categories that partial_fit adds")
     parser.add_argument("--detector", default="HVQTransDetector")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the detector")
+    parser.add_argument("--set", nargs="*", type=assignment, default=[], metavar="NAME=VALUE",
+                        help="parameters of the detector")  # fmt: skip
     parser.add_argument("--memory", help="folder to keep features in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the fit on all categories")
     args = parser.parse_args()
 
-    parameters = dict(pair.split("=", 1) for pair in args.set)
-    parameters = {name: ast.literal_eval(value) for name, value in parameters.items()}
     make = getattr(vqad, args.detector)
-    options = {"random_state": args.seed, "memory": args.memory, "verbose": 1, **parameters}
+    options = {"random_state": args.seed, "memory": args.memory, "verbose": 1, **dict(args.set)}
     first, then = (load_mvtec(args.root, categories=names) for names in (args.first, args.then))
     test = load_mvtec(args.root, categories=[*args.first, *args.then], split="test")
     old = np.isin(test.category, args.first)
@@ -46,7 +45,7 @@ def main() -> None:
     routed_after, scores_after = detector.predict_category(test), detector.score_samples(test)
 
     stays = routed_after == routed
-    print(f"of {old.sum()} test images of known categories {(~stays & old).sum()} are taken for another category now")
+    print(f"of {old.sum()} test images of known categories {(~stays & old).sum()} are now judged as another category")
     moved = stays & old & (scores != scores_after)
     print(f"of the others {moved.sum()} have another score")
     report("added with partial_fit", test, scores_after, routed_after)
@@ -64,7 +63,7 @@ def timed(name: str, n: int, work) -> None:
 
 
 def report(name: str, test, scores: np.ndarray, routed: np.ndarray) -> None:
-    print(f"\n{name}; category inferred right: {np.mean(routed == test.category):.4f}")
+    print(f"\n{name}; category inferred correctly: {np.mean(routed == test.category):.4f}")
     print(evaluate(test.target, -scores, test.category), flush=True)
 
 

@@ -1,16 +1,16 @@
-"""What detectors find of real defects, beside an untrained Gaussian that is told the category.
+"""Measure detectors on real defects, compared with an untrained Gaussian that is told the category.
 
-One model is fitted on several sets of images together, in the layout of MVTec AD: on at most 200 normal training images
-of each. All test images are then scored, without telling which set they are of. ``HVQTransDetector`` learns with
-labels, ``VQFlowDetector`` without. Of each set are printed
+One model is fitted on several data sets together, in the layout of MVTec AD, on at most 200 normal training images of
+each. All test images are then scored, without telling which set they belong to. ``HVQTransDetector`` learns with
+labels, ``VQFlowDetector`` without. For each set the table shows
 
-- image AUROC, and pixel AUROC and AUPRO over the images that have a mask and the normal ones;
-- the share of defects that the scores find at 1 % and 5 % false alarms: above that quantile of the normal test images;
-- the share that ``predict`` calls anomalous, of defects and of normal images, what the scores find at just as many
-  false alarms, and the ratio of what predict finds to that: how well the threshold uses the scores;
-- seconds to fit the model, and images scored a second, with their maps.
+- image AUROC, and pixel AUROC and AUPRO over the normal images and those with a mask;
+- the share of defects found at 1 % and 5 % false alarms, that is, above that quantile of the normal test images;
+- the shares of defects and of normal images that ``predict`` calls anomalous, the share of defects that the scores find
+  at the same number of false alarms, and the ratio of the two, which tells how well the threshold uses the scores;
+- seconds to fit the model, and images scored per second, including maps.
 
-``--elpv`` does the same with solar cells of two kinds: half of the sound ones are learned.
+``--elpv`` does the same with solar cells of two kinds; half of the sound ones are training images.
 
     python benchmarks/real_defects.py ROOT --out found.json
     python benchmarks/real_defects.py ROOT --sets "bottle,screw;cookie,magnetic_tile" --small bottle=40
@@ -21,7 +21,6 @@ labels, ``VQFlowDetector`` without. Of each set are printed
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import random
@@ -37,6 +36,7 @@ import torch
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
 from vqad._yardstick import GaussianYardstick
+from vqad.cli._arguments import assignment
 from vqad.datasets import ImageDataset, load_elpv, load_mvtec
 from vqad.demo import DemoSize, split_cells
 from vqad.images import check_images
@@ -149,8 +149,8 @@ def run_yardstick(task: Task) -> Outcome:
     return Outcome(score, fitted - started, time.perf_counter() - fitted)
 
 
-def taken_by(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Those of some parameters that a detector has."""
+def known_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a detector has."""
     own = DETECTORS[name]().get_params()
     return {key: value for key, value in parameters.items() if key in own}
 
@@ -265,7 +265,7 @@ def measure(
     if detector == YARDSTICK:
         outcome = run_yardstick(task)
     else:
-        outcome = run_detector(detector, task, taken_by(detector, parameters))
+        outcome = run_detector(detector, task, known_parameters(detector, parameters))
     rows = {name: set_row(outcome, task.test, name) for name in task.sets}
     print(table(with_mean(rows)), flush=True)
     return record(task, detector, outcome, with_mean(rows)), rows
@@ -327,25 +327,27 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", help="folder of sets in the layout of MVTec AD")
     parser.add_argument(
-        "--sets", default=SETS, help="names, by commas; a semicolon begins the next model (%(default)s)"
+        "--sets", default=SETS, help="names, separated by commas; a semicolon starts the next model (%(default)s)"
     )
-    parser.add_argument("--elpv", action="store_true", help="solar cells too, of the package elpv-dataset")
+    parser.add_argument("--elpv", action="store_true", help="also use the solar cells of the package elpv-dataset")
     known = [*DETECTORS, YARDSTICK]
     parser.add_argument("--detectors", nargs="+", choices=known, default=known)
     parser.add_argument(
-        "--max-train", type=int, default=200, help="training images of a set, but for solar cells (%(default)s)"
+        "--max-train", type=int, default=200, help="training images per set, except for solar cells (%(default)s)"
     )
     parser.add_argument("--small", nargs="+", type=small_set, default=[], metavar="SET=N", help="fewer of this set")
-    parser.add_argument("--memory", metavar="DIR", help="keep features here; fits that find them there are faster")
+    parser.add_argument("--memory", metavar="DIR", help="folder to cache features in, which makes later fits faster")
     parser.add_argument("--seed", type=int, default=0, help="random_state of the detectors (%(default)s)")
-    parser.add_argument("--set-params", nargs="+", type=parameter, default=[], metavar="NAME=VALUE",
-                        help="parameters, each for those detectors that have it")  # fmt: skip
+    parser.add_argument("--set-params", nargs="+", type=assignment, default=[], metavar="NAME=VALUE",
+                        help="parameters, for the detectors that have them")  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write all numbers here as JSON, after each model")
     args = parser.parse_args(argv)
     if args.root is None and not args.elpv:
         parser.error("give ROOT, --elpv, or both")
     trained = [name for name in args.detectors if name != YARDSTICK]
-    unknown = {key for key, value in args.set_params if not any(taken_by(name, {key: value}) for name in trained)}
+    unknown = {
+        key for key, value in args.set_params if not any(known_parameters(name, {key: value}) for name in trained)
+    }
     absent = {name for name, _ in args.small}.difference(*groups_of_sets(args.sets))
     if absent:
         parser.error(f"--small: {', '.join(sorted(absent))} is none of the sets {args.sets}")
@@ -359,17 +361,6 @@ def small_set(text: str) -> tuple[str, int]:
     if not number.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not SET=N")
     return name, int(number)
-
-
-def parameter(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, where the value is a number, a tuple, a word, ... as in Python."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 if __name__ == "__main__":

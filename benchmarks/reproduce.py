@@ -1,8 +1,8 @@
-"""A published configuration on MVTec AD or VisA, with the paper's figures beside what comes out.
+"""Run a published configuration on MVTec AD or VisA, and print its results next to the paper's.
 
-One model of all categories, fitted on the normal training images; HVQ-Trans is told their categories, as in the paper,
-and VQ-Flow is not. The test images are scored without telling either. A run that was interrupted goes on where it was
-when the same command is given again: features and training are kept in ``--keep``.
+One model of all categories is fitted on the normal training images; HVQ-Trans is told their categories, as in the
+paper, and VQ-Flow is not. The test images are scored without labels. An interrupted run resumes when the same command
+is given again: features and training are kept in ``--keep``.
 
 The papers' backbones have no weight package: give a file, or let timm's hub download them.
 
@@ -14,7 +14,6 @@ The papers' backbones have no weight package: give a file, or let timm's hub dow
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ import torch
 
 import vqad
 from vqad import HVQTransDetector, VQFlowDetector
+from vqad.cli._arguments import assignment
 from vqad.datasets import load_mvtec, load_visa
 from vqad.images import check_images
 from vqad.metrics import evaluate
@@ -33,7 +33,7 @@ from vqad.metrics import evaluate
 DETECTORS = {"hvq_trans": HVQTransDetector, "vq_flow": VQFlowDetector}
 KNOW_CATEGORIES = ("hvq_trans",)
 DATA = {"mvtec": load_mvtec, "visa": load_visa}
-# Means over the categories, image and pixel AUROC, as the abstracts state them.
+# Image and pixel AUROC, averaged over the categories, as stated in the abstracts.
 PUBLISHED = {("hvq_trans", "mvtec"): (0.980, 0.973), ("vq_flow", "mvtec"): (0.995, 0.983)}
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def fitted_and_saved(detector: Any, train: Any, knows: bool, path: Path) -> float:
-    """Fit, unless that was done by an earlier run; gives the seconds of the part that was done now."""
+    """Fit, unless an earlier run has done so; returns the seconds spent now."""
     if path.exists():
-        print(f"{path} is there: it is judged as it is", flush=True)
+        print(f"using the existing model {path}", flush=True)
         return 0.0
     started = time.perf_counter()
     detector.fit(train, category=train.category if knows else None)
@@ -76,7 +76,7 @@ def fitted_and_saved(detector: Any, train: Any, knows: bool, path: Path) -> floa
 
 
 def table_of(judged: Any, test: Any) -> dict[str, dict[str, float]]:
-    """Metrics of each category and their mean; pixels one category at a time, as maps of all would not fit."""
+    """Metrics of each category and their mean, one category at a time because all maps may not fit into memory."""
     rows = {}
     for name in dict.fromkeys(test.category.tolist()):
         own = np.flatnonzero(test.category == name)
@@ -90,7 +90,7 @@ def table_of(judged: Any, test: Any) -> dict[str, dict[str, float]]:
 
 
 def text(rows: dict[str, dict[str, float]], published: tuple[float, float] | None) -> str:
-    """The rows, and under them what the paper states."""
+    """The rows as a table, followed by the published figures."""
     width = max(map(len, [*rows, "published"]))
     lines = [f"{'':{width}}  image AUROC  pixel AUROC  AUPRO"]
     for name, row in rows.items():
@@ -111,23 +111,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--detector", choices=DETECTORS, required=True)
     parser.add_argument("--data", choices=DATA, default="mvtec", help="layout of the folder (%(default)s)")
     parser.add_argument("--weights", help="file with the backbone's weights, or 'hub'")
-    parser.add_argument("--keep", default="reproduce-kept", help="folder of features, training and model (%(default)s)")
+    parser.add_argument(
+        "--keep", default="reproduce-kept", help="folder for features, checkpoints and model (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-jobs", type=int, default=None, help="threads that read images ahead")
-    parser.add_argument("--set-params", nargs="+", type=parameter, default=[], metavar="NAME=VALUE",
-                        help="parameters other than the published ones")  # fmt: skip
+    parser.add_argument("--set-params", nargs="+", type=assignment, default=[], metavar="NAME=VALUE",
+                        help="parameters that replace published ones")  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write all numbers here as JSON")
     return parser.parse_args(argv)
-
-
-def parameter(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{given!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 if __name__ == "__main__":

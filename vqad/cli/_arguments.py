@@ -141,7 +141,7 @@ def _add_fit(commands: Any) -> _Parser:
     command.add_argument("--batch-size", type=int, metavar="N", help="images per training step")
     command.add_argument(
         "--set",
-        type=_assignment,
+        type=assignment,
         action="append",
         metavar="NAME=VALUE",
         help="any other parameter of the detector; may be repeated",
@@ -382,7 +382,7 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """Parse NAME=VALUE; a value that is not a Python literal is a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
