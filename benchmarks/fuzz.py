@@ -1,10 +1,10 @@
-"""Feed damaged and hostile image files, model files, checkpoints and command lines to vqad, and say what came of it.
+"""Fuzz vqad with damaged and hostile image files, model files, checkpoints and command lines.
 
     python benchmarks/fuzz.py [--images N] [--models N] [--checkpoints N] [--commands N] [--seed N]
 
-An input fails if it raises anything but the errors that users are told of, takes over 10 s, adds over 1 GB to the
-memory of the process, or ends the process. Every input has a number, from which it can be made again: --seed and
---first. Each kind runs in a process of its own.
+An input fails if it raises anything but a documented error, takes more than 10 s, adds more than 1 GB to the memory of
+the process, or ends the process. Each input has a number, from which it can be reproduced with --seed and --first. Each
+kind of input runs in its own process.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Does vqad work on this GPU, and how fast: one table in under ten minutes, without any data.
+"""Check that vqad works on this GPU, and how fast: one table in less than ten minutes, without any data.
 
-Checks, each of which fails by itself and lets the others go on:
+The checks are independent; if one fails, the others still run:
 
-- parity: a detector that was fitted on the CPU gives the same scores on the device;
-- no waiting: training steps under ``torch.cuda.set_sync_debug_mode("error")``;
-- repeatability: two fits with one ``random_state`` under ``torch.use_deterministic_algorithms``;
-- a fit in another process that is killed and goes on from its checkpoint;
-- lack of memory: a training that may use little of it goes on with smaller batches;
-- speed: training steps and scored images a second, at default and published sizes, with the share of the processor's
-  peak that they use and the largest memory.
+- parity: a detector fitted on the CPU gives the same scores on the device;
+- no synchronisation: training steps under ``torch.cuda.set_sync_debug_mode("error")``;
+- repeatability: two fits with the same ``random_state`` under ``torch.use_deterministic_algorithms``;
+- resuming: a fit in another process is killed and resumes from its checkpoint;
+- out of memory: a training with limited memory continues with smaller batches;
+- speed: training steps and scored images per second, at default and published sizes, with the share of the device's
+  peak performance and the peak memory.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --device cpu --quick

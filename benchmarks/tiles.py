@@ -1,4 +1,4 @@
-"""What tiles find: a fault of 12 pixels in drawn textures of 6,000 x 2,000, with tiles and without.
+"""Measure tiles: a defect of 12 pixels in synthetic textures of 6,000 x 2,000, with and without tiles.
 
 python benchmarks/tiles.py                  # a quarter of an hour on two CPU cores
 python benchmarks/tiles.py --width 3000     # half of that

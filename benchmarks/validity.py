@@ -1,11 +1,11 @@
-"""Whether thresholds keep their rate of false alarms with tiles, ignored regions and copies: 200 fits of each.
+"""Check that thresholds keep their false-alarm rate with tiles, ignored regions and copies: 200 fits of each.
 
     python benchmarks/validity.py
 
-Each fit is on other drawn images, of which 19 are held out, for a rate of 10 %: by theory new normal images are called
-anomalous with a probability of 2/20 at most, however few images there are; it is less, as scores of held-out images are
-in units of the others, which widens the ends. What a backbone sees does not matter for that, so it is one that takes no
-time. It prints the share of false alarms with its standard error.
+Each fit uses other synthetic images, 19 of which are held out, for a rate of 10 %. In theory new normal images are
+called anomalous with a probability of at most 2/20, however few images there are. It is less, because scores of
+held-out images are standardised without themselves, which widens their tails. The backbone does not matter here, so a
+trivial one is used. The script prints the share of false alarms with its standard error.
 """
 
 from __future__ import annotations

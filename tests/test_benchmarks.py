@@ -63,7 +63,7 @@ def test_reproduce_runs_end_to_end_and_goes_on(tmp_path, name, capsys):
     assert "published" in printed
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
     assert reproduce.main(command) == rows
-    assert "is judged as it is" in capsys.readouterr().out
+    assert "using the existing model" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")
