@@ -206,7 +206,7 @@ def test_a_y_that_cannot_be_split_is_explained(rows, y, match):
 def test_a_missing_category_is_explained(rows, missing):
     missing = pytest.importorskip("pandas").NA if missing == "NA" else missing
     for category in ([missing, *NAMES[1:]], np.array([missing, *NAMES[1:]], dtype=object)):
-        with pytest.raises(ValueError, match=r"category is missing, .*, for 1 images"):
+        with pytest.raises(ValueError, match=r"category is missing \(.*\) for 1 images"):
             next(InlierKFold(3).split(rows, Y, category=category))
 
 
@@ -304,7 +304,7 @@ def test_scores_for_want_of_anomalies_are_nan_with_a_warning(grey):
     made = Brightness().fit(X)
     for scorer in (image_auroc_scorer, image_average_precision_scorer, image_f1_max_scorer):
         for label in (1, -1):
-            causes = r"use cv=InlierKFold\(\); its training folds hold no anomaly, so set return_train_score=False"
+            causes = r"use cv=InlierKFold\(\); its training folds have no anomalies, so set return_train_score=False"
             with pytest.warns(UndefinedMetricWarning, match=rf"but y is \{label:+d} throughout: .*{causes}"):
                 assert np.isnan(scorer(made, X, np.full(12, label)))
     for some in (masks[:8], [None] * 8):

@@ -1,4 +1,4 @@
-"""Splits and scorers for detectors that learn from normal images, with scikit-learn's search and validation tools.
+"""Splitters and scorers for detectors that learn from normal images, for scikit-learn's search and validation tools.
 
 For example::
 
@@ -6,7 +6,7 @@ For example::
     search.fit(images, y)
 
 Labels are +1 for normal images and -1 for anomalies. All scorers take anomalies as the positive class. Of
-scikit-learn's own, "roc_auc" gives the same with either class as the positive one and can be used too;
+scikit-learn's own scorers, "roc_auc" is the same with either class as positive and can be used too;
 "average_precision" and "f1" take normal images as the positive class.
 """
 
@@ -49,33 +49,33 @@ __all__ = [
 
 
 class InlierKFold(BaseCrossValidator):
-    """K folds that train on normal samples alone and test on everything that is left out.
+    """K-fold cross-validation that trains on normal samples only and tests on normal samples and anomalies.
 
-    Normal samples are divided over the folds as in `KFold`, and so are anomalies: a fold is tested on its own share
-    of both, and trained on the normal samples of the other folds. So every sample is tested exactly once, as
-    `cross_val_predict` asks, and no sample counts more than another.
+    Normal samples and anomalies are each divided over the folds as in `KFold`. Each fold is tested on its share of both
+    and trained on the normal samples of the other folds. So every sample is tested exactly once, as `cross_val_predict`
+    requires.
 
     Parameters
     ----------
     n_splits : int, default=5
-        Number of folds, at least 2 and at most the number of normal samples, or of groups with one.
+        Number of folds, at least 2 and at most the number of normal samples, or of groups with a normal sample.
     shuffle : bool, default=True
-        Whether samples are drawn into the folds at random. Without, folds are runs of neighbours: of images that are
-        sorted by kind and come without `category`, a whole kind may be missing from training.
+        Whether to assign samples to folds at random. Otherwise folds are consecutive samples: if images are sorted by
+        category and `category` is not passed, a whole category may be missing from training.
     random_state : int, RandomState instance or None, default=None
-        Draws the folds; an int makes every call of `split` give the same ones. Only with ``shuffle=True``.
+        Draws the folds; an int makes every call of `split` return the same ones. Only with ``shuffle=True``.
 
     Notes
     -----
-    Scores on training folds are undefined for want of anomalies: set ``return_train_score=False`` in
+    Scores on training folds are undefined because these have no anomalies: set ``return_train_score=False`` in
     `HalvingGridSearchCV`, which computes them by default.
 
-    Given y, `cross_val_predict` with ``method="decision_function"`` wants classes, which no outlier detector has. Make
-    the folds beforehand and leave y out:
+    If y is passed, `cross_val_predict` with ``method="decision_function"`` needs classes, which outlier detectors do
+    not have. Create the folds first and leave y out:
     ``cross_val_predict(detector, X, cv=list(InlierKFold().split(X, y)), method="decision_function")``.
 
-    With metadata routing `groups` arrive unasked, as they do at scikit-learn's own splitters of groups; `category` has
-    to be asked for.
+    With metadata routing, `groups` is requested by default, as by scikit-learn's own group splitters; `category` must
+    be requested.
 
     Examples
     --------
@@ -108,7 +108,7 @@ class InlierKFold(BaseCrossValidator):
     def split(
         self, X: Any, y: Any = None, groups: Any = None, *, category: ArrayLike | None = None
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-        """Give the rows to train on and the rows to test on, fold by fold.
+        """Generate the rows to train on and to test on, fold by fold.
 
         Parameters
         ----------
@@ -117,12 +117,12 @@ class InlierKFold(BaseCrossValidator):
         y : array-like of shape (n,)
             +1 for normal samples, -1 for anomalies.
         groups : array-like of shape (n,), default=None
-            Which samples belong together, such as several pictures of one piece: a group is in one fold. Groups, not
-            samples, are then divided evenly: those of normal samples, of both and of anomalies, each for themselves. A
-            group is of the kind of its first sample.
+            Which samples belong together, such as several pictures of one piece: each group stays in one fold. Then
+            groups, not samples, are divided evenly over the folds: groups of normal samples, of anomalies, and of both,
+            each separately. A group has the category of its first sample.
         category : array-like of shape (n,), default=None
-            Kind of object of each sample: each is divided evenly over the folds, normal samples and anomalies
-            apart. Within `GridSearchCV` and the like it arrives by metadata routing, with
+            Category of each sample: each category is divided evenly over the folds, normal samples and anomalies
+            separately. In `GridSearchCV` and similar tools it needs metadata routing and
             ``InlierKFold().set_split_request(category=True)``.
 
         Yields
@@ -135,8 +135,8 @@ class InlierKFold(BaseCrossValidator):
         Raises
         ------
         ValueError
-            When y is missing or has other values, has fewer normal samples, or groups with one, than there are
-            folds, when y, groups or category have another length than X, or a group or category is missing.
+            When y is missing or has other values; when there are fewer normal samples, or groups with one, than folds;
+            when y, groups or category and X differ in length; or when a group or category is missing.
         """
         X, y, groups, category = indexable(X, y, groups, category)
         y = self._check_y(y)
@@ -158,7 +158,7 @@ class InlierKFold(BaseCrossValidator):
 
     def _check_y(self, y: Any) -> NDArray[Any]:
         if y is None:
-            raise ValueError("InlierKFold needs y: +1 for normal samples, -1 for anomalies.")
+            raise ValueError("InlierKFold needs y (+1 for normal samples, -1 for anomalies); got None.")
         y = np.asarray(y)
         if y.ndim != 1:
             raise ValueError(f"y must have one label for each sample, shape (n,); got shape {y.shape}.")
@@ -170,9 +170,9 @@ class InlierKFold(BaseCrossValidator):
         return y
 
     def _deal(self, y: NDArray[Any], kind: NDArray[Any]) -> NDArray[np.intp]:
-        """Fold of each sample: of every kind, and of all kinds together, the folds differ by one sample at most.
+        """Fold of each sample: the sizes of folds differ by at most one, within each kind and over all kinds.
 
-        What has both labels, y = 0, is dealt out from where normal samples ended, so that every fold gets some normal.
+        Groups with both labels, y = 0, continue where normal samples ended, so that every fold gets normal samples.
         """
         rng = check_random_state(self.random_state)
         folds = np.empty(len(y), dtype=np.intp)
@@ -181,7 +181,7 @@ class InlierKFold(BaseCrossValidator):
             rows = rng.permutation(rows) if self.shuffle else rows
             rows = rows[np.argsort(kind[rows], kind="stable")]
             dealt = (start + np.arange(len(rows))) % self.n_splits
-            # Within a kind the folds in order, so that unshuffled folds are runs of neighbours.
+            # Within a kind, sort the folds, so that folds without shuffling are consecutive samples.
             folds[rows] = dealt[np.lexsort((dealt, kind[rows]))]
         return folds
 
@@ -199,7 +199,7 @@ def _image_f1_max(y_true, y_score):
 
 
 def _with_both_labels(metric, y_true, y_score):
-    """Anomaly metric of scores that are higher for normal images; nan, as scikit-learn has it, for want of a label."""
+    """Anomaly metric of scores that are higher for normal images; nan, as in scikit-learn, if y has only one label."""
     if len(np.unique(y_true)) == 1:
         return _undefined(f"{metric.__name__} needs normal images and anomalies, but y is {y_true[0]:+g} throughout")
     return metric(y_true, -y_score)
@@ -207,15 +207,15 @@ def _with_both_labels(metric, y_true, y_score):
 
 def _undefined(reason: str) -> float:
     message = (
-        f"{reason}: the score is nan. For test folds with both labels use cv=InlierKFold(); its training folds hold no "
-        "anomaly, so set return_train_score=False."
+        f"{reason}: the score is nan. For test folds with both labels use cv=InlierKFold(); its training folds have no "
+        "anomalies, so set return_train_score=False."
     )
     warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
     return float("nan")
 
 
-# For ``scoring=``: metrics of ``decision_function``, anomalies being the positive class; see `vqad.metrics`. Nan, with
-# an UndefinedMetricWarning, where y has one label only.
+# For ``scoring=``: metrics of ``decision_function`` with anomalies as the positive class; see `vqad.metrics`. Nan, with
+# an UndefinedMetricWarning, if y has only one label.
 image_auroc_scorer = make_scorer(_image_auroc, response_method="decision_function")
 image_average_precision_scorer = make_scorer(_image_average_precision, response_method="decision_function")
 image_f1_max_scorer = make_scorer(_image_f1_max, response_method="decision_function")
@@ -229,10 +229,10 @@ _PIXEL_METRICS = {
 
 
 class PixelScorer(BaseEstimator):
-    """Score ``anomaly_map`` against defect masks; for ``scoring=``.
+    """Scorer of ``anomaly_map`` against defect masks, for ``scoring=``.
 
-    Masks come with X, where X is a `vqad.datasets.ImageDataset` (splitting it splits its masks too). For other X they
-    are metadata: enable scikit-learn's routing, request them, and pass them to ``fit``::
+    If X is a `vqad.datasets.ImageDataset`, masks come with it (and are split with it). For other X they are metadata:
+    enable scikit-learn's metadata routing, request them, and pass them to ``fit``::
 
         with sklearn.config_context(enable_metadata_routing=True):
             scorer = PixelScorer("aupro").set_score_request(masks=True)
@@ -243,10 +243,10 @@ class PixelScorer(BaseEstimator):
     metric : {"aupro", "pixel_auroc", "pixel_average_precision", "pixel_f1_max"}, default="aupro"
         Function of `vqad.metrics`.
     fpr_limit : float, default=0.3
-        In (0, 1]: where "aupro" stops; unused by the others.
+        In (0, 1]: false-positive rate up to which "aupro" integrates; not used by the others.
     """
 
-    # A scorer's request is that of its score method, whose first argument is no metadata.
+    # A scorer's request is that of its score method, whose first argument is not metadata.
     __metadata_request__score = {"estimator": UNUSED}
 
     def __init__(self, metric: str = "aupro", *, fpr_limit: float = 0.3) -> None:
@@ -268,19 +268,19 @@ class PixelScorer(BaseEstimator):
         y : array-like of shape (n,), default=None
             +1 for normal images, -1 for anomalies.
         masks : array of shape (n, H, W), or sequence of n arrays of shape (H_i, W_i), default=None
-            True on defect pixels, of the size of the maps. A mask may be None: the image has no defect where y is +1,
-            and is left out otherwise. Taken from X when None.
+            True on defect pixels, of the size of the maps. If the mask of an image is None, the image has no defect if
+            y is +1, and is left out otherwise. None takes the masks from X.
 
         Returns
         -------
         float
-            Higher is better; nan, with an `UndefinedMetricWarning`, where no mask marks a defect.
+            Higher is better; nan, with an `UndefinedMetricWarning`, if no mask marks a defect.
 
         Raises
         ------
         ValueError
-            When there are no masks, when they have another length than X or another size than the maps, and for another
-            metric.
+            When there are no masks, when they differ from X in length or from the maps in size, or the metric is
+            unknown.
         TypeError
             When the estimator has no method ``anomaly_map``.
         """
@@ -304,13 +304,13 @@ class PixelScorer(BaseEstimator):
         if callable(getattr(X, "masks", None)):
             return X.masks()
         raise ValueError(
-            "PixelScorer needs defect masks: pass masks=, by metadata routing with set_score_request(masks=True) in a "
-            "search; or pass images as a vqad.datasets collection, which has them."
+            "PixelScorer needs defect masks: pass masks=, in a search by metadata routing with "
+            "set_score_request(masks=True); or pass images as a vqad.datasets collection with masks."
         )
 
 
 def _anomaly_map(estimator: Any, X: Any) -> Any:
-    """Maps of a detector, also where it ends a pipeline or came out of a search."""
+    """Maps of a detector, which may be in a pipeline or a search."""
     estimator, X = unwrapped(estimator, X)
     if not hasattr(estimator, "anomaly_map"):
         raise TypeError(f"PixelScorer needs a detector with anomaly_map; {type(estimator).__name__} has none.")
@@ -318,7 +318,7 @@ def _anomaly_map(estimator: Any, X: Any) -> Any:
 
 
 def unwrapped(estimator: Any, X: Any = None) -> tuple[Any, Any]:
-    """What a pipeline or a search ends in, and X, if it is given, as it comes there."""
+    """The last step of a pipeline or a search, and X, if given, as it arrives there."""
     if hasattr(estimator, "best_estimator_"):
         return unwrapped(estimator.best_estimator_, X)
     if isinstance(estimator, Pipeline):

@@ -1,4 +1,4 @@
-"""For every code of a detector the nearest patch of the normal images, with a thumbnail."""
+"""Prototypes: for each code of a detector, the nearest patch of the normal images, with a thumbnail."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from vqad.tiling import Box, Tiles
 
 __all__ = ["Prototype", "Prototypes"]
 
-# Height and width of a thumbnail in pixels, and what a fit keeps of them at most: 8 MiB.
+# Height and width of a thumbnail in pixels, and the largest number that a fit keeps: 8 MiB.
 THUMBNAIL = 32
 MAX_THUMBNAILS = 8 * 2**20 // (3 * THUMBNAIL**2)
-# Thumbnails that each codebook of a category added later may have, however many there are already.
+# Thumbnails that each codebook of a category added later may always have.
 THUMBNAILS_ADDED = 32
 # A patch shows two cells along each side, or this share of the image's side if that is more.
 PATCH_CELLS, PATCH_SHARE = 2, 1 / 7
@@ -41,17 +41,17 @@ class Prototype(NamedTuple):
     Attributes
     ----------
     image : int
-        Which of the images that were learned from.
+        Number of the image, in the order of `fit`.
     cell : (int, int)
         Row and column on the codebook's grid.
     distance : float
         Euclidean distance of that cell to the code.
     usage : int
-        How many cells of all images have this code.
+        Number of cells of all normal images with this code.
     thumbnail : ndarray of shape (32, 32, 3), uint8, or None
-        The cell and what is around it; None where none was kept.
+        The cell and its surroundings; None if no thumbnail was kept.
     tile : vqad.tiling.Box or None
-        Of an image in tiles: the one that the cell is of.
+        For an image in tiles, the tile of the cell.
     """
 
     image: int
@@ -63,40 +63,40 @@ class Prototype(NamedTuple):
 
 
 class Prototypes:
-    """Of every code the nearest patch of the normal images, and how many patches it stands for.
+    """For each code, the nearest patch of the normal images, and the number of patches that it stands for.
 
-    ``prototypes_`` of a fitted detector. A codebook, see `Explanation` for their names, has K codes in each of G
-    groups: of `HVQTransDetector` a group is a category, in the order of ``categories_``. The categories of one ``fit``
-    of `VQFlowDetector` share the first group, and each that ``partial_fit`` added has one.
+    This is ``prototypes_`` of a fitted detector. Each codebook (see `Explanation` for their names) has K codes in each
+    of G groups. In `HVQTransDetector` a group is a category, in the order of ``categories_``. In `VQFlowDetector` all
+    categories of ``fit`` share the first group, and each category added by ``partial_fit`` has its own.
 
-    Images are numbered as they came to ``fit``, those that y left out too, and those of ``partial_fit`` go on from
-    there. All normal images count, those held out of training too. ``partial_fit`` adds the prototypes of new groups
-    and leaves those that are there as they are.
+    Images are numbered in the order of ``fit``, including those that y left out; images of ``partial_fit`` continue the
+    numbering. All normal images are used, including held-out ones. ``partial_fit`` adds the prototypes of new groups
+    and keeps the existing ones.
 
-    Thumbnails are 32 x 32 pixels of the image as the backbone sees it. A fit keeps 2,730 of them at most, 8 MiB: of all
-    codebooks and groups evenly, those of the most used codes. Groups that are added later get the rest of that, or 32
-    for each codebook if that is more. They are parts of training images, and `vqad.save` writes them:
-    `forget_thumbnails` first if the file is for others.
+    Thumbnails are 32 x 32 pixels of the image as the backbone sees it. A fit keeps at most 2,730 of them, 8 MiB, for
+    the most used codes of each codebook and group. Groups added later get what is left of that, or 32 per codebook if
+    that is more. Thumbnails are parts of training images, and `vqad.save` writes them: call `forget_thumbnails` first
+    if you share the file but not the images.
 
     Attributes
     ----------
     n_images : int
-        Images seen so far, those left out too.
+        Number of images seen so far, including those left out.
     grid : dict of str to (int, int)
-        Rows and columns of each codebook's cells.
+        Rows and columns of each codebook's grid of cells.
     image : dict of str to ndarray of shape (G, K), int64
-        Number of the image with the nearest patch; -1 for a code that no normal image has.
+        Number of the image with the nearest patch; -1 for unused codes.
     cell : dict of str to ndarray of shape (G, K, 2), int64
-        Its row and column; -1 where there is none.
+        Row and column of the nearest patch; -1 for unused codes.
     distance : dict of str to ndarray of shape (G, K), float32
-        Its Euclidean distance to the code; infinite where there is none.
+        Euclidean distance of the nearest patch to the code; infinite for unused codes.
     usage : dict of str to ndarray of shape (G, K), int64
-        Number of the cells of all normal images that have the code.
+        Number of cells of all normal images with the code.
     slot : dict of str to ndarray of shape (G, K), int64
-        Which of the thumbnails shows it; -1 for none.
+        Index of its thumbnail; -1 for none.
     tile : dict of str to ndarray of shape (G, K, 4), int64
-        Of images in tiles: top, left, height and width of the tile that it is a cell of, in pixels; -1 where there is
-        none. Empty of images that are seen as a whole.
+        For images in tiles, top, left, height and width in pixels of the tile with the nearest patch; -1 for unused
+        codes. Empty if images are not cut.
     thumbnails : ndarray of shape (n_thumbnails, 32, 32, 3), uint8
 
     See Also
@@ -138,7 +138,7 @@ class Prototypes:
 
     @property
     def n_groups(self) -> int:
-        """Groups of codes that each codebook has."""
+        """Number of groups of codes in each codebook."""
         return max(map(len, self.usage.values()), default=0)
 
     def get(self, codebook: str, code: int, group: int = 0) -> Prototype | None:
@@ -153,7 +153,7 @@ class Prototypes:
         Returns
         -------
         Prototype or None
-            None where no normal image has the code.
+            None if no normal image has the code.
 
         Raises
         ------
@@ -179,25 +179,30 @@ class Prototypes:
         )
 
     def of(self, explanation: Explanation, codebook: str, cell: tuple[int, int] | None = None) -> Prototype | None:
-        """The prototype of the code that a cell of an image was turned into.
+        """The prototype of the code that was assigned to a cell of an image.
 
         Parameters
         ----------
         explanation : Explanation
         codebook : str
         cell : (int, int), default=None
-            Row and column on the map; ``explanation.worst_cell`` when left out.
+            Row and column on the map; None: ``explanation.worst_cell``.
 
         Returns
         -------
         Prototype or None
-            None where no normal image has the code.
+            None if no normal image has the code.
         """
         at = explanation.cell_of(codebook, cell)
         return self.get(codebook, int(explanation.codes[codebook][at]), explanation.group)
 
     def most_used(self, codebook: str, group: int = 0) -> np.ndarray:
-        """Codes that normal images have, the most used first.
+        """Codes in use by normal images, the most used first.
+
+        Parameters
+        ----------
+        codebook : str
+        group : int, default=0
 
         Returns
         -------
@@ -207,15 +212,15 @@ class Prototypes:
         return np.argsort(-usage, kind="stable")[: int((usage > 0).sum())]
 
     def box(self, codebook: str, cell: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """What a thumbnail shows of an image: the cell and what is around it.
+        """The part of an image that a thumbnail shows: a cell and its surroundings.
 
         Parameters
         ----------
         codebook : str
         cell : (int, int)
-            Row and column on the codebook's grid, as `Explanation.cell_of` gives them.
+            Row and column on the codebook's grid, as returned by `Explanation.cell_of`.
         shape : (H, W) or (H, W, C)
-            Of the image.
+            Shape of the image.
 
         Returns
         -------
@@ -229,12 +234,12 @@ class Prototypes:
         return top, left, height, width
 
     def patch(self, image: Any, codebook: str, cell: tuple[int, int]) -> np.ndarray:
-        """The same cut of another image, to lay it beside a thumbnail.
+        """The same crop of another image, to compare with a thumbnail.
 
         Parameters
         ----------
         image : array of shape (H, W) or (H, W, C), PIL image or path
-            As the detector takes them.
+            In any form that detectors take.
         codebook, cell
             As for `box`.
 
@@ -246,7 +251,7 @@ class Prototypes:
         return _cut(torch.from_numpy(pixels).permute(2, 0, 1), self.box(codebook, cell, pixels.shape))
 
     def forget_thumbnails(self) -> None:
-        """Drop all thumbnails, for good; where the prototypes are in the images stays known."""
+        """Delete all thumbnails. The positions of the prototypes in the images are kept."""
         self.thumbnails = self.thumbnails[:0].copy()
         self.slot = {name: np.full_like(slot, -1) for name, slot in self.slot.items()}
 
@@ -255,7 +260,7 @@ class Prototypes:
 
 
 def add_prototypes(before: Prototypes, scorer: Scorer, sample: Sample, source: MapSource) -> Prototypes:
-    """Prototypes of all groups of codes, those that are new from a sample of images of ``source``, or of tiles."""
+    """Add prototypes of new groups of codes, from a sample of the images of ``source`` or of their tiles."""
     index = sample.index
     first, model = before.n_groups, scorer.model
     searches = {name: _Search(q.n_groups - first, q.n_codes) for name, q in model.codebooks().items()}
@@ -293,7 +298,7 @@ def _append(made: dict, before: dict, name: str, new: np.ndarray) -> None:
 
 
 class _Search:
-    """The nearest cell to every code (G, K), and how many cells it has, over images that come in parts."""
+    """The nearest cell to each code (G, K), and its number of cells, over images that come in parts."""
 
     def __init__(self, n_groups: int, n_codes: int):
         shape = (n_groups, n_codes)
@@ -303,7 +308,7 @@ class _Search:
         self.usage = np.zeros(shape, np.int64)
 
     def add(self, image: np.ndarray, group: np.ndarray, code: np.ndarray, distance: np.ndarray) -> None:
-        """Look at cells (n, h, w); of equally near ones the first is kept."""
+        """Process cells (n, h, w); of equally near ones the first is kept."""
         n_groups, n_codes = self.usage.shape
         flat = (group[:, None, None] * n_codes + code).ravel()
         self.usage += np.bincount(flat, minlength=n_groups * n_codes).reshape(self.usage.shape)
@@ -325,9 +330,9 @@ class _Search:
 def _keep_thumbnails(
     sample: Sample, source: MapSource, grid: dict[str, tuple[int, int]], new: dict[str, _Search], n_before: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Which thumbnail shows each code, for each codebook (G, K), and the thumbnails.
+    """Indices of the thumbnails of each codebook (G, K), and the thumbnails.
 
-    The images are read again, each once: what is wanted of them is known only now.
+    Images are read a second time, because only now is it known which patches to keep.
     """
     slot = {name: np.full_like(search.image, -1) for name, search in new.items()}
     empty = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
@@ -348,7 +353,7 @@ def _keep_thumbnails(
 
 
 def _choose(usage: dict[str, np.ndarray], n_before: int) -> list[tuple[str, int, int]]:
-    """Codebook, group and code of what is to have a thumbnail: the most used of each, then the second, and so on."""
+    """Codebook, group and code of each thumbnail: the most used code of each, then the second, and so on."""
     n_groups = sum(len(u) for u in usage.values())
     room = max(MAX_THUMBNAILS - n_before, THUMBNAILS_ADDED * n_groups) if n_before else MAX_THUMBNAILS
     ranked = []
@@ -361,7 +366,7 @@ def _choose(usage: dict[str, np.ndarray], n_before: int) -> list[tuple[str, int,
 
 
 def _read(sample: Sample, source: MapSource, data: ImageSequence, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Rows of the sample and pixels (3, H, W) of these images, or tiles, as the backbone sees them."""
+    """Rows of the sample with pixels (3, H, W) of these images, or tiles, as the backbone sees them."""
     seen = source.features.size_ if isinstance(source.features, BackboneFeatures) else None
 
     boxes_of: dict[int, list[int]] = {}
@@ -380,7 +385,7 @@ def _read(sample: Sample, source: MapSource, data: ImageSequence, numbers: list[
             if seen is not None:
                 return i, images.load([k], seen)[0]
             return i, torch.from_numpy(images.pixels(k)).permute(2, 0, 1)
-        except Exception as error:  # a caller's own collection may raise anything, and the fit is done
+        except Exception as error:  # a caller's own collection may raise anything; do not lose the finished fit
             return i, error
 
     n_threads = readers(source.n_jobs) if data.reads_in_threads and sample.boxes is None else 0
@@ -392,7 +397,7 @@ def _read(sample: Sample, source: MapSource, data: ImageSequence, numbers: list[
             failed.append(pixels)
     if failed:
         warn(
-            f"{len(failed)} images could not be read a second time, and their prototypes have no thumbnails. "
+            f"{len(failed)} images could not be read a second time, so their prototypes have no thumbnails. "
             f"The first error: {failed[0]!r}"
         )
 

@@ -1,4 +1,4 @@
-"""Other thresholds without another training: for another rate, or from new normal images; the model stays."""
+"""New thresholds without training: for another rate, or from new normal images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from vqad.scoring import Scorer, by_category, scan, score_and_map
 
 
 def at_rate(before: Fitted, contamination: Any, rate: float) -> Fitted:
-    """Thresholds for a rate of false alarms, from the images that were held out."""
+    """Thresholds for a false-alarm rate, from the held-out images."""
     per_category = before.thresholds.conformal.per_category
     thresholds = set_thresholds(before.held_out, before.seen, before.categories, contamination, rate, per_category)
     return replace(before, thresholds=thresholds)
 
 
 def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -> Fitted:
-    """Scales of scores, and thresholds, of the categories of these images; others keep what they had.
+    """Scales and thresholds of the categories of these images; other categories keep theirs.
 
     Raises
     ------
     ValueError
-        When a label is not known, or a category has a single image or group.
+        When a label is unknown, or a category has a single image or group.
     """
     scorer = copy.deepcopy(before.scorer)
     descriptor, index, score, peak = _judged(images, before)
@@ -52,8 +52,8 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
         if len(own) < 2:
             unit = "image" if groups is None else "group"
             raise ValueError(
-                f"category {before.categories[c].item()!r} has 1 normal {unit} to recalibrate from: scores of at least "
-                "2 say how they differ; some dozens hold what is asked of thresholds."
+                f"category {before.categories[c].item()!r} has 1 normal {unit} to recalibrate from: at least 2 are "
+                "needed, and a few dozen for a low false-alarm rate."
             )
         others = HeldOut(*(each[held.category != c] for each in vars(held).values()))
         standard = terms.rescale(int(c), torch.from_numpy(score[own])).numpy()
@@ -63,7 +63,7 @@ def on_images(images: Images, before: Fitted, contamination: Any, rate: float) -
 
 
 def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each image its descriptor, nearest category, score in that category or the given one, and highest cell."""
+    """Descriptor, nearest category, score within that category or the given one, and map peak of each image."""
     source, rows, category, _ = images
     source.watch()
     given = None if category is None else dict(zip(rows.tolist(), known_index(category, before.categories).tolist()))
@@ -92,7 +92,7 @@ def _judged(images: Images, before: Fitted) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _one_of_each_group(groups: np.ndarray | None, n: int, seed: int) -> np.ndarray:
-    """Rows of which each is of a group of its own, drawn at random: more of one group say nothing of new groups."""
+    """One random row of each group."""
     if groups is None:
         return np.arange(n)
     order = np.random.RandomState(seed % 2**32).permutation(n)
