@@ -231,7 +231,7 @@ def test_a_page_that_cannot_be_written_is_told_before_images_are_judged(detector
     with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
         write_report(tmp_path, detector, parts.images)
     monkeypatch.setattr("os.access", lambda *args: False)
-    with pytest.raises(PermissionError, match="may not be written"):
+    with pytest.raises(PermissionError, match="is not writable"):
         write_report(tmp_path / "page.html", detector, parts.images)
 
 

@@ -1,4 +1,4 @@
-"""Reports for people: an HTML page of what a detector found, and the overlay that shows where."""
+"""HTML reports of a detector's results, and overlays of anomaly maps."""
 
 from vqad.report._overlay import heat_colours, overlay
 from vqad.report._page import write_report

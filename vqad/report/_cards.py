@@ -1,4 +1,4 @@
-"""The pictures of the report: which images it shows, and each with its heatmap as a layer of its own."""
+"""The pictures of the report: selecting images, and drawing each with its heatmap as a separate layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vqad.images import ImageSequence
 from vqad.report._overlay import heat_layer
 from vqad.verdicts import Verdicts
 
-# Longest side of a picture, in pixels, by how many images the page shows: it must open on a laptop whatever it holds.
+# Longest side of a picture in pixels, by the number of images on the page, which must open on a laptop.
 PICTURE_SIDES = ((100, 800), (1000, 320))
 SMALLEST_SIDE = 192
-# A map has some dozens of cells a side: of a large picture half the pixels show it as well as all of them.
+# A map has a few dozen cells a side, so half the pixels of a large picture show it as well as all of them.
 HEAT_SHARE, SMALLEST_HEAT = 0.5, 160
 JPEG_QUALITY = 80
-# Of the images that the page has room for: shares of the most anomalous, of those nearest the threshold and of the
-# least anomalous ones; the rest is drawn at random from the normal ones.
+# Shares of the most anomalous images, of those nearest to the threshold, and of the least anomalous ones among the
+# images shown; the rest is drawn at random from the normal ones.
 SHARES = (0.4, 0.2, 0.15)
 
 
@@ -48,10 +48,10 @@ class Card:
 
 
 def rows_to_show(verdicts: Verdicts, y: NDArray[Any] | None, n_images: int, random_state: int) -> list[int]:
-    """Rows of the images that are shown, most anomalous first.
+    """Rows of the images to show, most anomalous first.
 
-    Of more than `n_images` images they are the most and the least anomalous ones, those nearest the threshold, and a
-    random sample of the normal ones.
+    If there are more than `n_images`, they are the most and the least anomalous ones, those nearest to the threshold,
+    and a random sample of the normal ones.
     """
     order = np.argsort(-verdicts.score, kind="stable")
     if len(order) <= n_images:
@@ -61,7 +61,7 @@ def rows_to_show(verdicts: Verdicts, y: NDArray[Any] | None, n_images: int, rand
     normal = np.flatnonzero((verdicts.label if y is None else y) == 1)
     drawn = np.random.RandomState(random_state).permutation(normal)
     shown: set[int] = set()
-    # The order itself comes last again: it fills what is left where there are few normal images.
+    # The order comes again last, to fill up if there are few normal images.
     for candidates, count in zip((order, nearness, order[::-1], drawn, order), (*counts, n_images, n_images)):
         room = min(count, n_images - len(shown))
         shown.update([int(i) for i in candidates if int(i) not in shown][:room])
@@ -69,7 +69,7 @@ def rows_to_show(verdicts: Verdicts, y: NDArray[Any] | None, n_images: int, rand
 
 
 def picture_side(n_shown: int) -> int:
-    """Longest side of a picture, in pixels, on a page of so many images."""
+    """Longest side of a picture in pixels, on a page with `n_shown` images."""
     return next((side for most, side in PICTURE_SIDES if n_shown <= most), SMALLEST_SIDE)
 
 
@@ -81,7 +81,7 @@ def make_cards(
     map_threshold: float,
     side: int,
 ) -> Iterator[Card]:
-    """Make the card of each row, one at a time: their images need not fit into memory together."""
+    """Make the card of each row, one at a time, because all images may not fit into memory."""
     for i in rows:
         pixels = _shrunk(data.pixels(i), side)
         height, width = pixels.shape[:2]
@@ -108,7 +108,7 @@ def make_cards(
 
 
 def _shrunk(pixels: NDArray[Any], side: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) in 0..1 as uint8, the longer side `side` at the most."""
+    """Pixels (H, W, 3) in 0..1 as uint8, with the longer side at most `side`."""
     image = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
     image.thumbnail((side, side))
     return np.asarray(image)

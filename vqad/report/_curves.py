@@ -1,4 +1,4 @@
-"""Where labels are known: the metrics with intervals, and the curves that they are areas under."""
+"""Metrics with confidence intervals, and their curves, if labels are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vqad.verdicts import Verdicts
 N_RESAMPLES = 400
 CONFIDENCE = 0.95
 FPR_LIMIT = 0.3
-# Thresholds at which pixels are counted, for the drawn curve and its interval; the metric itself is exact.
+# Thresholds at which pixels are counted for curves and intervals; the metrics themselves are exact.
 N_THRESHOLDS = 400
 # Points of a drawn curve.
 N_POINTS = 80
@@ -28,13 +28,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Steps:
-    """Of each image, what lies at or above falling thresholds: false alarms and hits.
+    """False alarms and hits of each image at or above descending thresholds.
 
     Attributes
     ----------
     false, hits : ndarray of shape (n, n_thresholds)
     n_false, n_hits : ndarray of shape (n,)
-        What all thresholds together could find.
+        Largest possible numbers of both.
     """
 
     false: NDArray[Any]
@@ -46,7 +46,7 @@ class Steps:
         return Steps(self.false[rows], self.hits[rows], self.n_false[rows], self.n_hits[rows])
 
     def curves(self, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Rates of false alarms and of hits, (n_resamples, n_thresholds + 2), for weights (n_resamples, n)."""
+        """False-positive and true-positive rates, (n_resamples, n_thresholds + 2), for weights (n_resamples, n)."""
         rates = []
         for part, whole in ((self.false, self.n_false), (self.hits, self.n_hits)):
             share = (weights @ part) / np.maximum(weights @ whole, 1e-12)[:, None]
@@ -56,7 +56,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve to draw, with its interval at each point."""
+    """A curve to plot, with its interval at each point."""
 
     title: str
     x_title: str
@@ -68,11 +68,11 @@ class Curve:
     high: NDArray[np.float64]
 
     def line(self, width: float, height: float) -> str:
-        """The curve's points as an SVG polyline has them."""
+        """The points of the curve, for an SVG polyline."""
         return self._points(self.x, self.y, width, height)
 
     def band(self, width: float, height: float) -> str:
-        """The points round the interval, as an SVG polygon has them."""
+        """The points around the interval, for an SVG polygon."""
         return self._points(np.append(self.x, self.x[::-1]), np.append(self.low, self.high[::-1]), width, height)
 
     def _points(self, x: NDArray[Any], y: NDArray[Any], width: float, height: float) -> str:
@@ -92,7 +92,7 @@ class Evidence:
 def evidence(
     verdicts: Verdicts, y: NDArray[Any], group: NDArray[Any], masks: Sequence[Any] | None, maps: Any
 ) -> Evidence:
-    """Measure image scores and, where there are masks, maps, with percentile bootstrap intervals over the images.
+    """Measure image scores and, if there are masks, maps, with percentile bootstrap intervals over the images.
 
     Parameters
     ----------
@@ -100,9 +100,9 @@ def evidence(
     y : ndarray of shape (n,)
         +1 normal, -1 anomaly.
     group : ndarray of shape (n,)
-        Kind of object of each image.
+        Category of each image.
     masks, maps : sequence of n arrays, or None
-        As `vqad.metrics.evaluate` takes them; read three times, one image at a time.
+        As for `vqad.metrics.evaluate`; read three times, one image at a time.
     """
     pixels = {} if masks is None else {"masks": masks, "maps": maps, "fpr_limit": FPR_LIMIT}
     found = evaluate(y, verdicts.score, group, **pixels)
@@ -150,7 +150,7 @@ def _cell(row: dict[str, float], column: str, areas: dict[str, NDArray[Any]], k:
     if samples is None or np.isnan(samples).all():
         return f"{value:.3f}"
     tail = (1 - CONFIDENCE) / 2
-    # A mean over categories: each resample's own mean.
+    # For the mean over categories, take the mean of each resample.
     mine = np.nanmean(samples, axis=0) if k < 0 else samples[k]
     low, high = np.quantile(mine, [tail, 1 - tail])
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
@@ -171,9 +171,9 @@ def _image_steps(score: NDArray[Any], y: NDArray[Any]) -> Steps:
 
 
 def _pixel_steps(grids: NDArray[Any] | list[NDArray[Any]], masks: Sequence[Any], maps: Any) -> Steps:
-    # Dense at the top, where few good pixels are: there PRO rises.
+    # Dense at high thresholds, where PRO rises and few normal pixels remain.
     shares = np.concatenate([np.geomspace(1e-6, 0.01, N_THRESHOLDS // 2), np.linspace(0.0101, 1, N_THRESHOLDS // 2)])
-    limits = np.quantile(np.concatenate([np.ravel(grid) for grid in grids]), 1 - shares)  # scans differ in size
+    limits = np.quantile(np.concatenate([np.ravel(grid) for grid in grids]), 1 - shares)  # maps may differ in size
     n = len(grids)
     made = Steps(np.zeros((n, len(limits))), np.zeros((n, len(limits))), np.zeros(n), np.zeros(n))
     for i, (mask, heat) in enumerate(zip(masks, maps)):
@@ -189,14 +189,14 @@ def _pixel_steps(grids: NDArray[Any] | list[NDArray[Any]], masks: Sequence[Any],
 
 
 def _at_least(values: NDArray[Any], weights: NDArray[Any] | None, limits: NDArray[Any]) -> NDArray[Any]:
-    """How many values, by weight, are at or above each of falling limits."""
+    """Weighted number of values at or above each of the descending limits."""
     place = np.searchsorted(-limits, -values)
     counts = np.bincount(place, weights, minlength=len(limits) + 1)[: len(limits)]
     return np.cumsum(counts)
 
 
 def _intervals(steps: Steps, y: NDArray[Any], position: NDArray[Any], n_groups: int, limit: float) -> NDArray[Any]:
-    """Area under each category's curve in every resample, (n_groups, n_resamples); nan where there is none."""
+    """Area under each category's curve in each resample, (n_groups, n_resamples); nan if undefined."""
     areas = np.full((n_groups, N_RESAMPLES), np.nan)
     for g in range(n_groups):
         mine = position == g
@@ -206,7 +206,7 @@ def _intervals(steps: Steps, y: NDArray[Any], position: NDArray[Any], n_groups: 
 
 
 def _resamples(y: NDArray[Any]) -> NDArray[np.float64]:
-    """How often each image is drawn, (n_resamples, n): as many of each label as there are."""
+    """How often each image is drawn, (n_resamples, n), stratified by label."""
     rng, weights = np.random.RandomState(0), np.zeros((N_RESAMPLES, len(y)))
     for label in np.unique(y):
         rows = np.flatnonzero(y == label)
@@ -225,7 +225,7 @@ def _areas(false: NDArray[Any], hits: NDArray[Any], limit: float) -> NDArray[Any
 
 
 def _curve(title: str, x_title: str, y_title: str, steps: Steps, y: NDArray[Any], limit: float) -> Curve:
-    """The curve of all images together, with the interval of its height at each point."""
+    """The curve over all images, with the interval of its height at each point."""
     (x,), (height,) = steps.curves(np.ones((1, len(y))))
     false, hits = steps.curves(_resamples(y))
     at = np.linspace(0, limit, N_POINTS)
@@ -236,7 +236,7 @@ def _curve(title: str, x_title: str, y_title: str, steps: Steps, y: NDArray[Any]
 
 
 def _heights(at: NDArray[Any], x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """Height of a rising step curve at given places: at a vertical step its upper end."""
+    """Height of a rising curve at given x: at a vertical step its upper end."""
     last = np.searchsorted(x, at, side="right") - 1
     nxt = np.minimum(last + 1, len(x) - 1)
     span = x[nxt] - x[last]

@@ -1,4 +1,4 @@
-"""What the page needs to try thresholds: the scores, those of held-out normal images, and one dial a category."""
+"""Data of the page's sliders: scores of its images and of held-out normal images, and one dial per category."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vqad.base import BaseImageDetector
 from vqad.verdicts import Verdicts
 
 N_BINS = 60
-# Scores beyond this many times the threshold share the last bin: one far image must not squeeze all others.
+# Scores beyond this many times the threshold share the last bin, so that an outlier does not squeeze all others.
 LONGEST = 4.0
 ALL = -1
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram, as shares of its height: the normal part stands below the anomalous one."""
+    """One bar of a histogram, as shares of its height: the normal part is below the anomalous one."""
 
     normal: float
     anomalous: float
@@ -29,7 +29,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dial:
-    """One slider: its category, -1 for all, its threshold, and what the page says without scripts."""
+    """One slider: its category (-1 for all), its threshold, and the texts shown without scripts."""
 
     category: int
     name: str
@@ -49,13 +49,14 @@ class Scores:
     Attributes
     ----------
     names : list of str
-        Of the categories.
+        Names of the categories.
     score, category : ndarray of shape (n,)
-        Of each image, the category as a position in `names`.
+        Score of each image, and its category as a position in `names`.
     y : ndarray of shape (n,) or None
     held_out_score, held_out_category : ndarray of shape (m,)
+        The same for held-out normal images.
     threshold : ndarray of shape (n_categories,)
-        Of each category.
+        Threshold of each category.
     """
 
     names: list[str]
@@ -68,7 +69,7 @@ class Scores:
 
     @classmethod
     def of(cls, detector: BaseImageDetector, verdicts: Verdicts, y: NDArray[Any] | None) -> Scores:
-        """Collect them."""
+        """Collect the scores of a detector and its verdicts."""
         held_out = detector.fitted_.held_out
         position = {name: c for c, name in enumerate(detector.categories_.tolist())}
         return cls(
@@ -82,19 +83,19 @@ class Scores:
         )
 
     def edges(self) -> NDArray[np.float64]:
-        """Edges of the bins, which all dials share."""
+        """Edges of the bins, shared by all dials."""
         top = float(self.threshold.max())
         high = max(min(float(self.score.max()), top + LONGEST * max(abs(top), 1.0)), top)
         low = min(float(self.score.min()), float(self.threshold.min()))
         return np.linspace(low, high if high > low else low + 1.0, N_BINS + 1)
 
     def dials(self) -> list[Dial]:
-        """The dial of all categories and, where there are several, one for each that an image was judged as."""
+        """The dial of all images and, if there are several categories, one for each that an image was judged as."""
         found = np.unique(self.category) if len(self.names) > 1 else []
         return [self._dial(int(c)) for c in [ALL, *found]]
 
     def to_json(self) -> str:
-        """All of it for the page's script, safe between its tags."""
+        """The scores as JSON for the page's script, safe inside a script element."""
         edges, every = self.edges(), range(len(self.names))
         content = {
             "names": self.names,
@@ -129,13 +130,13 @@ class Scores:
         shown = np.clip(self.score, edges[0], edges[-1])
         bad = np.full(len(shown), False) if self.y is None else self.y == -1
         normal, anomalous = (np.histogram(shown[mine & kind], edges)[0] for kind in (~bad, bad))
-        # The square root: a bin of one image is seen beside one of a thousand.
+        # Square roots keep a bin with one image visible beside one with a thousand.
         total = np.sqrt((normal + anomalous) / max(1, (normal + anomalous).max()))
         share = anomalous / np.maximum(normal + anomalous, 1)
         return tuple(Bar(float(t * (1 - s)), float(t * s)) for t, s in zip(total, share))
 
     def _good(self, c: int) -> str:
-        """How many good images a threshold calls anomalous, by those held out."""
+        """The share of good images that a threshold calls anomalous, judging by the held-out ones."""
         mine = np.full(len(self.held_out_score), True) if c == ALL else self.held_out_category == c
         over = self.held_out_score > self.threshold[self.held_out_category]
         n = int(mine.sum())

@@ -1,4 +1,4 @@
-"""The report's diagrams, as SVG; matplotlib is imported when they are drawn."""
+"""Figures of the report as SVG; matplotlib is imported only to plot them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 NORMAL_COLOUR, ANOMALY_COLOUR, THRESHOLD_COLOUR = "#3b6ea5", "#c2410c", "#111827"
 WIDTH = 5.0  # inches: text of 9 points is readable on a phone
 BINS = 40
-# Scores beyond this many times the threshold share the last bin: one far image must not squeeze all others.
+# Scores beyond this many times the threshold share the last bin, so that an outlier does not squeeze all others.
 LONGEST = 4.0
 
 
 def draw_histograms(
     axes: Sequence[Any], score: NDArray[Any], threshold: NDArray[Any], group: NDArray[Any], y: NDArray[Any] | None
 ) -> None:
-    """Score histogram of every group, one group an axes, with its threshold; the bins are those of all groups."""
+    """Plot the score histogram of each group with its threshold, one Axes per group, with common bins."""
     edges = _edges(score, threshold)
     shown = np.clip(score, edges[0], edges[-1])
     for axis, name in zip(axes, np.unique(group)):
@@ -42,7 +42,7 @@ def draw_histograms(
 
 
 def loss_curves(loss: list[float], validation: list[float]) -> bytes:
-    """Training loss after every pass, and the validation loss where there is one."""
+    """Plot the training loss after each pass, and the validation loss if there is one."""
     figure, (axis,) = _figure(1, 2.2)
     passes = np.arange(1, len(loss) + 1)
     axis.plot(passes, loss, color=NORMAL_COLOUR, marker=".", label="training")
@@ -73,19 +73,19 @@ def _figure(rows: int, height: float) -> tuple[Figure, list[Any]]:
 
 
 def figure_size(rows: int, height: float) -> tuple[float, float]:
-    """Width and height in inches of a figure of rows of this height."""
+    """Width and height in inches of a figure with rows of this height."""
     return WIDTH, 0.45 + height * rows
 
 
 def tidy(axes: Sequence[Any]) -> None:
-    """Leave out the lines that say nothing."""
+    """Remove the top and right spines."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
 
 
 def set_title(axis: Any, text: object, **options: Any) -> None:
-    """Write over an axis what matplotlib might stumble over: names with a $, or of bytes that are no text."""
+    """Set a title that may hold names with a $ or with characters that cannot be displayed."""
     plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
     axis.set_title(plain, parse_math=False, **options)
 
@@ -94,7 +94,7 @@ def _svg(figure: Figure) -> bytes:
     from matplotlib import rc_context
 
     out = io.BytesIO()
-    # Without these two the same diagram would be another file every time.
+    # Makes the file reproducible.
     with rc_context({"svg.hashsalt": "vqad"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()

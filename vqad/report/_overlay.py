@@ -12,15 +12,15 @@ from scipy import ndimage
 
 from vqad._decode import to_unit_range
 
-# The colours run from 0 to this many map thresholds, whatever the image: two overlays compare.
+# Colours run from 0 to this many map thresholds for all images, so that overlays are comparable.
 SCALE_TOP = 2.0
-# Share of the colour in the overlay, at 0 and from the threshold on.
+# Opacity of the colour at 0, and from the threshold.
 OPACITY = (0.0, 0.6)
-# Lightness falls from 0 to the top, so that the colour blind and a grey print can read it too.
+# Lightness decreases monotonically, so that the scale can be read in grey and by the colour blind.
 _HEAT = np.array([[255, 255, 204], [254, 217, 118], [253, 141, 60], [227, 26, 28], [128, 0, 38]], dtype=float)
 _CONTOUR = np.array([0, 229, 255], dtype=float)
 _GREY = np.array([0.299, 0.587, 0.114])
-# Steps of colour in a layer: few enough that its file is small, enough that no step is seen.
+# Number of colours in a layer: few enough for a small file, enough that steps are not visible.
 _LAYER_LEVELS = 48
 
 
@@ -43,7 +43,7 @@ def heat_colours(level: ArrayLike) -> NDArray[np.float64]:
 
 
 def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArray[np.uint8]:
-    """Draw an anomaly map over a grey version of its image, and a line around what is over the threshold.
+    """Draw an anomaly map over a grey version of its image, with a line around areas above the threshold.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
     anomaly_map : array-like of shape (H, W)
         Higher is more anomalous.
     threshold : float
-        The detector's ``map_threshold_``. Colours run from 0 (transparent) over it (orange) to twice of it (dark
-        red): a fixed scale, so that overlays of different images compare.
+        The detector's ``map_threshold_``. Colours run from 0 (transparent) over the threshold (orange) to twice the
+        threshold (dark red). The scale is fixed, so that overlays of different images are comparable.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
     Raises
     ------
     ValueError
-        If image and map differ in height or width, either has another number of axes, or floats are not in 0..1.
+        If image and map differ in height or width or have a wrong number of axes, or floats are not in 0..1.
     """
     heat = np.asarray(anomaly_map, dtype=float)
     grey = _grey(np.asarray(image))
@@ -78,7 +78,7 @@ def overlay(image: ArrayLike, anomaly_map: ArrayLike, threshold: float) -> NDArr
 
 
 def heat_layer(anomaly_map: NDArray[Any], threshold: float) -> bytes:
-    """Draw an anomaly map as `overlay` does, on a transparent ground: a PNG file to lay over a grey image.
+    """Draw an anomaly map as `overlay` does, as a transparent PNG to lay over a grey image.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def heat_layer(anomaly_map: NDArray[Any], threshold: float) -> bytes:
     Returns
     -------
     bytes
-        Of a PNG of H x W pixels with a palette.
+        A PNG file of H x W pixels with a palette.
     """
     level = np.linspace(0, 1, _LAYER_LEVELS)
     colours = np.vstack([heat_colours(level), _CONTOUR])
@@ -117,7 +117,7 @@ def _grey(image: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of a mask at its border with the rest; the image's edge is no border."""
+    """Pixels of a mask along its border; the edge of the image is not a border."""
     thickness = max(1, round(min(mask.shape) / 110))
     inside: NDArray[np.bool_] = ndimage.binary_erosion(mask, iterations=thickness, border_value=1)
     return mask & ~inside

@@ -1,4 +1,4 @@
-"""The HTML report: what the model says of some images, and what other thresholds would say."""
+"""The HTML report: a detector's results on some images, and sliders to try other thresholds."""
 
 from __future__ import annotations
 
@@ -41,56 +41,61 @@ def write_report(
     verdicts: Verdicts | None = None,
     random_state: int = 0,
 ) -> Path:
-    """Write one self-contained HTML page about what a detector says of some images.
+    """Write one self-contained HTML page with a detector's results on some images.
 
-    Its scripts try other thresholds, sort and filter; it asks for nothing from anywhere, and is readable without them.
+    The page has sliders to try other thresholds, and can sort and filter. It loads nothing else, and is readable
+    without scripts.
 
     Parameters
     ----------
     path : path-like
-        The page; an older one is replaced.
+        HTML file to write; an existing one is replaced.
     detector : fitted detector
     images : images
-        Any of the forms that the detector takes.
+        In any form that the detector takes.
     y : array-like of shape (n,) of +1 normal / -1 anomaly, default=None
-        What the images are, if that is known: then the page counts misses and false alarms, and has metrics.
+        Labels, if known. With labels the page counts misses and false alarms, and has metrics.
     category : array-like of shape (n,), default=None
-        The kind of object on each image, by which metrics are given; None: the inferred one.
+        Category of each image, for metrics per category; None: the inferred one.
     title : str, default="Anomaly report"
+        Title of the page.
     masks : sequence of n arrays of shape (H_i, W_i), bool, or None, default=None
-        Where the images are defective, as `vqad.metrics.evaluate` takes them: then, with `y`, the page has pixel
-        metrics. It may be lazy: it is read three times, one image at a time.
+        Defect masks, as for `vqad.metrics.evaluate`. With masks and `y` the page has pixel metrics. The sequence may be
+        lazy: it is read three times, one image at a time.
     n_images : int, default=1000
-        How many images the page shows at the most. Of more it shows the most and the least anomalous ones, some around
-        the threshold and some of the normal ones; counts are of all. Pictures are up to 800 pixels wide or high for up
-        to 100 images, 320 for up to 1,000 and 192 for more: some 10 kB an image then.
+        Largest number of images to show. If there are more, the page shows the most and the least anomalous ones, some
+        near the threshold and a sample of the normal ones; counts are over all. The longer side of the pictures has up
+        to 800 pixels for up to 100 images, 320 for up to 1,000, and 192 for more, which takes about 10 kB per image.
     facts : mapping of str to str, default=None
-        Further rows of the table of facts.
+        More rows for the table of facts.
     verdicts : Verdicts, default=None
-        What `judge` said of these images, if that is at hand; None: they are judged now.
+        Result of `judge` for these images; None: they are judged now.
     random_state : int, default=0
         Draws the sample of normal images.
 
     Returns
     -------
     Path
-        The page.
+        The file.
 
     Raises
     ------
     ImportError
         If jinja2 or matplotlib are not installed.
     ValueError
-        If y, category or verdicts do not go with the images, or an image cannot be read.
+        If y, category, masks or verdicts and the images differ in number, `n_images` is less than 1, or an image cannot
+        be read.
+    OSError
+        If the file cannot be written.
     """
     _require_extras()
     data = sequence_of(detector, images)
     truth = _one_each("y", y, len(data))
     path = Path(path)
     if path.is_dir() or not path.exists():
-        replaceable(path)  # says what is wrong before the work
+        replaceable(path)  # raises before the work
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise PermissionError(f"{str(path)!r} may not be written.")
+        raise PermissionError(f"{str(path)!r} is not writable.")
     if n_images < 1:
         raise ValueError(f"n_images must be at least 1; got {n_images!r}.")
     if verdicts is None:
@@ -125,7 +130,7 @@ def write_report(
         megabytes=sum(len(card.picture) + len(card.heat) for card in cards) / 1e6,
     )
     with writing(path):
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may not be valid UTF-8
     return path
 
 
@@ -145,7 +150,7 @@ def _template() -> Any:
 
 
 def _file(name: str) -> Any:
-    """A file of the templates, to go into the page as it is."""
+    """A file of the templates, to be inserted without escaping."""
     from markupsafe import Markup
 
     return Markup(files("vqad.report").joinpath("templates", name).read_text(encoding="utf-8"))
@@ -162,7 +167,7 @@ def _evidence(
 
 
 class _Maps:
-    """Anomaly maps at the images' own sizes, made when asked for: all together they may not fit into memory."""
+    """Lazy anomaly maps at the images' own sizes, because all together they may not fit into memory."""
 
     def __init__(self, data: ImageSequence, verdicts: Verdicts):
         self._data, self._verdicts = data, verdicts
@@ -186,7 +191,7 @@ def _one_each(name: str, values: ArrayLike | None, n: int) -> NDArray[Any] | Non
 
 
 def _false_alarms(detector: BaseImageDetector) -> float:
-    """Share of normal images over the threshold that those held out vouch for, of the worst category."""
+    """False-alarm rate at the current threshold, judging by the held-out images; the largest of all categories."""
     every = np.arange(len(detector.categories_))
     just_over = np.nextafter(np.broadcast_to(-np.asarray(detector.offset_), every.shape), np.inf)
     return float(detector.conformal_.p_values(just_over, every).max())

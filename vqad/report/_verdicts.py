@@ -1,4 +1,4 @@
-"""Verdicts of a detector, of images that can be shown."""
+"""Verdicts of a detector on images that can be shown."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vqad.verdicts import Verdicts, sequence_of
 
 
 def judge(detector: BaseImageDetector, images: Any, rows: Any = None) -> Verdicts:
-    """Score images, label them, infer their categories and map them, all in one pass of the backbone.
+    """Compute scores, labels, categories and maps of images in a single pass through the backbone.
 
-    Each of the detector's methods makes a pass of its own; the numbers are the same.
+    The detector's methods return the same results, but each makes its own pass.
 
     Parameters
     ----------
     detector : fitted detector
     images : images
-        Any of the forms that the detector takes.
+        In any form that the detector takes.
     rows : array-like of int, default=None
-        Which of the images; None: all.
+        Indices of the images to judge; None: all.
 
     Returns
     -------
