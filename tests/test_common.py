@@ -726,10 +726,10 @@ def test_maps_are_taken_as_features(detector, maps, parts):
     ("seen", "given", "match"),
     [
         ((12,), (9,), "X has 9 features, but .* is expecting 12 features"),
-        ((4, 4, 12), (12,), r"X has rows of features; fit saw maps of shape \(4, 4, 12\)"),
-        ((12,), (4, 4, 12), r"maps of shape \(4, 4, 12\); fit saw maps of shape \(1, 1, 12\)"),
-        ((4, 4, 12), (2, 4, 12), r"maps of shape \(2, 4, 12\); fit saw maps of shape \(4, 4, 12\)"),
-        ((4, 4, 12), (4, 4, 9), r"maps of shape \(4, 4, 9\); fit saw maps of shape \(4, 4, 12\)"),
+        ((4, 4, 12), (12,), r"X has rows of features, but fit saw maps of shape \(4, 4, 12\)"),
+        ((12,), (4, 4, 12), r"maps of shape \(4, 4, 12\), but fit saw maps of shape \(1, 1, 12\)"),
+        ((4, 4, 12), (2, 4, 12), r"maps of shape \(2, 4, 12\), but fit saw maps of shape \(4, 4, 12\)"),
+        ((4, 4, 12), (4, 4, 9), r"maps of shape \(4, 4, 9\), but fit saw maps of shape \(4, 4, 12\)"),
     ],
 )
 def test_features_of_another_shape_are_refused(detector, seen, given, match):
@@ -1064,7 +1064,7 @@ def test_a_bad_image_is_named(detector, quick, images, tmp_path, accident):
     [
         ([], ValueError, "X is empty"),
         (np.zeros((0, 64, 64, 3), np.uint8), ValueError, "X is empty"),
-        (np.zeros((4, 64, 64, 5), np.uint8), ValueError, "C = 5 channels, where 1 .* 3 .* or 4"),
+        (np.zeros((4, 64, 64, 5), np.uint8), ValueError, "C = 5 channels, but 1 .* 3 .* or 4"),
         (np.zeros((64, 64, 3), np.uint8), ValueError, r"looks like one image .* X\[None\]"),
         (np.zeros((4, 100)), ValueError, r"set image_shape=.* backbone=None"),
         (np.zeros(12), ValueError, "X has one dimension"),

@@ -186,7 +186,7 @@ def test_pictures_of_one_piece_are_no_category(n_kinds):
     made = clone(SMALL).fit(X, groups=piece)
     np.testing.assert_array_equal(made.categories_, np.arange(n_kinds))
     assert len(made.fitted_.held_out.score) == n_kinds * round(0.2 * 24 / n_kinds)
-    with pytest.warns(UserWarning, match="categories were found in 144 images"):
+    with pytest.warns(UserWarning, match="categories were discovered in 144 images"):
         assert len(clone(SMALL).fit(X).categories_) > 10  # which is why
 
 

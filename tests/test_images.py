@@ -816,7 +816,7 @@ BAD_FORMS = {
     "one number": (np.float64(3), ValueError, r"got an array of shape \(\)"),
     "ragged rows": ([[1.0], [1.0, 2.0]], ValueError, "list of list that does not make one array"),
     "5-D": (np.zeros((2, 2, 5, 5, 3)), ValueError, r"shape \(2, 2, 5, 5, 3\)"),
-    "5 channels": (np.zeros((2, 8, 8, 5)), ValueError, r"C = 5 channels, where 1 \(grey\), 3 \(RGB\) or 4"),
+    "5 channels": (np.zeros((2, 8, 8, 5)), ValueError, r"C = 5 channels, but 1 \(grey\), 3 \(RGB\) or 4"),
     "2 channels in a list": ([np.zeros((8, 8, 2))], ValueError, r"image 0 of X .*C = 2 channels"),
     "channels first": (torch.zeros(2, 3, 8, 8), ValueError, r"C = 8.*np\.moveaxis\(X, 1, -1\)"),
     "channels first in a list": ([np.zeros((3, 8, 8))], ValueError, r"np\.moveaxis\(image, 0, -1\)"),

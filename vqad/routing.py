@@ -1,4 +1,4 @@
-"""Which category an image belongs to: learned from labels, or discovered; at scoring always inferred."""
+"""Routing images to categories, which are learned from labels or discovered. When scoring, the category is inferred."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from torch import Tensor
 from vqad._warn import warn
 from vqad.nn.model import Configured
 
-# A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
-# products reach 0.31 at the most when they are cut in parts, different products 0.51 and more (docs/choices.md).
+# Smallest mean silhouette of a partition that counts as several categories. Single categories of real products reach at
+# most 0.31 when they are divided, different products 0.51 and more (docs/choices.md).
 MIN_SILHOUETTE = 0.4
 MIN_CATEGORY_SIZE = 5
-# So many categories of so few images may be pieces of one kind, of which there are several pictures each.
+# Warn about at least so many discovered categories with fewer images: they may be pieces with several pictures each.
 MANY_CATEGORIES, FEW_IMAGES = 5, 20
 MAX_ODD_IMAGES = 0.02
 MAX_SCALING_IMAGES = 2000
 MAX_DISCOVERY_IMAGES = 4000
 MAX_PARTS = 400
-# An image this many times as far from its category as the farthest hundredth of normal images belongs to none.
+# Distance limit of a category, in units of the 99th percentile of its normal images' distances.
 FAR = 1.5
-# The most limits that count: of features that overflow when squared, too.
+# Upper bound of the excess over the limit, also for features that overflow when squared.
 FARTHEST = 1e9
 
 
 class CategoryRouter(Configured):
     """Assigns images to categories by a descriptor of the whole image.
 
-    A category is a Gaussian in descriptor space; all share one covariance, shrunk after Ledoit and Wolf, so
-    that the nearest mean in Mahalanobis distance is the linear discriminant's decision. Few images are enough.
+    A category is a Gaussian in descriptor space. All categories share one covariance, with Ledoit-Wolf shrinkage, so
+    the nearest mean in Mahalanobis distance is the decision of linear discriminant analysis. Few images are enough.
 
     Parameters
     ----------
     n_features : int
         Length of a descriptor (D).
     n_components : int
+        Number of principal components.
     n_categories : int
     discovered : bool, default=False
-        Whether the categories were found without labels.
+        Whether the categories were discovered without labels.
     silhouette : float, default=nan
         Mean silhouette of the discovered partition.
 
     Attributes
     ----------
     means : Tensor of shape (n_categories, n_components), float64
-        Of the categories, whitened.
+        Whitened means of the categories.
     limit : Tensor of shape (n_categories,), float64
-        Distance from the nearest mean beyond which an image belongs to no category.
+        Distance from the mean of a category beyond which an image does not belong to it.
     """
 
     center: Tensor
@@ -88,7 +89,7 @@ class CategoryRouter(Configured):
 
     @property
     def n_components(self) -> int:
-        """Numbers that categories are told apart by."""
+        """Number of principal components."""
         return self.components.shape[1]
 
     @property
@@ -98,7 +99,7 @@ class CategoryRouter(Configured):
 
     def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest category of each image, (N,) int64, and the Mahalanobis distance to its mean, (N,) float64."""
-        # Row by row: a matrix product's last bits may depend on how many rows it has.
+        # Row by row, because the last bits of a matrix product may depend on the number of rows.
         rows = torch.split(descriptor.double(), 1)
         white = torch.cat([((row - self.center) / self.scale) @ self.components @ self.whitening for row in rows])
         distance = (white[:, None] - self.means).square().sum(-1).sqrt()
@@ -106,7 +107,7 @@ class CategoryRouter(Configured):
         return category, distance.gather(1, category[:, None])[:, 0]
 
     def excess(self, category: Tensor, distance: Tensor) -> Tensor:
-        """By how many limits images are too far from their category, (N,) float64; 0 for those that belong there."""
+        """Distance beyond the limit of the category, in units of the limit, (N,) float64; 0 within the limit."""
         beyond = (distance / self.limit[category] - 1.0).clamp_min(0.0)
         return torch.nan_to_num(beyond, nan=FARTHEST, posinf=FARTHEST).clamp_max(FARTHEST)
 
@@ -125,22 +126,22 @@ class CategoryRouter(Configured):
         ----------
         descriptor : ndarray of shape (n, D)
         category : array-like of shape (n,) of str or int, optional
-            Discovered when left out.
+            Discovered if left out.
         groups : ndarray of shape (n,), int, optional
-            Of what is one piece; where categories are discovered it is of one kind.
+            Group of each image; if categories are discovered, all images of a group get the same one.
 
         Returns
         -------
         router : CategoryRouter
         categories : ndarray
-            Labels as given, sorted; or 0..n-1 where they were discovered.
+            Labels as given, sorted; or 0..n-1 if they were discovered.
         index : ndarray of shape (n,), int64
-            Position of every image's category in ``categories``.
+            Position of each image's category in ``categories``.
 
         Warns
         -----
         UserWarning
-            When five or more categories were found, of fewer than 20 images in the median.
+            When five or more categories were discovered, with a median of fewer than 20 images.
         """
         center, scale, components = _scaling(descriptor, random_state)
         projected = ((descriptor - center) / scale) @ components
@@ -156,7 +157,7 @@ class CategoryRouter(Configured):
         router._fit_gaussians(projected, index)
         if category is None:
             present, settled = np.unique(router(torch.from_numpy(descriptor))[0].numpy(), return_inverse=True)
-            if len(present) < len(categories):  # no image is routed to the others
+            if len(present) < len(categories):  # drop categories that no image is routed to
                 categories = np.arange(len(present))
                 router._fit_gaussians(projected, settled)
             index = settled
@@ -164,13 +165,13 @@ class CategoryRouter(Configured):
         return router, categories, index.astype(np.int64)
 
     def add(self, descriptor: np.ndarray, index: np.ndarray) -> None:
-        """Take in more categories, in the space of those that are known, which keep every bit.
+        """Add categories in the existing descriptor space; known categories keep every bit.
 
         Parameters
         ----------
         descriptor : ndarray of shape (n, D)
         index : ndarray of shape (n,) of int
-            0, 1, ...: the number of each image's category among the new ones.
+            Number of each image's category among the new ones: 0, 1, ...
         """
         white = self._projected(descriptor) @ self.whitening
         means = [white[torch.from_numpy(index == c)].mean(0) for c in range(index.max() + 1)]
@@ -180,18 +181,18 @@ class CategoryRouter(Configured):
     def kinds_among(
         self, descriptor: np.ndarray, random_state: int = 0, groups: np.ndarray | None = None
     ) -> np.ndarray:
-        """Number (n,) of the new kind of each of some images that belong to no known category."""
+        """Discover new categories among images that belong to no known one: the number of each image's, (n,)."""
         index, _ = discover(self._projected(descriptor).numpy(), random_state, groups)
         return np.unique(index, return_inverse=True)[1]
 
     def set_limits(self, descriptor: np.ndarray, index: np.ndarray, n_known: int = 0) -> None:
-        """Set the limits of categories by their images; those of the first ``n_known`` ones only ever grow."""
+        """Set the distance limits of categories from their images; those of the first ``n_known`` can only grow."""
         if not n_known:
             self.limit = torch.full_like(self.limit, math.inf)
         distance = self(torch.from_numpy(descriptor))[1].numpy()
         for c, n in zip(*np.unique(index, return_counts=True)):
             if n > 1:
-                # New images lie farther from the mean than those n that it is the mean of.
+                # New images are farther from the mean than the n images that it was computed from.
                 widened = math.sqrt((n + 1) / (n - 1))
                 limit = FAR * widened * np.quantile(distance[index == c], 0.99) + 1e-9
                 self.limit[c] = max(limit, float(self.limit[c])) if c < n_known else limit
@@ -212,19 +213,19 @@ class CategoryRouter(Configured):
 
 
 def describe(maps: Sequence[Tensor]) -> Tensor:
-    """Descriptor of each whole image, (N, D) float32: mean and standard deviation of every channel over the map."""
+    """Descriptor of each whole image, (N, D) float32: mean and standard deviation of each channel over the map."""
     parts = []
     for m in maps:
         cells = m.float().flatten(2)
         mean = cells.mean(2)
-        # On a CPU torch's own standard deviation takes ten times as long.
+        # On a CPU torch's std takes ten times as long.
         spread = (cells - mean[..., None]).square().mean(2).sqrt()
-        parts += [mean, torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)]  # no more than rounding
+        parts += [mean, torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)]  # ignore rounding errors
     return torch.cat(parts, 1)
 
 
 def new_labels(kind: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Labels of new kinds 0, 1, ..., of the type of the known ones and none of these."""
+    """New labels for new categories 0, 1, ..., of the same type as the known ones."""
     if known.dtype.kind == "U":
         names = (f"new {k}" for k in itertools.count(1))
         free = (name for name in names if name not in known)
@@ -239,21 +240,21 @@ def _warn_of_many(n_categories: int, index: np.ndarray) -> None:
     typical = np.median(np.bincount(index))
     if n_categories >= MANY_CATEGORIES and typical < FEW_IMAGES:
         warn(
-            f"{n_categories} categories were found in {len(index)} images, of {typical:g} images in the median: few to "
-            "learn one from. Give more images; or, if these are several pictures of each of many pieces of one kind, "
-            "say which by groups, and give one label for all: category=['part'] * n."
+            f"{n_categories} categories were discovered in {len(index)} images, with a median of {typical:g} images, "
+            "which are few to learn from. Give more images; or, if these are several pictures of many pieces of one "
+            "kind, pass groups and one label for all: category=['part'] * n."
         )
 
 
 def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Middle and scale of each number of descriptors, and their principal directions, from a part of them."""
+    """Mean and standard deviation of descriptors, and their principal components, from a subsample."""
     rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
     sample = descriptor[rows].astype(np.float64)
     center, scale = sample.mean(0), sample.std(0)
-    # Each number by its own digits: numbers may be of any units.
+    # Relative to the size of each number, because features may have any units.
     floor = 1e-6 * np.sqrt(np.square(sample).mean(0)) + 1e-12
     scale = np.where(scale > floor, scale, np.maximum(floor, 1.0))
-    with np.errstate(invalid="ignore"):  # images that are all the same
+    with np.errstate(invalid="ignore"):  # if all images are equal
         pca = PCA(min(32, *sample.shape), svd_solver="full").fit((sample - center) / scale)
     return center, scale, pca.components_.T.copy()
 
@@ -261,15 +262,15 @@ def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.
 def discover(
     projected: np.ndarray, random_state: int = 0, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """Find the kinds of object in a set of descriptors, and how many there are.
+    """Discover the categories in a set of descriptors, and their number.
 
-    Ward's tree, cut into 2, 3, ... parts; the cut with the largest mean silhouette wins if that is at least 0.4 and no
-    part has fewer than 5 images, otherwise everything is one category. One image in fifty, or a single one, may lie
-    in smaller parts: these are broken or foreign images, not categories. At most 4,000 images are looked at, and 400
-    parts.
+    Ward's hierarchical clustering is cut into 2, 3, ... clusters. The cut with the largest mean silhouette is used if
+    that is at least 0.4 and no cluster has fewer than 5 images; otherwise everything is one category. One image in
+    fifty, or a single one, may be in smaller clusters: these are damaged or foreign images, not categories. At most
+    4,000 images and 400 clusters are used.
 
-    Where ``groups`` (n,) says which images are of one piece, pieces take the place of images, each by its mean: several
-    pictures of one are a cluster, and no kind.
+    With ``groups`` (n,), each group is represented by its mean, because several pictures of one piece form a cluster
+    that is not a category.
 
     Returns
     -------
@@ -292,15 +293,15 @@ def discover(
     if best is None:
         return np.zeros(len(projected), dtype=np.int64), 0.0
     centres = np.stack([sample[best == c].mean(0) for c in np.unique(best[best >= 0])])
-    # Of centres that differ in their last digits alone one may have no image nearest to it.
+    # Of centres that differ only in the last digits, one may have no image nearest to it.
     _, index = np.unique(pairwise_distances_argmin(projected, centres), return_inverse=True)
     return index.astype(np.int64), best_score
 
 
 def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
-    """Cuts of Ward's tree from many parts to few: each image's part, -1 for odd ones; and the mean silhouette.
+    """Cuts of Ward's tree from many clusters to few: each image's cluster, -1 for odd images, and the mean silhouette.
 
-    A step to fewer parts joins two of them, and so their sums of distances: all cuts take no more than n * k**2 steps.
+    Each step merges two clusters and adds their sums of distances, so all cuts take at most n * k**2 operations.
     """
     n = len(sample)
     pairs = pdist(sample)
@@ -312,7 +313,7 @@ def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
         node[np.isin(node, tree[step])] = n + step
     nodes, label = np.unique(node, return_inverse=True)
     nodes, size = nodes.tolist(), np.bincount(label)
-    # Row p: of each image the sum of its distances to those of part p.
+    # Row p: sum of each image's distances to the images of cluster p.
     to_part = np.eye(k, dtype=np.float32)[:, label] @ squareform(pairs.astype(np.float32))
     for step in range(n - k, n - 1):
         is_category = size >= MIN_CATEGORY_SIZE
@@ -324,7 +325,7 @@ def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
         size[kept] += size[gone]
         label[label == gone] = kept
         nodes[kept] = n + step
-        # The last part takes the place of the one that is gone.
+        # Move the last cluster to the place of the one that was merged.
         to_part[gone], size[gone], nodes[gone] = to_part[-1], size[-1], nodes[-1]
         label[label == len(nodes) - 1] = gone
         to_part, size = to_part[:-1], size[:-1]
@@ -332,7 +333,7 @@ def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def _silhouette(to_part: np.ndarray, label: np.ndarray, size: np.ndarray) -> float:
-    """Mean silhouette of images in categories; parts that are too small to be one are no neighbours either."""
+    """Mean silhouette of the images in categories; clusters that are too small do not count as neighbours."""
     is_category = size >= MIN_CATEGORY_SIZE
     label = np.cumsum(is_category)[label] - 1
     to_part, size, each = to_part[is_category], size[is_category], np.arange(len(label))

@@ -1,4 +1,4 @@
-"""What is learned from: images, or tiles that are drawn from them; and what images in tiles add to scales."""
+"""The sample to learn from: images, or tiles drawn from them; and scores of held-out images in tiles."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vqad.splitting import hold_out
 from vqad.store import FeatureStore
 from vqad.tiling import Box
 
-# Tiles of a category that are learned from, but one of each image at least.
+# Number of tiles per category to learn from; at least one of each image.
 TILES = 1000
-# Share of these tiles that the model is not trained on: they say how a trained model's terms lie on others.
+# Share of these tiles that the model is not trained on, to calibrate the terms of the trained model.
 TILES_HELD = 0.1
 
 
 class Split(NamedTuple):
-    """Rows of images that are trained on, that early stopping watches, if it does, and that thresholds come from."""
+    """Rows of images for training, for early stopping (if any), and for thresholds."""
 
     train: np.ndarray
     validation: np.ndarray | None
@@ -31,21 +31,21 @@ class Split(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Maps that a model and its terms learn from, each with what is known of it.
+    """Maps from which a model and its terms learn, of images or of tiles.
 
     Attributes
     ----------
     store : FeatureStore
     index : ndarray of shape (len(store),)
-        Category of each; -1 for what is left out.
+        Category of each map; -1 for those left out.
     split : Split
         Rows of ``store``.
     groups : ndarray of shape (len(store),) or None
-        Number of what is one piece.
+        Number of each map's group.
     image : ndarray of shape (len(store),)
-        Which image of the source each is, or is a tile of.
+        Number of each map's image in the source.
     boxes : list of Box or None
-        The tiles; None of whole images.
+        The tiles; None for whole images.
     """
 
     store: FeatureStore
@@ -57,12 +57,12 @@ class Sample(NamedTuple):
 
     @property
     def used(self) -> np.ndarray:
-        """Categories of what use is made of; -1 for others of a group of which one is held out."""
+        """Category of each map in use; -1 for those not in use, such as other images of a held-out group."""
         rows = np.concatenate([each for each in self.split if each is not None])
         return np.where(np.isin(np.arange(len(self.index)), rows), self.index, -1)
 
     def learned(self, descriptor: np.ndarray) -> Learned:
-        """As what sets scales and thresholds sees it."""
+        """The sample as input of the functions that set scales and thresholds."""
         return Learned(self.store, descriptor, self.used, self.split.train, self.split.held_out, self.groups)
 
 
@@ -70,12 +70,12 @@ def draw_tiles(
     source: MapSource, rows: np.ndarray, index: np.ndarray, split: Split, groups: np.ndarray | None, seed: int,
     verbose: int = 0,
 ) -> Sample:  # fmt: skip
-    """A sample of the tiles of the images that are trained on or watched; those held out are judged as a whole later.
+    """Sample tiles of the images for training and early stopping; held-out images are judged as a whole later.
 
     Parameters
     ----------
     rows : ndarray of int
-        Images of the source; ``index`` has the category of each, and ``split`` and ``groups`` are of these.
+        Images of the source, to which ``index``, ``split`` and ``groups`` refer.
     """
     rng = np.random.RandomState(seed % 2**32)
     watched = np.empty(0, int) if split.validation is None else split.validation
@@ -117,13 +117,13 @@ def _maps_of_tiles(source: MapSource, images: np.ndarray, boxes: list[list[Box]]
 
 
 def hold_scans(scorer: Scorer, source: MapSource, rows: np.ndarray, category: np.ndarray, n_known: int) -> HeldOut:
-    """What thresholds of images in tiles rest on: scores of the worst tile of each, and its map as a whole.
+    """Held-out images in tiles: the score of each image's worst tile, and the peak of its whole map.
 
-    The images ``rows``, of these categories, took part in nothing so far. They set the scales of the scores of
-    categories but the first ``n_known``, in the terms of ``scorer``.
+    The images ``rows`` were not used before. They set the scales of the scores in ``scorer.terms`` of all categories
+    but the first ``n_known``.
     """
-    as_it_is = scorer.with_terms(scorer.terms)  # what an engine keeps of it goes with it
-    score, peak = judge_scans(as_it_is, source, rows, category)
+    before = scorer.with_terms(scorer.terms)  # a separate object, so that its copy on a device is not reused
+    score, peak = judge_scans(before, source, rows, category)
     for c in np.unique(category[category >= n_known]):
         own = category == c
         score[own] = cast(TermScorer, scorer.terms).rescale(int(c), torch.from_numpy(score[own])).numpy()
@@ -133,7 +133,7 @@ def hold_scans(scorer: Scorer, source: MapSource, rows: np.ndarray, category: np
 def judge_scans(
     scorer: Scorer, source: MapSource, rows: np.ndarray, category: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of images in tiles that are judged as these categories, and the highest values of their maps."""
+    """Scores of images in tiles, judged as the given categories, and the peaks of their maps."""
     known: dict[int, int] = dict(zip(rows.tolist(), category.tolist()))
     ready = cast(Scorer, source.engine.ready(scorer))
 

@@ -1,4 +1,4 @@
-"""Scorer: from the maps of a backbone to category, terms, map and score; the one place that judges."""
+"""Scorer: from the maps of a backbone to category, terms, map and score. All scoring goes through it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vqad.source import MapSource
 from vqad.store import FeatureStore
 from vqad.tiling import Box, Stitched, Tiling
 
-# What the score of an image that is too far from its category grows by for every further limit of distance.
+# Increase of the score per unit of excess over the distance limit of the category.
 FAR_WEIGHT = 10.0
-# The largest value of a feature that a model or a Gaussian sees.
+# Features are clipped to this size before a model or a Gaussian sees them.
 LARGEST = 1e12
-# How the fields of the features count; those that a backbone does not give are left out.
+# Terms of the features; those without a field are left out.
 FEATURE_TERMS = (
     Term("features", 1.0, (0.0,)),
     Term("fine", 1.0, (0.0,)),
@@ -38,17 +38,17 @@ _HALF = (torch.float16, torch.bfloat16)
 
 Found = dict[str, np.ndarray]
 Compute = Callable[["Scorer", list[Tensor], Tensor], dict[str, Tensor]]
-"""From a scorer, the maps of some images of one category, and its number (N,), to quantities of each image."""
+"""Computes quantities of each image from a scorer, maps of images of one category, and the category's number (N,)."""
 
 
 class Verdict(NamedTuple):
-    """What `Scorer` says of some images that are all of one category.
+    """Output of `Scorer` for images of one category.
 
     Attributes
     ----------
     category : Tensor of shape (N,), int64
     excess : Tensor of shape (N,), float64
-        By how many limits each is too far from its category.
+        Distance beyond the limit of the category, in units of the limit.
     score : Tensor of shape (N,), float64
         Higher is more anomalous.
     map : Tensor of shape (N, h, w)
@@ -61,12 +61,12 @@ class Verdict(NamedTuple):
 
 
 class Scaling(Configured):
-    """Brings each channel of each map to mean 0 and deviation 1 over training images, or leaves it as it is.
+    """Standardises each channel of each map to mean 0 and deviation 1 over the training images, or leaves it unchanged.
 
     Parameters
     ----------
     channels : sequence of int
-        Channels of every map; 1 of one whose channels all have one scale.
+        Channels of each map; 1 for a map whose channels share one scale.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
@@ -77,7 +77,7 @@ class Scaling(Configured):
             self.register_buffer(f"scale_{k}", torch.ones(c))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (N, C_k, h_k, w_k), float32, bounded."""
+        """Standardise and clip maps (N, C_k, h_k, w_k), float32."""
         return [self._scaled(m, getattr(self, f"mean_{k}"), getattr(self, f"scale_{k}")) for k, m in enumerate(maps)]
 
     def _scaled(self, m: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ class Scaling(Configured):
 
 
 class Scorer(nn.Module):
-    """Judges images by their maps: routes them, scales the maps, asks the model, measures, adds up.
+    """Judges images by their maps: assigns a category, scales the maps, runs the model, and combines terms.
 
-    It scores on every path: `score_samples`, calibration, `explain`, reports, and the ONNX graph, which is traced from
-    it.
+    It computes all scores: those of `score_samples`, calibration, `explain` and reports, and the ONNX graph, which is
+    traced from it.
 
     Parameters
     ----------
@@ -96,13 +96,13 @@ class Scorer(nn.Module):
     scaling : Scaling
     model : AnomalyModel
     terms : TermScorer or None
-        None until there is something learned to measure by.
+        None until terms have been learned.
     gaussian : bool
-        Whether the features themselves are measured.
+        Whether terms of the features themselves are included.
     strides : sequence of int or None
-        Pixels per cell of every map; None of a single map.
+        Pixels per cell of each map; None for a single map.
     own_units : bool
-        Whether the features are numbers of any unit, which are scaled before they are measured.
+        Whether the features may have any units, and so are scaled before they are measured.
     """
 
     def __init__(
@@ -122,26 +122,26 @@ class Scorer(nn.Module):
         self.strides = None if strides is None else tuple(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> Verdict:
-        """Judge one image, or several that are nearest to the same category, by maps (N, C_k, h_k, w_k).
+        """Judge one image, or several images of the same category, from maps (N, C_k, h_k, w_k).
 
-        Here and below a first map more than `Scaling` knows says which share of each cell is looked at, (N, 1, h, w).
+        Here and below, an extra first map gives the share of each cell that is not ignored, (N, 1, h, w).
         """
         category, excess = self.route(maps)
         judged = self.judge(maps, category)
         return Verdict(category, excess, judged.score + FAR_WEIGHT * excess, judged.map)
 
     def route(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Category of each image, and by how many limits it is too far from it."""
+        """Category of each image, and its excess over the distance limit."""
         category, distance = self.router(describe(self._parts(maps)[1]))
         return category, self.router.excess(category, distance)
 
     def judge(self, maps: Sequence[Tensor], category: Tensor) -> Judged:
-        """Terms, map and score of images of one category, (N,) of the same number; distance does not count."""
+        """Terms, map and score of images of one category, (N,) with equal numbers, without the excess."""
         judged: Judged = cast(TermScorer, self.terms)(self.fields(maps, category), category[0])
         return judged
 
     def fields(self, maps: Sequence[Tensor], category: Tensor) -> dict[str, Tensor]:
-        """What is measured: the model's fields and, if wanted, those of the features themselves."""
+        """Fields of all terms: those of the model and, with ``gaussian``, those of the features themselves."""
         seen, maps = self._parts(maps)
         maps = [m.float().clamp(-LARGEST, LARGEST) for m in maps]
         scaled = self.scaling(maps)
@@ -151,52 +151,52 @@ class Scorer(nn.Module):
         return fields if seen is None else {**fields, SEEN: seen[:, 0]}
 
     def model_input(self, maps: Sequence[Tensor]) -> Any:
-        """The maps as the model takes them."""
+        """The input of the model."""
         _, maps = self._parts(maps)
         return self.model.arrange(self.scaling([m.float().clamp(-LARGEST, LARGEST) for m in maps]))
 
     def _parts(self, maps: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """What of the cells is looked at, if that is there, and the maps of the backbone."""
+        """Split off the share of each cell that is not ignored, if present, from the maps of the backbone."""
         n = len(self.scaling.channels)
         return (maps[0] if len(maps) > n else None), maps[len(maps) - n :]
 
     def new_terms(self, shapes: dict[str, tuple[int, int, int]], n_categories: int) -> TermScorer:
-        """What will measure fields of these shapes: length of the vectors, 0 of numbers, rows and columns."""
+        """A new `TermScorer` for fields of these shapes: length of vectors (0 for numbers), rows and columns."""
         terms, map_peak = self.model.terms(self.gaussian)
         shapes = {name: shape for name, shape in shapes.items() if name != SEEN}
         own = FEATURE_TERMS if self.gaussian else ()
         return TermScorer([*own, *terms], shapes, n_categories, map_peak)
 
     def config(self) -> dict[str, Any]:
-        """What `make` makes one of the same parts and shapes of: plain values."""
+        """Plain values from which `make` creates a scorer with the same parts and shapes."""
         parts = {name: part.config() for name, part in self.named_children() if isinstance(part, Configured)}
         return {**parts, "gaussian": self.gaussian, "strides": self.strides, "own_units": self.own_units}
 
     @classmethod
     def make(cls, model_class: type[AnomalyModel], config: dict[str, Any]) -> Scorer:
-        """A scorer that has learned nothing."""
+        """Create a scorer without learned values."""
         kinds = {"router": CategoryRouter, "scaling": Scaling, "model": model_class, "terms": TermScorer}
         return cls(**{**config, **{name: kind(**config[name]) for name, kind in kinds.items()}})
 
     def with_terms(self, terms: TermScorer | None) -> Scorer:
-        """The same with other terms."""
+        """The same scorer with other terms."""
         return Scorer(
             self.router, self.scaling, self.model, terms,
             gaussian=self.gaussian, strides=self.strides, own_units=self.own_units,
         )  # fmt: skip
 
     def ready(self) -> Scorer:
-        """The same with the model's faster view."""
+        """The same scorer with the faster equivalent of the model."""
         view = copy.copy(self)
         view._modules = {**self._modules, "model": self.model.ready()}
         return view
 
 
-# ---- what is asked of a scorer ---------------------------------------------------------------------
+# ---- quantities to compute -------------------------------------------------------------------------
 
 
 def fields(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
-    """What is measured of each image."""
+    """Fields of each image."""
     return scorer.fields(maps, category)
 
 
@@ -207,13 +207,13 @@ def score_and_map(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[
 
 
 def codes(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
-    """Codes and distances of every codebook."""
+    """Codes and distances of all codebooks."""
     found = scorer.model.codes(scorer.model_input(maps), category)
     return {f"{kind} {name}": grid for name, pair in found.items() for kind, grid in zip(("code", "distance"), pair)}
 
 
 def everything(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str, Tensor]:
-    """Codes, and all that is made on the way to map and score."""
+    """Codes, terms, contributions, map and score."""
     judged = scorer.judge(maps, category)
     named = {"term": judged.terms, "standard": judged.standard, "contribution": judged.contributions}
     flat = {f"{kind} {name}": value for kind, values in named.items() for name, value in values.items()}
@@ -224,7 +224,7 @@ def everything(scorer: Scorer, maps: list[Tensor], category: Tensor) -> dict[str
 
 
 class Judgement(NamedTuple):
-    """What is known of some images after one pass over them.
+    """Result of one pass over some images.
 
     Attributes
     ----------
@@ -232,7 +232,7 @@ class Judgement(NamedTuple):
         Higher is more anomalous; standardised per category.
     category : ndarray of shape (n,), int64
     maps : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
-        Standardised, on the grid of the features; a list of images in tiles whose maps differ in size.
+        Standardised, on the grid of the features; a list if maps of images in tiles differ in size.
     """
 
     score: np.ndarray
@@ -241,7 +241,7 @@ class Judgement(NamedTuple):
 
 
 def judge_images(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool = True) -> Judgement:
-    """One pass over the images ``rows``, chunk by chunk."""
+    """Judge the images ``rows`` in one pass, chunk by chunk."""
     if source.tiling is not None:
         return _judge_in_tiles(scorer, source, rows, keep_maps)
 
@@ -269,9 +269,9 @@ def _judge_in_tiles(scorer: Scorer, source: MapSource, rows: np.ndarray, keep_ma
 
 
 def scan(ready: Scorer, source: MapSource, i: int, category: int) -> tuple[float, np.ndarray]:
-    """The highest score of the tiles of image ``i``, judged as a category, and its map on their grid.
+    """The highest score of the tiles of image ``i``, judged as the given category, and the map of the whole image.
 
-    Tiles are read, judged and forgotten chunk by chunk.
+    Tiles are processed chunk by chunk, so that memory does not grow with their number.
     """
     boxes = source.boxes(i)
     score, whole = -math.inf, Stitched(source.data.size(i), boxes, cast(Tiling, source.tiling))
@@ -285,7 +285,7 @@ def scan(ready: Scorer, source: MapSource, i: int, category: int) -> tuple[float
 def tile_chunks(
     ready: Scorer, source: MapSource, i: int, boxes: list[Box], category: int, compute: Compute
 ) -> Iterator[tuple[np.ndarray, Found]]:
-    """Of each chunk of the tiles of image ``i`` their numbers, and what ``compute`` gives of them."""
+    """Yield the numbers of each chunk of tiles of image ``i`` with the output of ``compute``."""
     for part, maps in source.tile_chunks(i, boxes):
         yield part, by_category(ready, maps, np.full(len(part), category), source.engine, compute)
 
@@ -293,7 +293,7 @@ def tile_chunks(
 def judged_chunks(
     scorer: Scorer, source: MapSource, rows: np.ndarray, compute: Compute
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Found]]:
-    """Of each chunk its rows, categories, excess and scores, and what ``compute`` gives, a score among it."""
+    """Yield the rows, categories, excess and scores of each chunk, with the output of ``compute``."""
     ready = cast(Scorer, source.engine.ready(scorer))
     for chunk, category, excess, maps in _joined(routed_chunks(scorer, source, rows)):
         found = by_category(ready, maps, category, source.engine, compute)
@@ -303,7 +303,7 @@ def judged_chunks(
 def routed_chunks(
     scorer: Scorer, source: MapSource, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]]:
-    """Of each chunk its rows, categories, excess and maps."""
+    """Yield the rows, categories, excess and maps of each chunk."""
     resident = source.engine.resident(scorer)
     for chunk, maps in source.chunks(rows):
         with torch.inference_mode():
@@ -314,8 +314,8 @@ def routed_chunks(
 def stored_images(
     scorer: Scorer, store: FeatureStore, rows: np.ndarray, category: np.ndarray, engine: Engine, compute: Compute
 ) -> Found:
-    """What ``compute`` gives of stored images of these categories."""
-    order = np.argsort(category, kind="stable")  # a chunk is of one category, and filled up
+    """Output of ``compute`` for stored images of the given categories."""
+    order = np.argsort(category, kind="stable")  # chunks of one category need less padding
     size = chunk_size(engine.device, math.prod(store.maps[-1].shape[-2:]))
     ready = cast(Scorer, engine.ready(scorer))
 
@@ -327,7 +327,7 @@ def stored_images(
             out.append(by_category(ready, maps, category[part], engine, compute))
         return out
 
-    # Processes that share a store ask for the same images in the same order, which threads would not.
+    # Processes that share a store must read the same images in the same order, so threads are not used.
     wanted = not store.is_shared
     parts = list(side_by_side(compute_part, np.arange(len(rows)), engine.device, wanted, chunk=size))
     place = np.argsort(order)
@@ -335,10 +335,10 @@ def stored_images(
 
 
 def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine: Engine, compute: Compute) -> Found:
-    """What ``compute`` gives of the images of one chunk.
+    """Output of ``compute`` for the images of one chunk.
 
-    One category at a time, filled up to a fixed number of images, in one layout: the last bits of a matrix
-    product depend on its size and strides, and which products are formed on the categories.
+    Images are processed one category at a time, padded to a fixed number and in one memory layout, because the last
+    bits of a matrix product depend on its size and strides.
     """
     size = chunk_size(engine.device, math.prod(maps[-1].shape[-2:]))
     out: Found = {}
@@ -347,7 +347,7 @@ def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine
         rows = part.to(maps[0].device)
         chunk = [pad_chunk(m[rows], size, engine.device).to(engine.device).float() for m in maps]
         chunk = [m.contiguous(memory_format=torch.channels_last) for m in chunk]
-        number = torch.full((len(chunk[0]),), int(category[part[0]]))  # on the host, where it is read
+        number = torch.full((len(chunk[0]),), int(category[part[0]]))  # on the host, so that reading it is cheap
         with torch.inference_mode(), engine.autocast():
             return compute(scorer, chunk, number)
 
@@ -363,10 +363,9 @@ def by_category(scorer: Scorer, maps: list[Tensor], category: np.ndarray, engine
 def _joined(
     chunks: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]]:
-    """The same images in fewer, larger chunks, where a chunk has several images.
+    """Join chunks of several images into larger ones.
 
-    A model takes one category at a time and fills up what is left of a chunk: of many categories there are then fewer
-    such rests.
+    A model processes one category at a time and pads the last part, so larger chunks need less padding.
     """
     held: list[tuple[np.ndarray, np.ndarray, np.ndarray, list[Tensor]]] = []
     numbers = 0

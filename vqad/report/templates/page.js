@@ -107,8 +107,8 @@
   /** How to give the model the threshold that is shown. */
   const advice = (found) => {
     if (threshold.every((value, c) => value === model[c])) return "";
-    if (threshold.some((value) => value !== threshold[0])) return "Thresholds differ: a rate sets the one of all.";
-    if (found.over === 0) return "No rate sets a threshold this high: it takes more held-out images.";
+    if (threshold.some((value) => value !== threshold[0])) return "Thresholds differ: a rate sets one for all images.";
+    if (found.over === 0) return "No rate sets a threshold this high: that needs more held-out images.";
     const rate = rateOf(found);
     if (rate >= 1) return "";
     const digits = 10 ** (3 - Math.floor(Math.log10(rate)));
