@@ -791,7 +791,7 @@ class Unreadable:
 
 
 def test_where_none_can_be_held_out_each_row_counts_once(detector, rows):
-    with pytest.warns(UserWarning, match="Too few groups to hold any out"):
+    with pytest.warns(UserWarning, match="There are too few groups to hold any out"):
         made = features_only(detector, max_iter=1, false_alarm_rate=0.2).fit(rows[:8], groups=[0] * 8)
     assert made.p_values(rows[:1] + 1e6) == [1 / 9]
 
@@ -1104,7 +1104,7 @@ def test_few_images_are_enough_with_a_warning(detector, images, n):
 def test_a_category_of_one_image(detector, images, labels):
     names = np.where(np.arange(len(labels)) == 0, "rare", labels)
     made = thumbnails(detector)
-    with pytest.warns(UserWarning, match="Of category 'rare' there is one image"):
+    with pytest.warns(UserWarning, match="Category 'rare' has a single image"):
         made.fit(images, category=names)
     assert np.isfinite(made.score_samples(images)).all()
     assert "rare" in made.categories_

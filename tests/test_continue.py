@@ -510,10 +510,10 @@ def test_ctrl_c_between_known_and_new_categories_keeps_none_that_was_never_train
 
 def test_where_no_category_can_be_held_out_one_threshold_each_comes_from_trained_images(of_two):
     made = copy_of(of_two, threshold="category")
-    with pytest.warns(UserWarning, match="Too few images to hold any out"):
+    with pytest.warns(UserWarning, match="There are too few images to hold any out"):
         made.partial_fit(np.concatenate([MAPS[KIND < 2], MAPS[2:3]]), category=[*NAMES[KIND < 2], "c"])
     assert made.offset_.shape == (3,)
-    with pytest.warns(UserWarning, match="Too few groups to hold any out"):
+    with pytest.warns(UserWarning, match="There are too few groups to hold any out"):
         small(threshold="category").fit(MAPS[::3], category=["a"] * 20, groups=[0] * 20)
 
 
@@ -534,7 +534,7 @@ def test_ctrl_c_ends_partial_fit(of_two, monkeypatch):
 
 
 def test_a_label_with_a_typing_error_is_pointed_out(of_two):
-    with pytest.warns(UserWarning, match="Of category 'aa' there is one image.*mend the label"):
+    with pytest.warns(UserWarning, match="Category 'aa' has a single image.*correct the label"):
         copy_of(of_two).partial_fit(MAPS[:1], category=["aa"])
 
 
@@ -632,7 +632,7 @@ def test_a_single_image_is_enough(known):
         made.partial_fit(MAPS[:1], category=["a"])
         assert made.offset_ == offset
     else:
-        with pytest.warns(UserWarning, match="Too few images to hold any out"):
+        with pytest.warns(UserWarning, match="There are too few images to hold any out"):
             made.partial_fit(MAPS[2:3], category=["c"])
         assert list(made.predict_category(MAPS[2::3])) == ["c"] * 20
     assert np.isfinite(made.score_samples(MAPS)).all()

@@ -155,11 +155,13 @@ def test_anomalies_are_left_out_with_their_groups():
 def test_a_category_of_one_group_is_spoken_of():
     X, piece, kind = draw_pieces(11, 4, 0)
     kind = np.where(piece == 10, 2, kind)
-    with pytest.warns(UserWarning, match="Of category 2 there is one group: nothing says"):
+    with pytest.warns(UserWarning, match="Category 2 has a single group, which does not show"):
         clone(SMALL).fit(X, category=kind, groups=piece)
     with pytest.raises(ValueError, match="needs at least 2 groups of each category; 2 has 1"):
         clone(SMALL).set_params(threshold="category").fit(X, category=kind, groups=piece)
-    with pytest.warns(UserWarning, match="Too few groups to hold any out: thresholds come from the training images"):
+    with pytest.warns(
+        UserWarning, match="There are too few groups to hold any out: thresholds come from the training images"
+    ):
         clone(SMALL).fit(X, groups=np.zeros(44))
 
 

@@ -231,7 +231,9 @@ def test_categories_without_both_labels_keep_their_offset_with_a_warning(per_cat
     np.testing.assert_array_equal(made.offset_[[0, 2]], per_category.offset_[[0, 2]])
     assert made.offset_[1] == f1_threshold(made.score_samples(X[judged == "nut"]), y[judged == "nut"])
     some = ((judged == "bolt") & (y == 1)) | ((judged == "screw") & (y == -1))
-    with pytest.raises(ValueError, match=r"threshold='category' needs normal images and anomalies.*; there is none"):
+    with pytest.raises(
+        ValueError, match=r"threshold='category' needs normal images and anomalies.*, but no category has both"
+    ):
         made.set_threshold(X[some], y[some])
 
 

@@ -1,4 +1,4 @@
-"""MapSource: maps of images or of ready-made features, chunk by chunk, however they come."""
+"""MapSource: feature maps of images, or given features, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from vqad.tiling import Box, Tiles, Tiling
 
 
 class MapSource:
-    """The maps of some data.
+    """Feature maps of images or of given features.
 
     Parameters
     ----------
     data : ImageSequence or FeatureArray
     features : BackboneFeatures, transformer or None
-        What gives maps of images; None of features that came ready.
+        Fitted backbone; None for given features.
     engine : Engine
     map_shape : (1, h, w, C), optional
-        What a caller's own transformer is to give for every image.
+        Expected output of a caller's own transformer for one image.
     ignore : ndarray of shape (h, w), bool, optional
-        What is not to be looked at of any image.
+        Mask of what to ignore in all images.
     tiles : (int, int), optional
-        Size and overlap of tiles, where images are learned and judged by these. Images are then also seen small as a
-        whole, which their categories are told by: that is what `chunks` and `extract` give.
+        Size and overlap of tiles. `chunks` and `extract` then give maps of a small view of each whole image, from which
+        its category is inferred, and `tile_chunks` those of its tiles.
     memory, n_jobs : optional
         As the parameters of these names.
     **override
-        ``device`` and ``precision`` of the backbone in place of its own.
+        ``device`` and ``precision`` of the backbone instead of its own.
     """
 
     def __init__(
@@ -69,43 +69,43 @@ class MapSource:
 
     @property
     def strides(self) -> tuple[int, ...] | None:
-        """Pixels per cell of every map, where a known backbone gives several."""
+        """Pixels per cell of each map, if a timm backbone gives several; else None."""
         features = self.features
         return features.strides_ if isinstance(features, BackboneFeatures) and not features.merge else None
 
     @property
     def has_deep_view(self) -> bool:
-        """Whether the last map comes from a smaller view."""
+        """Whether the last map comes from a smaller view of the image."""
         return isinstance(self.features, BackboneFeatures) and self.features.deep_size_ is not None
 
     @property
     def ignores(self) -> bool:
-        """Whether parts of some images are not looked at: then a first map says which share of each cell is."""
+        """Whether parts of images are ignored; then an extra first map has the share of each cell that is not."""
         return isinstance(self.data, ImageSequence) and self.data.ignored is not None
 
     def mask(self, i: int) -> np.ndarray | None:
-        """What of image ``i`` is not looked at, of its own size; None where nothing is left out."""
+        """Mask of what to ignore in image ``i``, at its own size; None for nothing."""
         return self.data.mask(i) if isinstance(self.data, ImageSequence) else None
 
     def of_backbone(self, maps: Sequence[Any]) -> Sequence[Any]:
-        """Of the maps of a chunk or a store those that the backbone gave."""
+        """The maps from the backbone, without the extra first one."""
         return maps[int(self.ignores) :]
 
     def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        """Rows and maps (n, C_k, h_k, w_k) of each chunk, on the device."""
+        """Yield rows and maps (n, C_k, h_k, w_k) of each chunk, on the device."""
         yield from self._chunks(self.data, rows)
 
     def boxes(self, i: int) -> list[Box]:
-        """The tiles of image ``i`` in which there is something to look at."""
+        """The tiles of image ``i`` that are not ignored completely."""
         images, mask = cast(ImageSequence, self.data), self.mask(i)
         boxes = cast(Tiling, self.tiling).boxes(images.size(i))
         return boxes if mask is None else [b for b in boxes if not mask[b[0] : b[0] + b[2], b[1] : b[1] + b[3]].all()]
 
     def tile_chunks(self, i: int, boxes: list[Box]) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        """Of tiles of image ``i`` numbers and maps of each chunk, on the device."""
+        """Yield numbers and maps of each chunk of tiles of image ``i``, on the device."""
         tiles = Tiles(cast(ImageSequence, self.data), i, boxes)
         for part, maps in self._chunks(tiles, np.arange(len(boxes))):
-            if self.ignores and tiles.ignored is None:  # of other images
+            if self.ignores and tiles.ignored is None:  # only other images have masks
                 shape = (len(part), 1, *maps[0].shape[2:])
                 maps = [torch.ones(shape, device=maps[0].device), *maps]
             yield part, maps
@@ -133,7 +133,7 @@ class MapSource:
                 yield part, maps
 
     def side_by_side(self, work: Callable[[np.ndarray], Any], rows: np.ndarray) -> Iterator[Any]:
-        """``work`` on parts of ``rows``, in threads unless a caller's own code reads or describes the images."""
+        """``work`` on parts of ``rows``, in threads unless the caller's own code reads images or computes maps."""
         is_ready = isinstance(self.data, FeatureArray)
         own = not is_ready and not isinstance(self.features, BackboneFeatures)
         device = self.engine.device
@@ -141,25 +141,25 @@ class MapSource:
         yield from side_by_side(work, rows, device, wanted=self.data.reads_in_threads and not own, chunk=chunk)
 
     def drawing(self) -> AbstractContextManager[None]:
-        """Where maps are made: a caller's own code may draw random numbers."""
+        """Context for computing maps: a caller's own transformer may draw random numbers."""
         own = self.features is not None and not isinstance(self.features, BackboneFeatures)
         return drawing() if own else nullcontext()
 
     def watch(self) -> None:
-        """Keep small pictures of images as they are read, by which copies are known."""
+        """Keep small pictures of images when they are read, to detect copies."""
         if isinstance(self.data, ImageSequence) and not isinstance(self.data, Watched):
             self.data = Watched(self.data)
 
     def extract(self, rows: np.ndarray, verbose: int = 0) -> tuple[FeatureStore, np.ndarray]:
-        """Features and descriptors of the images ``rows``: each image passes the backbone once.
+        """Features and descriptors of the images ``rows``; each image passes through the backbone once.
 
-        Of processes that learn together each keeps the features of its share; descriptors go to all.
+        If several processes learn together, each holds the features of its share, and all get all descriptors.
         """
         crew = collective.crew()
         if crew is None:
             return self._extract(rows, verbose)
         if len(rows) < crew.size:
-            raise ValueError(f"{crew.size} processes share the images: at least as many are needed; got {len(rows)}.")
+            raise ValueError(f"{crew.size} processes need at least {crew.size} images; got {len(rows)}.")
         own, descriptor = self._extract(rows[crew.rank :: crew.size], verbose if crew.rank == 0 else 0)
         whole = np.empty((len(rows), *descriptor.shape[1:]), descriptor.dtype)
         for rank, part in enumerate(collective.of_all(descriptor)):
@@ -170,7 +170,7 @@ class MapSource:
         return collective.SharedStore(own, len(rows), crew), whole
 
     def _extract(self, rows: np.ndarray, verbose: int) -> tuple[FeatureStore, np.ndarray]:
-        # In float32 also where the model computes in bfloat16: Gaussians look at directions of little variance.
+        # In float32 even if the model computes in bfloat16: Gaussians use directions of little variance.
         store = FeatureStore(len(rows))
         self.watch()
         bar = tqdm(total=len(rows), desc="features", unit="image", disable=not verbose)

@@ -1,4 +1,4 @@
-"""How images are split: which are trained on, which are held out, which are looked at where some are enough."""
+"""Splitting images into training and held-out ones, and subsampling them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vqad._warn import warn
 def hold_out(
     index: np.ndarray, fraction: float, seed: int, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, sorted: the same share of every category, at least one where there are two.
+    """Rows to keep and rows to hold out, sorted: the same share of each category, and at least one of two or more.
 
-    Of groups that share is held out in each category, and of each of these one image, drawn at random: another image of
-    a group that is kept, or a second one of a group that is held out, would say nothing of what new groups are like.
+    With groups, that share of the groups of each category is held out, and one random image of each: images of a kept
+    group, or further images of a held-out group, say nothing about new groups.
     """
     rng = np.random.RandomState(seed % 2**32)
     first = None if groups is None else rng.permutation(groups.max(initial=0) + 1)
     kept, held = [index[:0]], [index[:0]]
     for c in np.unique(index):
         rows = rng.permutation(np.flatnonzero(index == c))
-        # A group comes before the same others in every category, which so hold out much the same ones.
+        # Groups have one order for all categories, which therefore hold out much the same groups.
         order = np.arange(len(rows))
         if groups is not None and first is not None:
             order = np.unique(first[groups[rows]], return_inverse=True)[1]
@@ -33,12 +33,12 @@ def hold_out(
 
 
 def of_rows(each: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    """What is given of ``rows``; None where nothing was given of any."""
+    """``each[rows]``, or None if ``each`` is None."""
     return None if each is None else each[rows]
 
 
 def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Rows in their order, of each category at most ``limit``, drawn at random; ``index`` is the category of each."""
+    """A random subsample of the rows, in order: at most ``limit`` of each category, which ``index`` gives."""
     rng = np.random.RandomState(seed % 2**32)
     chosen = [rows[:0]]
     for c in np.unique(index):
@@ -48,15 +48,15 @@ def some_of_each(rows: np.ndarray, index: np.ndarray, limit: int, seed: int) -> 
 
 
 def warn_of_single_images(categories: np.ndarray, index: np.ndarray, groups: np.ndarray | None = None) -> None:
-    """Say which categories cannot be judged, with one image or group; ``index`` is the category of each image."""
+    """Warn about categories with a single image or group; ``index`` is the category of each image."""
     units = np.arange(len(index)) if groups is None else groups
     found, count = np.unique(np.unique(np.stack([index, units]), axis=1)[0], return_counts=True)
     names = categories[found[count == 1]]
     if len(names):
         names, unit = ", ".join(map(repr, names.tolist())), "image" if groups is None else "group"
         warn(
-            f"Of category {names} there is one {unit}: nothing says how normal {unit}s of it differ, and others are "
-            "likely to be called anomalies. Give more, or mend the label."
+            f"Category {names} has a single {unit}, which does not show how its normal {unit}s vary: others are likely "
+            "to be called anomalies. Give more, or correct the label."
         )
 
 
@@ -67,9 +67,9 @@ def split_rows(
     groups: np.ndarray | None = None,
     otherwise: str = "thresholds come from the training images",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep and rows to hold out, see `hold_out`; if none could be, all are both, and a warning says so."""
+    """Rows to keep and rows to hold out, see `hold_out`; if none can be held out, both are all rows, with a warning."""
     keep, held_out = hold_out(index, fraction, seed, groups)
     if len(held_out) == 0:
-        warn(f"Too few {'images' if groups is None else 'groups'} to hold any out: {otherwise}.")
+        warn(f"There are too few {'images' if groups is None else 'groups'} to hold any out: {otherwise}.")
         held_out = keep
     return keep, held_out

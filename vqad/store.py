@@ -1,4 +1,4 @@
-"""Features at rest: kept once, read in batches and chunks."""
+"""Storage of features: written once, read in batches and chunks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from vqad.engine import chunk_size
 
-# Where control groups, versions 2 and 1, say how much memory a container may have.
+# Files of control groups, versions 2 and 1, with the memory limit of a container.
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def free_memory_limit() -> int:
-    """Bytes that features may take in memory before they go to disk: a quarter of what the machine or container has."""
+    """Bytes of features to hold in memory rather than on disk: a quarter of the memory of the machine or container."""
     if not hasattr(os, "sysconf"):  # Windows
         return 2**31
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in _CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # no such file; "max"
+        with suppress(OSError, ValueError):  # no such file, or "max"
             memory = min(memory, int(Path(path).read_text()))
     return memory // 4
 
@@ -41,10 +41,10 @@ class FeatureStore:
     n : int
         Number of images.
     dtype : torch.dtype
-        How they are kept.
+        Type in which maps are stored.
     limit : int
-        Bytes above which they are memory-mapped in a temporary file, which goes with the store; on a local disk of a
-        POSIX system nothing of it is left even if the process is killed.
+        Bytes above which they are memory-mapped to a temporary file, which is deleted with the store; on a local disk
+        of a POSIX system nothing is left even if the process is killed. None: see `free_memory_limit`.
     """
 
     is_shared = False
@@ -65,7 +65,7 @@ class FeatureStore:
         return self._folder is not None
 
     def write(self, rows: np.ndarray, maps: list[Tensor]) -> None:
-        """Keep the maps of the images ``rows``."""
+        """Store the maps of the images ``rows``."""
         with self._lock:
             if not self.maps:
                 self._allocate(maps)
@@ -79,23 +79,24 @@ class FeatureStore:
         if needed <= self.limit:
             self.maps = [torch.empty(s, dtype=self.dtype) for s in shapes]
             return
-        # The files take up their place as they fill; a disk that is full then ends the process without a word.
+        # The files are sparse, and writing to a full disk would kill the process without a message.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if needed > free:
             raise OSError(
-                f"The features of {self.n} images take {needed / 1e9:.1f} GB, more than a quarter of the memory and "
-                f"than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set TMPDIR in the "
-                "environment to a folder with more room, give fewer images, or take a smaller image_size."
+                f"The features of {self.n} images take {needed / 1e9:.1f} GB, which is more than a quarter of the "
+                f"memory and more than the {free / 1e9:.1f} GB that are free in {tempfile.gettempdir()!r}. Set the "
+                "environment variable TMPDIR to a folder with more space, give fewer images, or use a smaller "
+                "image_size."
             )
         self._folder = tempfile.TemporaryDirectory(prefix="vqad-features-", ignore_cleanup_errors=True)
         for k, shape in enumerate(shapes):
             path, count = str(Path(self._folder.name) / f"{k}.bin"), math.prod(shape)
             self.maps.append(torch.from_file(path, shared=True, size=count, dtype=self.dtype).view(shape))
-        if os.name == "posix":  # a file without a name lasts as long as it is mapped, and no longer than the process
+        if os.name == "posix":  # a deleted file exists as long as it is mapped, and no longer than the process
             self._folder.cleanup()
 
     def digest(self) -> str:
-        """SHA-256 of all that is kept."""
+        """SHA-256 of all maps."""
         digest = hashlib.sha256()
         for m in self.maps:
             digest.update(f"{tuple(m.shape)} {m.dtype}".encode())
@@ -109,12 +110,12 @@ class FeatureStore:
         return [m[indices].float() for m in self.maps]
 
     def own_batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> list[Tensor]:
-        """The same of what this process has, which here is all."""
+        """Float32 maps of images that this process holds; here the same as `batch`."""
         return self.batch(indices)
 
 
 class FeatureArray:
-    """Features that came ready: rows (n, C), or maps (n, h, w, C)."""
+    """Features given by the caller, (n, h, w, C); rows of features have h = w = 1."""
 
     def __init__(self, values: np.ndarray):
         self.values = values

@@ -1,4 +1,4 @@
-"""Images read ahead by threads, and their maps chunk by chunk, from a cache or computed."""
+"""Reading images ahead in threads, and their maps chunk by chunk, from a cache or computed."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def stream_maps(
     cache: FeatureCache | None = None,
     n_jobs: int | None = None,
 ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-    """Maps of images, chunk by chunk: from the cache those that it has, the others computed together.
+    """Yield maps of images chunk by chunk: cached ones from the cache, the others computed together.
 
     Parameters
     ----------
     read : callable
-        From an image's number to what ``compute`` takes of it; called in threads with ``n_jobs``.
+        From an image's number to the input of ``compute``; called in threads with ``n_jobs``.
     compute : callable
-        From a list of what ``read`` gave to maps (len(list), C, h, w). An image's maps must not depend on the others.
+        From a list of outputs of ``read`` to maps (len(list), C, h, w). Maps of an image must not depend on the others.
     size : int
-        Images in a chunk.
+        Images per chunk.
     """
 
     def find_or_read(i: int) -> tuple[Any, Any, Any]:
@@ -65,21 +65,21 @@ def stream_maps(
                 rows[k] = [m[row] for m in computed]
                 cache.keep(keys[k], rows[k])
             maps = [torch.stack([m.cpu() for m in stage]) for stage in zip(*rows.values())]
-        # In one layout, whether they come from the cache or not: last bits of a sum depend on it.
+        # In one memory layout, cached or not, because the last bits of a sum depend on it.
         yield chunk, [m.to(device).contiguous() for m in maps]
 
 
 def readers(n_jobs: int | None) -> int:
-    """Threads that read for this one, which shares them with the others of its pool; 0 where it reads itself."""
+    """Number of threads that read ahead for this thread, its share in a pool; 0: it reads images itself."""
     backend, configured = get_active_backend(prefer="threads")
-    if not getattr(backend, "supports_sharedmem", False):  # it counts workers elsewhere
+    if not getattr(backend, "supports_sharedmem", False):  # then n_jobs is the number of workers
         return 0
     n_threads = 1 if n_jobs == 1 else backend.effective_n_jobs(configured if n_jobs is None else n_jobs)
     return 0 if n_threads == 1 else max(1, n_threads // threads_beside())
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterable[Any], n_threads: int, ahead: int) -> Iterator[Any]:
-    """``map(read, items)``, with up to ``ahead`` items read by threads, if any, before they are asked for."""
+    """``map(read, items)``, where threads, if any, read up to ``ahead`` items in advance."""
     if not n_threads:
         yield from map(read, items)
         return

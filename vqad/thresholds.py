@@ -1,4 +1,4 @@
-"""Thresholds from labelled images: for the best F1, a recall that is asked for, or the smallest cost."""
+"""Thresholds from labelled images: for the best F1, a minimum recall, or the lowest cost."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _RULE_CONSTRAINTS = {
 
 
 Rule = Callable[[np.ndarray, np.ndarray], float]
-"""From scores, of which higher is more normal, and labels to a threshold."""
+"""Computes a threshold from scores, where higher is more normal, and labels."""
 
 
 def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cost: float) -> Rule:
-    """The function of (score, y) that gives the threshold for ``target``.
+    """The rule that computes the threshold for ``target`` from (score, y).
 
     Raises
     ------
     InvalidParameterError
-        A ValueError, when an argument is out of its range.
+        A ValueError, when an argument is out of range.
     """
     given = {"target": target, "recall": recall, "miss_cost": miss_cost, "false_alarm_cost": false_alarm_cost}
     validate_parameter_constraints(_RULE_CONSTRAINTS, given, caller_name="set_threshold")
@@ -42,12 +42,12 @@ def threshold_rule(target: str, recall: float, miss_cost: float, false_alarm_cos
 
 
 def quantile_rule(rate: float) -> Rule:
-    """The threshold by normal images alone: the conformal quantile of their scores at this rate of false alarms."""
+    """Rule for normal images alone: the conformal quantile of their scores at this false-alarm rate."""
     return lambda score, y: -conformal_quantile(np.sort(-score), rate)
 
 
 def f1_threshold(score: np.ndarray, y: np.ndarray) -> float:
-    """Threshold of the largest F1, anomalies being the positive class.
+    """Threshold of the largest F1, with anomalies as the positive class.
 
     Parameters
     ----------
@@ -59,39 +59,39 @@ def f1_threshold(score: np.ndarray, y: np.ndarray) -> float:
     Returns
     -------
     threshold : float
-        Scores under it are called anomalous. Midway between two scores; of several that serve equally well it is the
+        Scores below it are called anomalous. It lies midway between two scores. Of equally good thresholds it is the
         lowest, which raises the fewest false alarms.
     """
     threshold, found, false_alarms = _cuts(score, y)
-    # The quotients are of whole numbers, so that equal ones are equal to the last bit.
+    # Quotients of integers, so that equal values are equal to the last bit.
     return float(threshold[np.argmax(2 * found / (found + false_alarms + found[-1]))])
 
 
 def recall_threshold(score: np.ndarray, y: np.ndarray, recall: float) -> float:
-    """The lowest threshold that finds at least the share ``recall`` of the anomalies; otherwise as `f1_threshold`."""
+    """The lowest threshold with at least this ``recall`` of the anomalies; otherwise like `f1_threshold`."""
     threshold, found, _ = _cuts(score, y)
     return float(threshold[np.argmax(found >= recall * found[-1] * (1 - 1e-12))])
 
 
 def cost_threshold(score: np.ndarray, y: np.ndarray, miss_cost: float, false_alarm_cost: float) -> float:
-    """Threshold of the smallest total cost of missed anomalies and false alarms; otherwise as `f1_threshold`."""
+    """Threshold of the lowest total cost of missed anomalies and false alarms; otherwise like `f1_threshold`."""
     threshold, found, false_alarms = _cuts(score, y)
     cost = miss_cost * (found[-1] - found) + false_alarm_cost * false_alarms
-    # Rounding may part equal costs, and must not decide between thresholds.
+    # Equal costs may differ by rounding, which must not decide between thresholds.
     return float(threshold[np.argmax(cost <= cost.min() * (1 + 1e-12))])
 
 
 def _cuts(score: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All thresholds that differ in what is under them, rising, with the numbers of anomalies and normal images there.
+    """All distinct thresholds, ascending, with the numbers of anomalies and of normal images below each.
 
-    Under the first is nothing, under the last everything.
+    Nothing is below the first one, everything below the last.
     """
     value, place = np.unique(score, return_inverse=True)
     found, false_alarms = (
         np.append(0, np.cumsum(np.bincount(place[y == label], minlength=len(value)))) for label in (-1, 1)
     )
     above = np.nextafter(value, np.inf)
-    midway = np.maximum(value[:-1] / 2 + value[1:] / 2, above[:-1])  # of adjacent floats the mean may be the lower one
+    midway = np.maximum(value[:-1] / 2 + value[1:] / 2, above[:-1])  # the mean of adjacent floats may be the lower one
     return np.concatenate([value[:1], midway, above[-1:]]), found, false_alarms
 
 
@@ -104,31 +104,31 @@ def labelled_offset(
     y: np.ndarray,
     rule: Rule,
 ) -> float | np.ndarray:
-    """An offset by ``rule``: one number, or of each category one.
+    """Offset according to ``rule``: a number, or one per category.
 
     Parameters
     ----------
     offset : float or ndarray of shape (n_categories,)
-        The one before.
+        Previous offset.
     per_category : bool
     categories : ndarray of shape (n_categories,)
-        Labels.
+        Labels of the categories.
     score : ndarray of shape (n,)
         Higher is more normal.
     category : ndarray of shape (n,) of int
-        What the images are judged as.
+        Category that each image is judged as.
     y : ndarray of shape (n,) of +1 / -1
     rule : Rule
 
     Raises
     ------
     ValueError
-        When each category is to have one, and none has images of both labels.
+        With ``per_category``, when no category has images of both labels.
 
     Warns
     -----
     UserWarning
-        Of categories without both, which keep their offset.
+        When categories without both labels keep their offset.
     """
     if not per_category:
         return rule(score, y)
@@ -142,9 +142,9 @@ def labelled_offset(
             lacking.append(str(categories[c]))
     if len(lacking) == len(categories):
         raise ValueError(
-            "threshold='category' needs normal images and anomalies that are judged as the same category; there is "
-            "none with both. Give more images, or set threshold='global'."
+            "threshold='category' needs normal images and anomalies that are judged as the same category, but no "
+            "category has both. Give more images, or set threshold='global'."
         )
     if lacking:
-        warn(f"No threshold is set for categories without both normal images and anomalies: {', '.join(lacking)}.")
+        warn(f"Categories without both normal images and anomalies keep their threshold: {', '.join(lacking)}.")
     return offsets

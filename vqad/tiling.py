@@ -1,4 +1,4 @@
-"""Tiles of large images: where they lie, their pixels, and one map of the whole from the maps of all."""
+"""Tiles of large images: their positions, their pixels, and stitching their maps to a map of the whole image."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from vqad._ignore import Ignored
 from vqad.images import ImageSequence
 
-# Of the side of a tile, where nothing else is said.
+# Default overlap, as a share of the side of a tile.
 OVERLAP = 1 / 8
-# The least weight of a cell at the border of a tile, as a share of the largest.
+# Smallest weight of a cell at the border of a tile, as a share of the largest.
 LEAST_WEIGHT = 0.01
 
 
 class Box(NamedTuple):
-    """Where a tile lies, in pixels of the image."""
+    """Position and size of a tile in pixels of the image."""
 
     top: int
     left: int
@@ -28,9 +28,9 @@ class Box(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How images are cut: into square tiles of ``size`` pixels a side, which overlap by ``overlap`` at least.
+    """How images are cut: into square tiles of ``size`` pixels a side that overlap by at least ``overlap``.
 
-    They lie evenly, from border to border. Of a side that is shorter than a tile, a tile has all.
+    Tiles are evenly spaced from border to border. If a side of the image is shorter than a tile, tiles cover all of it.
     """
 
     size: int
@@ -38,12 +38,12 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, tiles: Any) -> Tiling:
-        """What the parameter ``tiles`` asks for: a size, or size and overlap.
+        """Create it from the parameter ``tiles``: a size, or size and overlap.
 
         Raises
         ------
         ValueError
-            When a tile has less than 32 pixels a side, or overlaps with more than half of itself.
+            When the size is less than 32 pixels, or the overlap more than half of it.
         """
         given = (tiles, round(OVERLAP * tiles)) if isinstance(tiles, Integral) else tuple(tiles)
         is_two = len(given) == 2 and all(isinstance(v, Integral) for v in given)
@@ -66,13 +66,13 @@ class Tiling(NamedTuple):
 
 
 class Tiles(ImageSequence):
-    """Tiles of one image, which is decoded once and held as long as this is.
+    """Tiles of one image, which is decoded once and held in memory.
 
     Parameters
     ----------
     images : ImageSequence
     i : int
-        Which of them.
+        Position of the image.
     boxes : sequence of Box
     """
 
@@ -84,20 +84,21 @@ class Tiles(ImageSequence):
         self.boxes, self._of = list(boxes), images.name(i)
 
     def name(self, i: int) -> str:
-        """Name of the image, and where in it the tile lies."""
+        """Name of the image, and the position of the tile in it."""
         box = self.boxes[int(self._indices[i])]
         return f"{self._of}, tile of {box.height} x {box.width} pixels at row {box.top}, column {box.left}"
 
 
 class Stitched:
-    """One map of an image from the maps of its tiles; where tiles overlap, one fades into the other.
+    """The map of an image, stitched from the maps of its tiles, which are blended where they overlap.
 
     Parameters
     ----------
     size : (height, width)
-        Of the image.
+        Size of the image.
     boxes : sequence of Box
         Its tiles, all of one size.
+    tiling : Tiling
     """
 
     def __init__(self, size: tuple[int, int], boxes: Sequence[Box], tiling: Tiling) -> None:
@@ -105,7 +106,7 @@ class Stitched:
         self.total: np.ndarray | None = None
 
     def add(self, tile: int, heat: np.ndarray) -> None:
-        """Lay the map (h, w) of a tile in its place."""
+        """Add the map (h, w) of a tile."""
         box = self.boxes[tile]
         if self.total is None:
             grid = [max(1, round(n * side / own)) for n, side, own in zip(heat.shape, self.size, box[2:])]
@@ -117,14 +118,14 @@ class Stitched:
         self.weight[rows, columns] += weight
 
     def map(self) -> np.ndarray:
-        """The map of the image, float32; 0 where there was no tile."""
+        """The map of the image, float32; 0 where there is no tile."""
         if self.total is None:
             return np.zeros((1, 1), np.float32)
         made: np.ndarray = np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=self.weight > 0)
         return made.astype(np.float32)
 
     def _along(self, start: int, length: int, side: int, n: int, cells: int) -> tuple[slice, np.ndarray, np.ndarray]:
-        """Cells of the image whose middles lie in a tile; what they are of its cells, linearly; and their weights."""
+        """Cells of the image whose centres lie in a tile, their interpolation from its cells, and their weights."""
         middle = (np.arange(n) + 0.5) * side / n - start
         inside = np.flatnonzero((middle >= 0) & (middle <= length))
         middle = middle[inside]
