@@ -112,7 +112,9 @@ def main() -> None:
             X, told = kind(N, rng, True)
             detector = HVQTransDetector(backbone=Blocks(), random_state=seed, **SMALL, **told)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Of .* images .* are copies|Of .* images .* are not used")
+                warnings.filterwarnings(
+                    "ignore", "Of .* images .* are exact or near copies|.* of .* images are not used"
+                )
                 detector.fit(X, category=["part"] * len(X))
             held.add(len(detector.fitted_.held_out))
             alarms.append(float((detector.predict(kind(NEW, rng, False)[0]) == -1).mean()))

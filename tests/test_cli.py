@@ -403,7 +403,7 @@ def test_a_broken_image_is_named_and_the_others_are_scored(model, tmp_path, caps
 
 def test_an_error_of_no_image_stops(folders, model, capsys):
     assert main(["score", str(model), str(folders / "bad"), "--device", "nowhere"]) == 2
-    assert "device='nowhere' is no torch device" in complaint(capsys)
+    assert "device='nowhere' is not a torch device" in complaint(capsys)
 
 
 def test_a_model_of_another_device_works_on_the_one_that_is_here(folders, model, tmp_path):

@@ -690,7 +690,7 @@ def test_too_few_images_for_the_asked_rate(detector, rows):
         made.fit(rows[:40], category=["a"] * 20 + ["b"] * 20)
     said = [str(warning.message) for warning in record]
     assert ["category a" in said[0], "category b" in said[1]] == [True, True]
-    assert all("smallest rate that they support is 0.2," in message for message in said)
+    assert all("smallest rate that they support, 0.2," in message for message in said)
 
 
 @pytest.mark.slow
@@ -774,7 +774,7 @@ def test_stages_that_are_none_are_refused_before_images_are_read(detector, stage
 
 
 def test_identical_rows_do_no_harm(detector):
-    with pytest.warns(UserWarning, match="All 30 held-out calibration images score alike: they may be copies"):
+    with pytest.warns(UserWarning, match="All 30 held-out calibration images have the same score: they may be copies"):
         made = features_only(detector).fit(np.ones((30, 5)))
     assert np.isfinite(made.score_samples(np.ones((2, 5)))).all()
     np.testing.assert_array_equal(made.predict(np.zeros((2, 5))), -1)
@@ -799,7 +799,7 @@ def test_where_none_can_be_held_out_each_row_counts_once(detector, rows):
 def test_features_too_large_to_learn_from_are_named(detector, rows):
     large = rows[:48].astype(np.float64)
     large[7, 1] = -1e19
-    with pytest.raises(ValueError, match=r"X\[7\] has a feature of size 1e\+19; fit takes features of at most 1e\+15"):
+    with pytest.raises(ValueError, match=r"X\[7\] has a feature of size 1e\+19, but fit accepts at most 1e\+15"):
         features_only(detector).fit(large)
     made = features_only(detector, max_iter=1).fit(large, np.where(np.arange(48) == 7, -1, 1))
     assert made.predict(large[7:8]) == [-1]
@@ -846,7 +846,7 @@ class OwnSizes(Thumbnails):
 
 def test_own_transformer_must_give_maps_of_one_shape(detector, images):
     made = clone(detector).set_params(max_iter=1)
-    with pytest.raises(ValueError, match=r"RowsOnly gave .* shape \(1, 48\) for image 0 of X, where maps"):
+    with pytest.raises(ValueError, match=r"RowsOnly gave .* shape \(1, 48\) for image 0 of X, but maps"):
         made.set_params(backbone=RowsOnly()).fit(images)
     made.set_params(backbone=OwnSizes())
     with pytest.raises(ValueError, match=r"\(1, 4, 8, 3\) for image 1 of X, but \(1, 8, 8, 3\) for others"):
@@ -1139,7 +1139,9 @@ def test_missing_weights_are_explained(detector, images):
     [
         ("gpu", "is not a torch device; use 'auto', 'cpu' or 'cuda'"),
         pytest.param(
-            "cuda", "torch sees no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
+            "cuda",
+            "torch finds no working CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA"),
         ),
     ],
 )

@@ -383,7 +383,7 @@ def test_a_warm_start_may_change_how_it_trains_but_not_the_shape():
 
 @pytest.mark.parametrize("names", [np.where(NAMES == "c", "d", NAMES), np.where(NAMES == "c", "b", NAMES)])
 def test_a_warm_start_needs_the_same_categories(plain, names):
-    with pytest.raises(ValueError, match=r"goes on with the categories \['a', 'b', 'c'\]; got .* Use partial_fit"):
+    with pytest.raises(ValueError, match=r"needs images of all categories \['a', 'b', 'c'\]; got .* Use partial_fit"):
         copy_of(plain, warm_start=True).fit(MAPS, category=names)
     with pytest.raises(ValueError, match="has labels such as 0, but the detector knows 'a', 'b', 'c'"):
         copy_of(plain, warm_start=True).fit(MAPS, category=KIND)
@@ -658,7 +658,7 @@ def test_labels_of_another_type_are_explained(plain):
 def test_a_call_that_fails_changes_nothing(plain, monkeypatch):
     made = small(threshold="category").fit(MAPS[KIND < 2], category=NAMES[KIND < 2])
     scores, n_images = made.score_samples(MAPS), made.n_images_
-    with pytest.raises(ValueError, match="at least 2 images of every category; d has 1"):
+    with pytest.raises(ValueError, match="at least 2 images of each category; d has 1"):
         made.partial_fit(MAPS[:21], category=[*NAMES[:20], "d"])
     with monkeypatch.context() as patch:
         patch.setattr(vqad.fitting, "set_thresholds", lambda *args: 1 / 0)

@@ -81,7 +81,7 @@ def test_copies_join_groups():
 
 def test_a_copy_is_never_kept_where_the_other_is_held_out():
     images = [*PARTS.images[::2], *(saved(p, 90) for p in PARTS.images[::2])]
-    with pytest.warns(UserWarning, match="Of 48 images 24 are copies of others"):
+    with pytest.warns(UserWarning, match="Of 48 images 24 are exact or near copies of others"):
         piece = pieces(
             Watched(check_images(images)), np.arange(48), None, np.arange(48.0)[:, None], np.zeros(48, int), 0
         )
@@ -90,7 +90,7 @@ def test_a_copy_is_never_kept_where_the_other_is_held_out():
     assert len(set(held % 24)) == len(held) == round(0.3 * 24)
 
 
-@pytest.mark.filterwarnings("ignore:Of .* images .* are copies")
+@pytest.mark.filterwarnings("ignore:Of .* images .* are exact or near copies")
 def test_thresholds_hold_for_new_pieces_where_each_came_several_times():
     """With copies on both sides of the split new pieces would be called anomalous four times as often."""
     alarms = []
@@ -104,7 +104,7 @@ def test_thresholds_hold_for_new_pieces_where_each_came_several_times():
     assert np.mean(alarms) == pytest.approx(0.1, abs=3 * 0.065 / np.sqrt(30))
 
 
-@pytest.mark.filterwarnings("ignore:Of .* images .* are copies")
+@pytest.mark.filterwarnings("ignore:Of .* images .* are exact or near copies")
 def test_later_images_that_are_copies_count_once_too():
     rng = np.random.default_rng(0)
     made = TINY.fit(rng.standard_normal((60, 6)), category=[0] * 60)

@@ -221,7 +221,7 @@ def test_visa_without_its_table_or_from_further_up_is_no_folder_of_normal_images
     for root in (visa_root / "candle", visa_root):
         with pytest.raises(ValueError, match=r"candle' has a layout that vqad\.datasets\.load_visa reads"):
             load_folder(root)
-        with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv', which says what each image is"):
+        with pytest.raises(ValueError, match=r"no 'split_csv/1cls\.csv', which labels the images"):
             load_visa(root)
 
 
@@ -238,7 +238,7 @@ def test_visa_errors_say_what_was_found(visa_root, mvtec_root):
         (("object,", "class,"), "is not a table of VisA: it lacks the columns object"),
         (("test,anomaly", "test,broken"), r"line 6 must name an image, .*label normal or anomaly.*'broken'"),
         (("\npcb1", "\n\n\npcb1"), None),
-        (("test,anomaly", "train,anomaly"), "line 6 has an anomaly to train on"),
+        (("test,anomaly", "train,anomaly"), "line 6 has an anomaly in the training split"),
         (("candle/Data/Images/Anomaly", "/tmp"), "line 6 has a path outside the data set"),
         (("candle/Data/Masks", "../Masks"), "line 6 has a path outside the data set"),
         (("test,normal,candle", "\n\ntest,normal,candle"), "line 7 must name an image"),
@@ -397,7 +397,7 @@ def test_one_image_is_read_as_uint8(mvtec_root):
         assert data[i].dtype == np.uint8
         np.testing.assert_array_equal(data[i], np.full((12, 10, 3), 2))
     assert [int(image.max()) for image in data] == [0, 1, 2]
-    with pytest.raises(IndexError, match="image 3 of a dataset of 3"):
+    with pytest.raises(IndexError, match="image 3 is out of range for a dataset of 3"):
         data[3]
 
 

@@ -130,7 +130,7 @@ def test_maps_or_titles_of_another_number_are_refused(more, message):
 def test_a_detector_of_features_has_no_images_to_show():
     rows = np.random.default_rng(0).normal(size=(30, 5))
     fitted = HVQTransDetector(**TINY, backbone=None).fit(rows)
-    with pytest.raises(ValueError, match="no images to show"):
+    with pytest.raises(ValueError, match="it takes no images"):
         AnomalyMapDisplay.from_estimator(fitted, rows)
 
 
@@ -257,7 +257,7 @@ def test_codes_that_there_are_not_are_refused(detector):
     [
         ({"shares": [[0.5]]}, "thumbnails and shares must have the same lengths"),
         ({"thumbnails": [], "shares": []}, "thumbnails and shares must have the same lengths"),
-        ({"titles": ["a", "b"]}, "titles must have one entry a group, 1; got 2"),
+        ({"titles": ["a", "b"]}, "titles must have one entry per group, 1; got 2"),
     ],
 )
 def test_prototypes_that_cannot_be_drawn_are_refused(arguments, message):
@@ -270,7 +270,7 @@ def test_codes_are_drawn_of_the_detector_at_the_end_of_a_pipeline_or_a_search(de
     pipeline = make_pipeline(FunctionTransformer(), detector)
     shown = CodebookDisplay.from_estimator(Search(pipeline), n_codes=3)
     np.testing.assert_array_equal(shown.thumbnails, CodebookDisplay.from_estimator(detector, n_codes=3).thumbnails)
-    with pytest.raises(TypeError, match=r"CodebookDisplay.from_estimator takes a detector of vqad; got \w+\.$"):
+    with pytest.raises(TypeError, match=r"CodebookDisplay.from_estimator needs a detector of vqad; got \w+\.$"):
         CodebookDisplay.from_estimator(FunctionTransformer())
 
 
@@ -298,7 +298,7 @@ def test_a_detector_is_found_at_the_end_of_a_pipeline_or_a_search(display, detec
 
 @pytest.mark.parametrize("display", [AnomalyMapDisplay, ScoreDistributionDisplay])
 def test_what_is_no_detector_is_refused(display, parts):
-    with pytest.raises(TypeError, match=f"{display.__name__}.from_estimator takes a detector of vqad; got Search"):
+    with pytest.raises(TypeError, match=f"{display.__name__}.from_estimator needs a detector of vqad; got Search"):
         display.from_estimator(type("Search", (), {})(), parts.images)
 
 

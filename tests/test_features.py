@@ -489,7 +489,7 @@ def test_a_disk_without_room_is_told_before_it_fills(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     free = shutil.disk_usage(tmp_path).free
     store = FeatureStore(1 + free // 4, limit=0)
-    with pytest.raises(OSError, match=r"take [\d.]+ GB, more than .* free in .*TMPDIR"):
+    with pytest.raises(OSError, match=r"take [\d.]+ GB, which is more than .* free in .*TMPDIR"):
         store.write([0], [torch.ones(1, 1, 1, 1)])
     assert not any(tmp_path.iterdir())
 

@@ -188,7 +188,7 @@ def test_images_said_to_be_anomalous_may_lie_in_folders_named_so(tmp_path):
     assert found.target.tolist() == [-1] * 3
     assert said == []
     fill(tmp_path, {"OK": 2})
-    with pytest.raises(ValueError, match="names say that not all are normal"):
+    with pytest.raises(ValueError, match="names say that not all images are normal"):
         load_folder(tmp_path, target=-1)
     assert len(load_folder(tmp_path / "NG")) == 2, "the folder itself was named by the caller"
     assert len(load_folder(fill(tmp_path, {".": 2}), recursive=False)) == 2
@@ -348,7 +348,7 @@ def test_many_files_left_out_are_counted_and_texts_are_none(tmp_path):
         (tmp_path / f"{k}.heic").write_text("")
     (tmp_path / "license plate").write_text("")
     [said] = said_by(load_folder, tmp_path)[1]
-    assert "has 7 files whose suffix" in said
+    assert "has 7 files without the suffix" in said
     assert said.endswith("0.heic, 1.heic, 2.heic, 3.heic, 4.heic and 2 more.")
 
 
@@ -418,7 +418,7 @@ def test_images_of_visa_that_are_not_in_its_table_are_named(visa_root):
     (visa_root / "candle/Data/Images/Anomaly/1.heic").write_bytes(b"")
     [said] = said_by(load_visa, visa_root)[1]
     assert "has 2 images that are not in split_csv/1cls.csv, left out here: candle/Data/Images/Normal/000.JPG" in said
-    assert "1 file whose suffix" in said
+    assert "1 file without the suffix" in said
     assert said_by(load_visa, visa_root, categories="pcb1")[1] == []
 
 

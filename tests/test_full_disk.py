@@ -63,7 +63,10 @@ def test_a_model_is_named_and_the_old_one_stays(detector, tmp_path):
 
 def test_a_page_is_named(detector, tmp_path):
     pytest.importorskip("jinja2")
-    with no_file_longer_than(10_000), pytest.raises(OSError, match=r"page.html' could not be written.* Make room"):
+    with (
+        no_file_longer_than(10_000),
+        pytest.raises(OSError, match=r"page.html' could not be written.* Free some space"),
+    ):
         write_report(tmp_path / "page.html", detector, PARTS.images[14:])
 
 
@@ -95,7 +98,7 @@ def test_memory_says_where_and_the_work_goes_on(detector, tmp_path):
     vars(made).update(_fitted=detector.fitted_)
     with (
         no_file_longer_than(5000),
-        pytest.warns(UserWarning, match=rf"memory='.*{tmp_path.name}' cannot keep features"),
+        pytest.warns(UserWarning, match=rf"memory='.*{tmp_path.name}' cannot store features"),
     ):
         np.testing.assert_array_equal(made.score_samples(PARTS.images[14:]), expected)
 
@@ -110,7 +113,7 @@ def test_the_command_names_a_heatmap(files, tmp_path, capsys):
     with no_file_longer_than(300):
         code = main(["score", str(files / "model.safetensors"), str(files / "new"), "--maps", str(tmp_path / "maps")])
     assert code == 2
-    assert "0_map.png' could not be written: File too large. Make room" in capsys.readouterr().err
+    assert "0_map.png' could not be written: File too large. Free some space" in capsys.readouterr().err
 
 
 def test_what_is_printed_is_named_too(files, capsys, monkeypatch):

@@ -134,9 +134,9 @@ def test_groups_of_one_image_each_are_none():
     ("groups", "match"),
     [
         ([1, 2], r"groups has shape \(2,\), but X has 30 images: one group each is expected"),
-        ([None] * 3 + [1] * 27, "groups is missing for 3 images: give each a group, of its own if it has none"),
+        ([None] * 3 + [1] * 27, "groups is missing for 3 images: give each image a group, if need be of its own"),
         (pd.to_datetime([None] * 2 + ["2020-01-01"] * 28), "groups is missing for 2 images"),
-        ([[1]] * 30, "groups must have labels that hash, such as str or int: unhashable type: 'list'"),
+        ([[1]] * 30, "groups must have hashable labels, such as str or int: unhashable type: 'list'"),
     ],
 )
 def test_wrong_groups_are_explained(groups, match):
@@ -198,7 +198,7 @@ def test_partial_fit_takes_pictures_of_one_unlike_piece_for_no_category():
     new = 90 + np.random.default_rng(2).standard_normal((36, 6))
     with pytest.warns(UserWarning, match="18 images of 3 groups are too far .* left out"):
         made.partial_fit(new[:18], groups=np.arange(18) // 6)
-    with pytest.warns(UserWarning, match="36 images are too far .* taken as new ones: 2"):
+    with pytest.warns(UserWarning, match="36 images are too far .* form new ones: 2"):
         made.partial_fit(new, groups=np.arange(36) // 6)
     assert list(made.categories_) == [0, 1, 2]
 

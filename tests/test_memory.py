@@ -341,7 +341,7 @@ def test_a_transformer_that_does_not_pickle_is_explained(tmp_path):
     backbone = Thumbnails(factor=1.0).fit(None)
     backbone.hook = lambda x: x
     assert np.isfinite(normal(SMALL, backbone=backbone).offset_)
-    with pytest.raises(ValueError, match="memory needs a backbone Thumbnails that pickles"):
+    with pytest.raises(ValueError, match="memory needs a backbone Thumbnails that can be pickled"):
         normal(SMALL, backbone=backbone, memory=tmp_path)
 
 

@@ -314,7 +314,7 @@ def test_a_map_of_another_size_is_refused():
         overlay(np.zeros((9, 7)), np.zeros((7, 9)), 1.0)
     with pytest.raises(ValueError, match="C = 1, 3 or 4"):
         overlay(np.zeros((9, 7, 2)), np.zeros((9, 7)), 1.0)
-    with pytest.raises(ValueError, match=r"float pixels from 0 to 255, where 0\.\.1 is expected"):
+    with pytest.raises(ValueError, match=r"float pixels from 0 to 255, but 0\.\.1 is expected"):
         overlay(np.linspace(0, 255, 63).reshape(9, 7), np.zeros((9, 7)), 1.0)
 
 

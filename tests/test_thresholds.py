@@ -267,7 +267,7 @@ def test_set_threshold_needs_a_fitted_detector(detector, labelled):
 @pytest.mark.parametrize(
     ("y", "match"),
     [
-        (np.arange(90) % 2, r"y must have the values \+1 \(normal\) and -1 \(anomaly\); got '0' too"),
+        (np.arange(90) % 2, r"y must contain only \+1 \(normal\) and -1 \(anomaly\); it also contains '0'"),
         (np.where(np.arange(90) % 2, "good", "bad"), "and -1 .*; got 'bad', 'good' too"),
         (np.r_[np.ones(89), np.nan], "and -1 .*; got 'nan' too"),
         (-np.ones(90), "y is -1 for all 90 images"),

@@ -461,7 +461,7 @@ def test_lower_precision_is_used_for_the_loss_alone():
 def test_devices_are_checked():
     assert pick_device("cpu") == pick_device(CPU) == CPU
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ValueError, match="device='toaster' is no torch device; use 'auto', 'cpu' or 'cuda'"):
+    with pytest.raises(ValueError, match="device='toaster' is not a torch device; use 'auto', 'cpu' or 'cuda'"):
         pick_device("toaster")
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: schedule, progress, early stopping, going on after a kill."""
+"""The training loop of all models: schedule, progress, early stopping, checkpoints."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from vqad.training_run import Run, TrainingLog, TrainingPlan
 logger = logging.getLogger("vqad")
 
 REVIVE_EVERY = 16
-"""Steps between two looks for codes that are not used."""
+"""Steps between two searches for unused codes."""
 
 Features = Tensor | Sequence[Tensor]
 
 
 class Trainable(Protocol):
-    """What the loop asks of a model beyond being an ``nn.Module``."""
+    """What a model needs besides being an ``nn.Module``."""
 
     def loss(self, features: Features, category: Tensor) -> Tensor:
         """Scalar training loss of a batch."""
 
 
 class FeatureSource(Protocol):
-    """Features by index, wherever they are kept."""
+    """Features by index, wherever they are stored."""
 
     def __len__(self) -> int: ...
 
@@ -55,12 +55,12 @@ class Trainer:
         With the methods of `Trainable`.
     source : FeatureSource
     category : Tensor of shape (n,), int64
-        Category number of every image of ``source``.
+        Category number of each image of ``source``.
     plan : TrainingPlan
     device, dtype : torch.device, torch.dtype
-        Where to work; a ``dtype`` other than float32 turns autocast on.
+        Device and type to compute in; a ``dtype`` other than float32 enables autocast.
     parts : sequence of nn.Module, optional
-        The parts of the model that learn, all when left out. The others keep every bit.
+        The parts of the model to train; all if left out. The others keep every bit.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class Trainer:
     def fit(
         self, train: Tensor, validation: Tensor | None = None, checkpoint: AnyCheckpoint | None = None
     ) -> TrainingLog:
-        """Train on the images ``train``, watch the loss on the images ``validation``.
+        """Train on the images ``train`` and monitor the loss on the images ``validation``.
 
         Parameters
         ----------
         train, validation : Tensor of int64
         checkpoint : Checkpoint, optional
-            Where the training is kept, and gone on from if it holds one.
+            Where to write checkpoints, and to resume from if it holds a state.
 
         Returns
         -------
@@ -101,7 +101,7 @@ class Trainer:
         Raises
         ------
         KeyboardInterrupt
-            In the first pass; later ones are left with what was learned.
+            When interrupted in the first pass. Later the training just ends early.
         """
         plan, started = self.plan, time.monotonic()
         with lent(self.model, self.device), _frozen(self.model, self.parts), collective.adding_up():
@@ -110,7 +110,7 @@ class Trainer:
             try:
                 if checkpoint is not None and checkpoint.state is not None:
                     self.batch_size = run.restore(checkpoint.state, plan.batch_size)
-                    logger.info("going on after %d of %d passes", run.log.n_iter, plan.max_iter)
+                    logger.info("resuming after %d of %d passes", run.log.n_iter, plan.max_iter)
                 if checkpoint is None or not checkpoint.finished:
                     self._run(run, train, validation, checkpoint)
             except KeyboardInterrupt:
@@ -119,7 +119,7 @@ class Trainer:
                 run.log.interrupted = True
                 warn(
                     f"Training was interrupted after {run.log.n_iter} of {plan.max_iter} passes; "
-                    "the model keeps what it has learned so far."
+                    "what was learned so far is kept."
                 )
             finally:
                 self.model.eval()
@@ -154,7 +154,7 @@ class Trainer:
                     checkpoint.write(run.state(self.batch_size))
 
     def _one_pass(self, run: Run, train: Tensor, checkpoint: AnyCheckpoint | None) -> float:
-        """Train on every image once, or on those that are left of a pass that a kill cut short."""
+        """Train for one pass, or for the rest of a pass that was interrupted by a kill."""
         self._set_training_mode()
         if run.order is None:
             with drawing():
@@ -187,9 +187,9 @@ class Trainer:
             part.train()
 
     def _backward(self, features: Features, category: Tensor, n: int) -> Tensor:
-        """Add the gradient of the mean loss of ``n`` images, of which this process has these; gives their part of it.
+        """Add the gradient of the mean loss of ``n`` images, of which this process has some; returns its share.
 
-        They go in parts where the device's memory does not hold them at once.
+        If the device runs out of memory, the images are processed in parts.
         """
         while True:
             before = self._running_statistics()
@@ -210,13 +210,13 @@ class Trainer:
                 return total
             self._halve_batch()
             self.model.zero_grad(set_to_none=True)
-            for buffer, value in before:  # what the parts that did fit have moved them by
+            for buffer, value in before:  # undo the updates by parts that did fit into memory
                 buffer.copy_(value)
             for codebook in codebooks(self.model):
                 codebook.forget()
 
     def _running_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers that a forward pass moves, and copies of them where a pass may fail for lack of memory."""
+        """Buffers that a forward pass updates, with copies, if it may run out of memory."""
         if not self._may_run_out():
             return []
         norms = [m for part in self.parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -227,10 +227,10 @@ class Trainer:
 
     def _halve_batch(self) -> None:
         self.batch_size = max(1, self.batch_size // 2)
-        warn(f"Out of device memory: going on with batches of {self.batch_size} images.")
+        warn(f"Out of device memory: continuing with batches of {self.batch_size} images.")
 
     def _loss(self, features: Features, category: Tensor) -> Tensor:
-        """Loss of a batch; the category stays on the host, where it is read."""
+        """Loss of a batch; the category stays on the host, so that reading it is cheap."""
         features = on_device(features, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = cast(Trainable, self.model).loss(features, category)
@@ -261,7 +261,7 @@ def codebooks(model: nn.Module) -> list[VectorQuantizer]:
 
 
 def codebook_perplexity(model: nn.Module) -> float:
-    """Effective number of codes in use, the mean over all codebooks of a model."""
+    """Effective number of codes in use, averaged over all codebooks of a model."""
     books = [codebook.perplexity().flatten() for codebook in codebooks(model)]
     return float(torch.cat(books).mean()) if books else float("nan")
 
@@ -272,7 +272,7 @@ def _images(features: Features, part: slice) -> Features:
 
 @contextmanager
 def _frozen(model: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Let no parameter learn but those of ``parts``."""
+    """Freeze all parameters except those of ``parts``."""
     learning = {id(p) for part in parts for p in part.parameters() if p.requires_grad}
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -1,4 +1,4 @@
-"""One training as data: how it is to go, how it went, and all that the rest of it depends on."""
+"""One training as data: its plan, its log, and its complete state."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ from vqad.nn.draws import random_state, set_random_state
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How to train. Names follow scikit-learn's ``MLPClassifier`` where it has one.
+    """How to train. Names follow scikit-learn's ``MLPClassifier`` where possible.
 
     Attributes
     ----------
     max_iter : int
         Passes over the training images.
+    batch_size : int
+        Images per step.
+    learning_rate, weight_decay : float
+        Peak learning rate and weight decay of AdamW.
     schedule : {"cosine", "constant", "step"}
         "cosine": linear warm-up over the first twentieth of the steps, then half a cosine down to zero.
-        "constant": linear warm-up from a tenth over the first twelfth (VQ-Flow: 5 epochs of 60), then constant.
-        "step": constant, times 0.1 at 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
+        "constant": linear warm-up from a tenth over the first twelfth (VQ-Flow: 5 of 60 epochs), then constant.
+        "step": constant, times 0.1 from 80 % of the steps (HVQ-Trans: epoch 800 of 1000).
     clip_norm : float
-        Gradients are scaled down to this norm; infinity leaves them alone.
+        Largest norm of the gradient; infinity does not clip.
+    early_stopping : bool
+        Whether to watch the validation loss.
+    n_iter_no_change : int
+        Passes without an improvement of ``tol`` before stopping early.
+    tol : float
+        Smallest improvement of the validation loss that counts.
+    verbose : int
+        Whether to show a progress bar.
     category_balance : float in [0, 1]
-        How far a pass makes up for categories of different sizes, see `one_pass`.
+        How far a pass compensates for categories of different sizes, see `one_pass`.
     """
 
     max_iter: int = 50
@@ -44,7 +56,7 @@ class TrainingPlan:
     category_balance: float = 0.0
 
     def rate(self, step: int, n_steps: int) -> float:
-        """Factor on the learning rate at ``step`` of ``n_steps``."""
+        """Factor of the learning rate at ``step`` of ``n_steps``."""
         if self.schedule == "step":
             return 1.0 if step < 0.8 * n_steps else 0.1
         if self.schedule == "constant":
@@ -57,18 +69,20 @@ class TrainingPlan:
 
 @dataclass
 class TrainingLog:
-    """What happened.
+    """Log of a training.
 
     Attributes
     ----------
     loss_curve : list of float
-        Mean training loss of every pass.
+        Mean training loss of each pass.
     validation_curve : list of float
-        Loss of the validation images after every pass; empty without early stopping.
+        Validation loss after each pass; empty without early stopping.
     perplexity : list of float
-        Mean number of codes in effective use after every pass.
+        Effective number of codes in use after each pass, averaged over codebooks.
     interrupted : bool
-        Whether Ctrl-C ended the training. All is as it was after the last finished step.
+        Whether Ctrl-C ended the training. The model then has the state after the last completed step.
+    seconds : float
+        Duration of the training.
     """
 
     loss_curve: list[float] = field(default_factory=list)
@@ -83,11 +97,11 @@ class TrainingLog:
 
 
 def one_pass(category: Tensor, balance: float) -> Tensor:
-    r"""Random order of a pass: n places in a list of n images, in which small categories may come more often.
+    r"""Random order of a pass: n draws from n images, where small categories may be drawn more often.
 
-    Of :math:`n` draws a category of :math:`n_c` images gets a share in proportion to :math:`n_c^{1 - b}`, and at least
-    one: with a balance b of 0 each image is drawn once, with 1 each category equally often. Within a category no image
-    is drawn twice more than another.
+    A category of :math:`n_c` images gets a share of the draws proportional to :math:`n_c^{1 - b}`, and at least one:
+    with a balance b of 0 each image is drawn once, with 1 all categories are drawn equally often. Within a category
+    the numbers of draws of two images differ by at most one.
 
     Parameters
     ----------
@@ -110,7 +124,7 @@ def one_pass(category: Tensor, balance: float) -> Tensor:
 
 
 class Best:
-    """The best state seen, and how long ago that was."""
+    """The state with the lowest validation loss, and the number of passes since the last improvement."""
 
     def __init__(self, tol: float, patience: int) -> None:
         self.tol = tol
@@ -135,7 +149,7 @@ class Best:
 
 
 class Run:
-    """All that the rest of a training depends on, beside the images."""
+    """Complete state of a training, except for the images."""
 
     def __init__(self, model: nn.Module, plan: TrainingPlan, n_steps: int, device: torch.device) -> None:
         self.model = model
@@ -157,7 +171,7 @@ class Run:
         self.total = torch.zeros((), device=self.device)
 
     def state(self, batch_size: int) -> dict[str, Any]:
-        """Plain values and tensors only, so that reading them back runs no code."""
+        """The state as plain values and tensors, so that reading it runs no code."""
         on_cuda = self.device.type == "cuda"
         return {
             "model": self.model.state_dict(),
@@ -172,7 +186,7 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any], batch_size: int) -> int:
-        """Go back to where a training was; gives its size of batches, of a finished one ``batch_size``."""
+        """Restore a state; returns its batch size, or ``batch_size`` if the training was finished."""
         self.model.load_state_dict(state["model"])
         self.log = TrainingLog(**state["log"])
         if state["finished"]:

@@ -1,4 +1,4 @@
-"""Everything that is said of an image, from one pass over it."""
+"""Verdicts: all results for some images, from one pass."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vqad.scoring import Judgement
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a detector says of some images.
+    """A detector's results for some images.
 
     Attributes
     ----------
     score : ndarray of shape (n,), float
         Higher is more anomalous: ``-score_samples``.
     threshold : ndarray of shape (n,), float
-        Scores over this are anomalous; it differs between images only with one threshold a category.
+        Scores above it are anomalous; it differs between images only with ``threshold="category"``.
     p_value : ndarray of shape (n,), float
         Conformal p-value of "this image is normal", in (0, 1].
     label : ndarray of shape (n,), int
@@ -33,9 +33,9 @@ class Verdicts:
     category : ndarray of shape (n,)
         The category that each image was judged as.
     grids : ndarray of shape (n, h, w), float32, or list of ndarray of shape (h, w)
-        Anomaly maps on the grid of the features; a list of images in tiles that differ in size.
+        Anomaly maps on the grid of the features; a list if maps of images in tiles differ in size.
     hidden : callable or None
-        From the number of an image and a size to its mask of what is ignored, or None where nothing is.
+        Returns the mask of what is ignored in an image, or None, from the image's number and a size.
     """
 
     score: NDArray[Any]
@@ -55,7 +55,7 @@ class Verdicts:
 
 
 def verdicts_of(fitted: Fitted, judged: Judgement, hidden: Any = None) -> Verdicts:
-    """What thresholds and p-values make of scores and categories."""
+    """Apply thresholds and p-values to scores and categories."""
     threshold = np.broadcast_to(-np.asarray(fitted.thresholds.offset_of(judged.category)), judged.score.shape)
     return Verdicts(
         score=judged.score,
@@ -69,7 +69,7 @@ def verdicts_of(fitted: Fitted, judged: Judgement, hidden: Any = None) -> Verdic
 
 
 def resize_map(grid_map: np.ndarray, size: tuple[int, int], hidden: np.ndarray | None = None) -> np.ndarray:
-    """A map (h, w) at the image's own size, 0 where it is hidden."""
+    """Resize a map (h, w) bilinearly to ``size``; 0 where ``hidden``."""
     if grid_map.shape != tuple(size):
         tensor = torch.from_numpy(grid_map)[None, None]
         grid_map = F.interpolate(tensor, tuple(size), mode="bilinear", align_corners=True)[0, 0].numpy()
@@ -82,8 +82,7 @@ def sequence_of(detector: Any, images: Any) -> ImageSequence:
         return images
     if detector.backbone is None:
         raise ValueError(
-            "The detector was fitted on features (backbone=None), so there are no images to show; "
-            "fit one with a backbone."
+            "The detector was fitted on features (backbone=None), so it takes no images: fit one with a backbone."
         )
     shape = None if detector.image_shape is None else tuple(detector.image_shape)
     return check_images(images, image_shape=shape)

@@ -1,4 +1,4 @@
-"""Judging on workers: parts of many images over whatever backend of joblib is active, in order, with one model each."""
+"""Judging images on the workers of joblib's active backend, in order, with one copy of the model per worker."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ from vqad.source import MapSource
 
 logger = logging.getLogger("vqad")
 
-# Images of one task: enough that handing them over does not count, few enough that no worker waits long at the end.
+# Images per task: enough that the overhead does not matter, few enough that no worker waits long at the end.
 LEAST_IMAGES, MOST_IMAGES = 8, 32
-# Tasks for each worker that a backend is given together which takes lists of tasks alone.
+# Tasks per worker in one list, for backends that take only lists of tasks.
 _TASKS_AT_ONCE = 16
-# Models that one process of workers keeps.
+# Number of models that a worker process keeps.
 _MODELS_KEPT = 2
-# Failures of workers one after the other, with nothing done in between, that end the work.
+# Consecutive worker failures, without a result in between, after which an error is raised.
 _FAILURES = 3
-# Engines whose own exceptions are of workers, never of the work: that gives back what it raised.
+# Packages whose exceptions concern workers, never a task: tasks return their own exceptions.
 _ENGINES = {"distributed", "ray", "joblib"}
 
 T = TypeVar("T")
 
 
 class Done(NamedTuple):
-    """What a task gives back.
+    """Result of a task.
 
     Attributes
     ----------
     value : object or None
-        None where it failed.
+        None if it failed.
     error : Exception or None
     warnings : list of (str, type)
-        What `vqad._warn.warn` is to say of it.
+        Warnings to issue with `vqad._warn.warn`.
     worker : str
         Host and process.
     n_opened : int
-        Models that this process has been sent, this one included.
+        Number of models sent to this process so far.
     """
 
     value: Any
@@ -67,14 +67,14 @@ class Done(NamedTuple):
     n_opened: int
 
 
-# ---- in the process that asks ----------------------------------------------------------------------
+# ---- in the calling process ------------------------------------------------------------------------
 
 
 def jobs_elsewhere(n_jobs: int | None) -> int:
-    """How many jobs run in other processes at a time: 0 where the work stays in this one.
+    """Number of jobs that run in other processes at a time; 0 if the work stays in this one.
 
-    So it does unless a backend of processes or machines was chosen by `joblib.parallel_config`, and within a task of
-    such a backend.
+    It stays here unless `joblib.parallel_config` selects a backend of processes or machines, and within a task of such
+    a backend.
     """
     if n_jobs == 1 or _in_a_task():
         return 0
@@ -87,7 +87,7 @@ def jobs_elsewhere(n_jobs: int | None) -> int:
 
 
 def _in_a_task() -> bool:
-    """Whether this is a thread in which a worker of dask works: it must not wait for others of its kind."""
+    """Whether this thread runs a task of a dask worker, which must not wait for other tasks."""
     worker = sys.modules.get("distributed.worker")
     return worker is not None and hasattr(worker.thread_state, "execution_state")
 
@@ -102,25 +102,25 @@ def _engine_of(backend: Any) -> str:
 def judge_anywhere(
     scorer: Scorer, source: MapSource, rows: np.ndarray, keep_maps: bool, where: tuple[Any, str]
 ) -> Judgement:
-    """`judge_images`, on workers where `joblib.parallel_config` names some and there are images enough.
+    """`judge_images`, on workers if `joblib.parallel_config` provides some and there are enough images.
 
     Parameters
     ----------
     scorer, source, rows, keep_maps
-        As of `judge_images`.
+        As for `judge_images`.
     where : (device, precision)
-        As the parameters of these names say, which each worker takes as it finds them.
+        Values of the parameters of these names, which each worker interprets for itself.
     """
     data, jobs = source.data, jobs_elsewhere(source.n_jobs)
     is_sent = isinstance(data, ImageSequence) and data.reads_in_threads and len(rows) >= 2 * LEAST_IMAGES
     if not jobs or not is_sent:
         return judge_images(scorer, source, rows, keep_maps)
     size = min(MOST_IMAGES, max(LEAST_IMAGES, math.ceil(len(rows) / (4 * jobs))))
-    # What the model ignores of all images goes with the model.
+    # The model's own mask for all images is sent with the model.
     own = source.ignore is None or not np.array_equal(data.ignored.one, source.ignore)
     parts = (data.part(rows[start : start + size], own) for start in range(0, len(rows), size))
     work = JudgeTask(scorer, source, keep_maps, where)
-    # Closed whatever happens: joblib's workers take nothing else before.
+    # Always close it, because joblib's workers accept nothing else before.
     with closing(map_in_order(work, parts, source.n_jobs)) as done:
         judged = [value for value, _ in results(done, data)]
     score, category, maps = zip(*judged)
@@ -128,14 +128,14 @@ def judge_anywhere(
 
 
 def _joined(maps: Sequence[Any]) -> Any:
-    """Maps of several parts as of one: an array where all are of one size, else a list."""
+    """Join the maps of several parts: an array if all have one size, else a list."""
     if all(isinstance(each, np.ndarray) for each in maps) and len({each.shape[1:] for each in maps}) == 1:
         return np.concatenate(maps)
     return [heat for each in maps for heat in each]
 
 
 def results(done: Iterable[Done], news: ImageSequence | None = None) -> Iterator[tuple[Any, Done]]:
-    """Values of tasks; the first exception is raised at the end, and what they warn of is said, once of each kind."""
+    """Yield the values of tasks, issue each kind of warning once, and raise the first exception at the end."""
     opened: dict[str, int] = {}
     error: Exception | None = None
     for each in done:
@@ -152,15 +152,15 @@ def results(done: Iterable[Done], news: ImageSequence | None = None) -> Iterator
 
 
 def map_in_order(work: Callable[[Any], Done], parts: Iterable[Any], n_jobs: int | None) -> Generator[Done, None, None]:
-    """``map(work, parts)`` on the workers of joblib's active backend; parts are taken as there is room for them.
+    """``map(work, parts)`` on the workers of joblib's active backend, which draw parts as they have capacity.
 
-    A part whose worker died is given to another.
+    If a worker dies, its parts are given to others.
     """
     parts, waiting, failures, failed = iter(parts), deque[Any](), 0, False
 
     def noted(parts: Iterator[Any]) -> Iterator[Any]:
         for part in parts:
-            if failed:  # what is under way is waited for: it is little, and joblib complains of what is broken off
+            if failed:  # wait for the few running tasks, because joblib warns about aborted ones
                 return
             waiting.append(part)
             yield part
@@ -171,7 +171,7 @@ def map_in_order(work: Callable[[Any], Done], parts: Iterable[Any], n_jobs: int 
         try:
             with closing(_run(work, noted(chain(again, parts)), n_jobs)) as running:
                 for done in running:
-                    if not isinstance(done, Done):  # what dask gives of a task that it has lost
+                    if not isinstance(done, Done):  # dask's result for a task that it has lost
                         raise CancelledError(f"a task was lost: {done!r}")
                     waiting.popleft()
                     failures, failed = 0, failed or done.error is not None
@@ -181,7 +181,7 @@ def map_in_order(work: Callable[[Any], Done], parts: Iterable[Any], n_jobs: int 
             failures += 1
             if not _is_of_a_worker(error) or failures >= _FAILURES:
                 raise
-            warn(f"A worker was lost ({type(error).__name__}): what it had is given to others.")
+            warn(f"A worker was lost ({type(error).__name__}): its images are given to others.")
 
 
 def _run(work: Callable[[Any], Done], parts: Iterator[Any], n_jobs: int | None) -> Generator[Done, None, None]:
@@ -204,28 +204,28 @@ def _is_of_a_worker(error: Exception) -> bool:
     return isinstance(error, kinds) or type(error).__module__.split(".")[0] in _ENGINES
 
 
-# ---- the model on its way --------------------------------------------------------------------------
+# ---- sending the model -----------------------------------------------------------------------------
 
 
 _PACKED: WeakKeyDictionary[Scorer, tuple[Any, str, np.ndarray]] = WeakKeyDictionary()
 
 
 class JudgeTask:
-    """From images to a `Judgement`, by a model that travels beside it: its bytes go to each worker once.
+    """Computes a `Judgement` from images, with a model whose bytes are sent separately, once to each worker.
 
-    Those bytes are an array, which joblib lays into memory that processes share, and dask scatters; ray keeps it as an
-    object of its store. A worker opens them when it sees their digest for the first time.
+    The bytes are an array, which joblib puts into shared memory, dask scatters, and ray keeps in its object store. A
+    worker opens them when it sees their digest for the first time.
 
     Parameters
     ----------
     scorer : Scorer
     source : MapSource
-        How maps are made; of its images nothing is kept.
+        How maps are computed; its images are not kept.
     keep_maps : bool
     where : (device, precision)
-        As the parameters of these names say, which each worker takes as it finds them.
+        Values of the parameters of these names, which each worker interprets for itself.
     skips : bool, default=False
-        Whether images that cannot be read are left out: what comes is `Readable`.
+        Whether to skip images that cannot be read; the result is then `Readable`.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class JudgeTask:
         self.digest = ""
 
     def sent_by(self, backend: Any) -> tuple[JudgeTask, Any]:
-        """The task without its model, and the content of that as this backend sends it once."""
+        """The task without its model, and the model's content in the form that this backend sends once."""
         self.digest, content = _packed(*self.model)
         task = copy.copy(self)
         task.model, task.n_jobs = None, 1
@@ -248,7 +248,7 @@ class JudgeTask:
             return task, content
         import ray
 
-        # Made anew for every run: it is lost with the machine that holds it.
+        # Stored again for each run, because it is lost with the machine that holds it.
         return task, ray.put(content)
 
     def __call__(self, images: ImageSequence, content: Any = None) -> Any:
@@ -265,16 +265,16 @@ class JudgeTask:
 
 
 class Readable(NamedTuple):
-    """What is said of those of some images that can be read.
+    """Results for the images that can be read.
 
     Attributes
     ----------
     rows : ndarray of int
-        Which these are.
+        Images that can be read.
     judgement : Judgement or None
-        None where there are none.
+        None if there are none.
     errors : dict of int to str
-        Why others cannot be read.
+        Reasons why other images cannot be read.
     """
 
     rows: np.ndarray
@@ -283,7 +283,7 @@ class Readable(NamedTuple):
 
 
 def judge_readable(scorer: Scorer, source: MapSource, keep_maps: bool) -> Readable:
-    """Judge all images that can be read; raise what is wrong with no image."""
+    """Judge all images that can be read; errors that are not about an image are raised."""
     rows = np.arange(len(source))
     try:
         return Readable(rows, judge_images(scorer, source, rows, keep_maps), {})
@@ -304,10 +304,10 @@ def _unreadable(images: Any, i: int) -> str | None:
 
 
 def _packed(scorer: Scorer, features: Any, ignore: np.ndarray | None = None) -> tuple[str, np.ndarray]:
-    """Digest and bytes of a model, made once in its life."""
+    """Digest and bytes of a model, computed once while it lives."""
     found = _PACKED.get(scorer)
     if found is None or found[0][0] is not features or found[0][1] is not ignore:
-        # By value where a class of the caller's own is of a script or notebook, which workers do not have.
+        # Pickles classes by value that are defined in a script or notebook, which workers do not have.
         content = pickle.dumps(joblib.wrap_non_picklable_objects((scorer, features, ignore), keep_wrapper=False))
         _PACKED[scorer] = found = (
             (features, ignore),
@@ -326,7 +326,7 @@ _n_opened = 0
 
 
 def opened(digest: str, make: Callable[[], T]) -> T:
-    """What ``make`` makes of the content of this digest, once in a process; the last few are kept."""
+    """``make()`` for the content of this digest, called once per process; the last few results are kept."""
     global _n_opened
     with _OPENING:
         if digest not in _OPEN:
@@ -340,9 +340,9 @@ def opened(digest: str, make: Callable[[], T]) -> T:
 
 
 def do_task(work: Callable[..., Any], content: Any, part: Any, threads: int | None) -> Done:
-    """Do one task, with at most so many threads if there is a limit.
+    """Run one task, with at most this number of threads.
 
-    What it raises is given back, so that what else is raised is of the engine.
+    Its exceptions are returned, so that any exception raised comes from the backend.
     """
     arguments = (part,) if content is None else (part, content)
     said: list[tuple[str, type[Warning]]] = []
@@ -356,7 +356,7 @@ def do_task(work: Callable[..., Any], content: Any, part: Any, threads: int | No
 
 
 def _sendable(error: Exception) -> Exception:
-    """An exception that another process can open: one of a class of its own may not be."""
+    """An exception that another process can unpickle."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -365,7 +365,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _fetched(content: Any) -> Any:
-    """The bytes of a model, wherever they are kept."""
+    """The bytes of a model, wherever they are stored."""
     if not isinstance(content, np.ndarray):
         import ray
 

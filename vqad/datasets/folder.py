@@ -57,7 +57,7 @@ def load_folder(
     for inside in [folder, *subfolders(folder)] if recursive else []:
         if loader := loader_of_layout(inside):
             raise ValueError(
-                f"root {str(inside)!r} has a layout with labels: load it with vqad.datasets.{loader.__name__}, which "
+                f"root {str(inside)!r} has a layout that vqad.datasets.{loader.__name__} reads: use that loader, which "
                 "tells defects and masks from normal images."
             )
     others: list[Path] = []

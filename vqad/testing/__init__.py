@@ -1,8 +1,8 @@
-"""Checks that any detector of anomalous images can be put to, as scikit-learn has them for tables.
+"""Checks for image anomaly detectors, as scikit-learn has them for estimators of tables.
 
-A detector takes images in ``fit``, ``score_samples``, ``decision_function`` and ``predict``, and answers +1 for
-normal images and -1 for anomalies. Methods ``anomaly_map`` and ``predict_category`` and an argument ``category`` of
-``fit`` are checked where a detector has them. With pytest::
+A detector takes images in ``fit``, ``score_samples``, ``decision_function`` and ``predict``, and returns +1 for normal
+images and -1 for anomalies. The methods ``anomaly_map`` and ``predict_category`` and the argument ``category`` of
+``fit`` are checked if the detector has them. With pytest::
 
     from vqad.testing import parametrize_with_image_checks
 
@@ -10,7 +10,7 @@ normal images and -1 for anomalies. Methods ``anomaly_map`` and ``predict_catego
     def test_keeps_the_contract(estimator, check):
         check(estimator)
 
-and without: ``check_image_detector(MyDetector(n_components=4))``.
+Without pytest: ``check_image_detector(MyDetector(n_components=4))``.
 """
 
 from vqad.testing._suite import check_image_detector, image_detector_checks, parametrize_with_image_checks

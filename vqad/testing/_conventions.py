@@ -1,4 +1,4 @@
-"""Checks of the estimator's form: parameters, attributes, signs, labels."""
+"""Checks of estimator conventions: parameters, attributes, signs, labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def takes_category(detector) -> bool:
 
 @image_check
 def check_constructor_only_stores(name, detector):
-    """The constructor stores its arguments as they are: it checks, copies and adds nothing."""
+    """The constructor only stores its arguments: it does not check, copy or add anything."""
     given = {key: object() for key in detector.get_params(deep=False)}
     made = vars(type(detector)(**given))
     assert set(made) == set(given), (
@@ -40,14 +40,14 @@ def check_constructor_only_stores(name, detector):
 
 @image_check
 def check_clone_and_parameters(name, detector):
-    """clone copies; set_params sets what get_params tells, and returns the detector."""
+    """clone copies; set_params sets what get_params returns, and returns the detector."""
     made = clone(detector)
     assert made is not detector, f"clone({name}()) is the detector itself."
     given = {key: object() for key in detector.get_params(deep=False)}
     assert made.set_params(**given) is made, f"{name}.set_params must return the detector."
     told = made.get_params(deep=False)
     wrong = [key for key in given if told.get(key) is not given[key]]
-    assert not wrong, f"{name}.get_params does not tell what set_params has set for {wrong}."
+    assert not wrong, f"{name}.get_params does not return what set_params has set for {wrong}."
 
 
 @image_check
@@ -69,7 +69,7 @@ def check_fit_changes_no_parameter(name, detector):
 
 @image_check
 def check_fitted_attributes(name, detector):
-    """What fit adds ends in an underscore, or starts with one."""
+    """Attributes added by fit end or start with an underscore."""
     made = unfitted(detector)
     before = set(vars(made))
     made.fit(train_images())
@@ -95,7 +95,7 @@ def check_not_fitted(name, detector):
 
 @image_check
 def check_decision_is_score_minus_offset(name, detector):
-    """With an offset of its own for every category, one of them."""
+    """decision_function is score_samples minus offset_, or minus one of several offsets."""
     made = fitted(detector)
     X = np.concatenate([new_images(), crude_defects()[0]])
     score, decision = made.score_samples(X), made.decision_function(X)
@@ -128,18 +128,18 @@ def check_fit_predict(name, detector):
 
 @image_check
 def check_higher_is_more_normal(name, detector):
-    """Images with a glaring square on them score lower in the mean than images without."""
+    """Images with a glaring square score lower on average than images without."""
     made, bad = fitted(detector), crude_defects()[0]
     score, spoilt = made.score_samples(new_images()).mean(), made.score_samples(bad).mean()
     assert spoilt < score, (
-        f"{name}.score_samples is {score:.4g} in the mean for normal images and {spoilt:.4g} with a large defect: "
+        f"{name}.score_samples is {score:.4g} on average for normal images and {spoilt:.4g} with a large defect: "
         "higher must be more normal."
     )
 
 
 @image_check(applies=has_maps)
 def check_anomaly_map_form(name, detector):
-    """float32, finite, each of its image's own size: an array where all have one size, a list else."""
+    """Maps are finite float32 of the images' sizes: an array if all sizes are equal, else a list."""
     made, X = fitted(detector), new_images()
     maps = made.anomaly_map(X)
     assert isinstance(maps, np.ndarray), f"{name}.anomaly_map gives {type(maps).__name__}: an array is expected."
@@ -157,20 +157,20 @@ def check_anomaly_map_form(name, detector):
 
 @image_check(applies=has_maps)
 def check_anomaly_map_is_higher_on_defects(name, detector):
-    """Where a glaring square was put on an image the map is higher, in the mean, than elsewhere on it."""
+    """The map of an image is higher on average on a glaring square than elsewhere."""
     images, masks = crude_defects()
     maps = fitted(detector).anomaly_map(images)
     inside = np.mean([m[mask].mean() for m, mask in zip(maps, masks)])
     outside = np.mean([m[~mask].mean() for m, mask in zip(maps, masks)])
     assert inside > outside, (
-        f"{name}.anomaly_map is {inside:.4g} in the mean on large defects and {outside:.4g} beside them: "
-        "higher must be more anomalous."
+        f"{name}.anomaly_map is {inside:.4g} on average on large defects and {outside:.4g} elsewhere: higher must be "
+        "more anomalous."
     )
 
 
 @image_check(applies=takes_category)
 def check_category_is_optional(name, detector):
-    """fit takes a label of every image, or none; scoring needs none."""
+    """fit accepts a category for each image, or none; scoring needs none."""
     for labels in (train_labels(), list(train_labels()), np.arange(24) % 2):
         made = unfitted(detector).fit(train_images(), category=labels)
         score = made.score_samples(new_images())
@@ -180,16 +180,16 @@ def check_category_is_optional(name, detector):
         unfitted(detector).fit(train_images(), category=train_labels()[:5])
     except ValueError:
         return
-    raise AssertionError(f"{name}.fit takes 5 labels in category for 24 images: ValueError is expected.")
+    raise AssertionError(f"{name}.fit accepts 5 labels in category for 24 images: ValueError is expected.")
 
 
 @image_check(applies=lambda detector: hasattr(detector, "predict_category") and takes_category(detector))
 def check_predicted_categories(name, detector):
-    """They are labels that fit was given, and right more often than not."""
+    """predict_category returns labels given to fit, and is right more often than not."""
     made = unfitted(detector).fit(train_images(), category=train_labels())
     found = np.asarray(made.predict_category(train_images()))
     assert found.shape == (24,), f"{name}.predict_category gives shape {found.shape} for 24 images."
     new = set(found.tolist()) - set(train_labels().tolist())
-    assert not new, f"{name}.predict_category gives {sorted(map(str, new))}, which are no labels that fit was given."
+    assert not new, f"{name}.predict_category gives {sorted(map(str, new))}, which were not among the labels of fit."
     share = (found == train_labels()).mean()
     assert share > 0.5, f"{name}.predict_category is right for {share:.0%} of the training images of two kinds."

@@ -1,4 +1,4 @@
-"""Checks of X and y in all their forms: the same pixels give the same scores, and nothing is written to."""
+"""Checks of all forms of X and y: the same pixels give the same scores, and inputs are not changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vqad.testing._tools import (
 
 @image_check
 def check_dtypes(name, detector):
-    """Of 8 and 16 bits and floats in 0..1, in fit and in scoring."""
+    """Pixels of 8 and 16 bits and floats in 0..1 give the same scores, in fit and in scoring."""
     made, X = fitted(detector), new_images()
     expected = outputs(made, X)
     forms = {
@@ -38,7 +38,7 @@ def check_dtypes(name, detector):
 
 @image_check
 def check_lists(name, detector):
-    """A list of images, and an image in a list of images of other sizes, score as in an array."""
+    """Images in a list, also with images of other sizes, score as in an array."""
     made, X = fitted(detector), new_images()
     expected = outputs(made, X)
     assert_same(name, outputs(made, list(X)), expected, "for a list of the images")
@@ -96,7 +96,7 @@ def check_input_is_not_written_to(name, detector):
 
 @image_check
 def check_labelled_outliers_are_left_out(name, detector):
-    """Images labelled -1 in y make no difference to fit."""
+    """Images labelled -1 in y do not affect fit."""
     good, bad = train_images(), crude_defects()[0]
     X = np.concatenate([good[:10], bad[:5], good[10:], bad[5:]])
     y = np.repeat([1, -1, 1, -1], [10, 5, 14, 3])

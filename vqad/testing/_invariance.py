@@ -1,4 +1,4 @@
-"""Checks of what results must not depend on: chance, order, company, batches, an earlier fit, a pickle."""
+"""Checks of invariance: results must not depend on global random states, order, batches, an earlier fit or a pickle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vqad.testing._tools import (
     unfitted,
 )
 
-# Largest difference between devices, as a share of the range of scores: one may compute with bfloat16.
+# Largest difference between devices, as a share of the range of scores: one of them may compute in bfloat16.
 DEVICE_TOLERANCE = 0.05
 
 
@@ -36,7 +36,7 @@ def _copy(detector):
 
 def _reseed(seed: int) -> None:
     """Set the global random states."""
-    np.random.seed(seed)  # noqa: NPY002 - these states are what is checked
+    np.random.seed(seed)  # noqa: NPY002 - the global states are what is checked
     random.seed(seed)
     if loaded_torch() is not None:
         loaded_torch().manual_seed(seed)
@@ -53,7 +53,7 @@ def _global_states() -> dict[str, bytes]:
 
 @contextmanager
 def _global_states_restored():
-    """Leave the caller's random states as they are found."""
+    """Restore the caller's random states at the end."""
     before, torch = (random.getstate(), np.random.get_state()), loaded_torch()  # noqa: NPY002
     fork = nullcontext() if torch is None else torch.random.fork_rng()
     with fork:
@@ -66,7 +66,7 @@ def _global_states_restored():
 
 @image_check
 def check_fit_is_repeatable(name, detector):
-    """Two fits with one random_state give the same scores, whatever the global random states are."""
+    """Two fits with the same random_state give the same scores, whatever the global random states."""
     with _global_states_restored():
         _reseed(1)
         expected = outputs(fitted(detector), new_images())
@@ -77,9 +77,9 @@ def check_fit_is_repeatable(name, detector):
 
 @image_check
 def check_global_random_state_is_left_alone(name, detector):
-    fitted(detector).score_samples(new_images())  # what is imported on first use is there from now on
+    fitted(detector).score_samples(new_images())  # import everything that is imported on first use
     with _global_states_restored():
-        _reseed(1)  # a detector that seeds them has just done so
+        _reseed(1)  # differs from the states of a detector that seeds them
         before = _global_states()
         made = fitted(detector)
         for method in methods_of(made):
@@ -107,7 +107,7 @@ def check_order_of_images(name, detector):
 
 @image_check
 def check_company_of_images(name, detector):
-    """An image alone scores as among others."""
+    """An image scores the same alone and with others."""
     made, X = fitted(detector), np.concatenate([new_images(), crude_defects()[0]])
     expected = outputs(made, X)
     alone = [outputs(made, X[[i]]) for i in range(len(X))]
@@ -132,7 +132,7 @@ def check_pickle(name, detector):
 
 @image_check(applies=lambda detector: has_cuda() and _has("device")(detector))
 def check_pickle_between_devices(name, detector):
-    """Fitted on one device, it scores on another: the same within a twentieth of the range of scores."""
+    """A detector fitted on one device scores on another, within a twentieth of the range of scores."""
     X = np.concatenate([new_images(), crude_defects()[0]])
     for first, second in (("cuda", "cpu"), ("cpu", "cuda")):
         made = fitted(detector, device=first)
@@ -145,7 +145,7 @@ def check_pickle_between_devices(name, detector):
 
 @image_check
 def check_few_images_are_scored(name, detector):
-    """One image or two will do for every method."""
+    """All methods accept one or two images."""
     made = fitted(detector)
     for n in (1, 2):
         for method in methods_of(made):
@@ -155,7 +155,7 @@ def check_few_images_are_scored(name, detector):
 
 @image_check
 def check_fit_on_two_images(name, detector):
-    """It works, or says with a ValueError that two images are too few."""
+    """fit accepts two images, or explains in a ValueError that two images are too few."""
     made = unfitted(detector)
     try:
         made.fit(train_images()[:2])
@@ -165,4 +165,4 @@ def check_fit_on_two_images(name, detector):
         score = made.score_samples(new_images())
         assert np.isfinite(score).all(), f"{name} gives scores that are not finite after fit on 2 images."
         return
-    assert refusal, f"{name}.fit on 2 images raises a ValueError without a word."
+    assert refusal, f"{name}.fit on 2 images raises a ValueError without a message."

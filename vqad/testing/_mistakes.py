@@ -1,4 +1,4 @@
-"""Checks of what is said of X and y that are wrong."""
+"""Checks of the errors for invalid X and y."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vqad.testing._tools import fitted, image_check, new_images, save_all, train
 
 
 def _assert_explained(name, detector, X, what, pattern, errors=(ValueError, TypeError)):
-    """Both fit and score_samples must refuse X, in words that match the pattern."""
+    """Both fit and score_samples must reject X with a message that matches the pattern."""
     made = fitted(detector)
     for method, call in (("fit", unfitted(detector).fit), ("score_samples", made.score_samples)):
         _assert_raises(f"{name}.{method}", lambda call=call: call(X), what, pattern, errors)
@@ -27,9 +27,9 @@ def _assert_raises(name, call, what, pattern, errors):
         said = str(error)
     except Exception as error:
         raise AssertionError(f"{name} with {what} raises {type(error).__name__}: {expected} is expected.") from error
-    assert said is not None, f"{name} takes {what}: {expected} is expected."
+    assert said is not None, f"{name} accepts {what}: {expected} is expected."
     assert re.search(pattern, said, re.IGNORECASE), (
-        f"{name} does not explain what is wrong with {what}: {said!r} has nothing of {pattern!r}."
+        f"{name} does not explain what is wrong with {what}: {said!r} does not match {pattern!r}."
     )
 
 

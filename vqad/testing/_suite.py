@@ -1,4 +1,4 @@
-"""All checks of a detector: one after the other, as a generator, or as parameters of a test."""
+"""All checks of a detector: run one after the other, as a generator, or as parameters of a test."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from vqad.testing._tools import CHECKS
 
 
 def image_detector_checks(detector: Any) -> Iterator[tuple[Any, partial]]:
-    """Give every check that applies to an image detector.
+    """Generate all checks that apply to an image detector.
 
     Parameters
     ----------
     detector : estimator
-        Unfitted, small enough to be fitted some forty times on 24 images of 64 x 64 pixels. Checks work on clones
+        Unfitted, and small enough to be fitted about forty times on 24 images of 64 x 64 pixels. Checks work on clones
         of it, with all its parameters ``random_state`` set to 0.
 
     Yields
     ------
     detector : estimator
-        The one that was given.
+        The given one.
     check : callable
-        ``check(detector)`` raises where the detector fails; ``check.func.__name__`` is the check's name. Checks of
-        ``anomaly_map``, ``predict_category``, the argument ``category`` of ``fit`` and a parameter ``batch_size``
-        are left out where the detector has none, and the one between devices where it has no parameter ``device``
-        or torch sees no CUDA.
+        ``check(detector)`` raises if the detector fails; ``check.func.__name__`` is the name of the check. Checks of
+        ``anomaly_map``, ``predict_category``, the argument ``category`` of ``fit`` and the parameter ``batch_size``
+        are left out if the detector has none of these, and the check between devices if it has no parameter ``device``
+        or torch finds no CUDA device.
 
     Raises
     ------
     TypeError
-        When a class is given in place of an instance.
+        When a class is given instead of an instance.
 
     Notes
     -----
-    Two results count as the same when they differ by at most 1e-5 of the range of all values compared.
+    Results count as equal if they differ by at most 1e-5 of the range of all values compared.
     """
     if isinstance(detector, type):
         raise TypeError(f"detector must be an instance, such as {detector.__name__}(); got the class.")
@@ -47,7 +47,7 @@ def image_detector_checks(detector: Any) -> Iterator[tuple[Any, partial]]:
 
 
 def parametrize_with_image_checks(detectors: Iterable[Any]) -> Any:
-    """Decorate a test to run once for every detector and check.
+    """Decorator that runs a test for each detector and check.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def parametrize_with_image_checks(detectors: Iterable[Any]) -> Any:
     Returns
     -------
     decorator : pytest.mark.parametrize
-        Of the arguments ``estimator, check``. The tests are called after class and check, as in
-        ``test_contract[MyDetector-check_pickle]``; of several detectors of one class the number comes too.
+        With the arguments ``estimator, check``. Test ids consist of class and check, as in
+        ``test_contract[MyDetector-check_pickle]``; several detectors of one class are numbered.
 
     Examples
     --------
@@ -81,14 +81,14 @@ def parametrize_with_image_checks(detectors: Iterable[Any]) -> Any:
 
 
 def check_image_detector(detector: Any, *, on_fail: Literal["raise"] | None = "raise") -> list[dict[str, Any]]:
-    """Put an image detector to every check, and report.
+    """Run all checks on an image detector.
 
     Parameters
     ----------
     detector : estimator
         As for `image_detector_checks`.
     on_fail : "raise" or None, default="raise"
-        Whether failures raise, once all checks have been run.
+        Whether to raise an error if checks fail, after all checks have run.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def check_image_detector(detector: Any, *, on_fail: Literal["raise"] | None = "r
     Raises
     ------
     AssertionError
-        With ``on_fail="raise"``, naming every check that failed and why.
+        With ``on_fail="raise"``, with the names of all failed checks and the reasons.
 
     Examples
     --------

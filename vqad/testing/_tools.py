@@ -1,4 +1,4 @@
-"""What the checks share: their list, their images, fitting, and when two results are the same."""
+"""Shared tools of the checks: their list, images, fitting, and comparing results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.base import clone
 
 from vqad.datasets import make_textured_parts
 
-# Two results are the same when they differ by at most this share of the range of the values.
+# Results are equal if they differ by at most this share of the range of the values.
 TOLERANCE = 1e-5
 SCORING = ("score_samples", "decision_function", "predict")
 OPTIONAL = ("anomaly_map", "predict_category")
@@ -24,9 +24,9 @@ CHECKS: list[tuple[Callable[[str, Any], None], Callable[[Any], bool]]] = []
 
 
 def image_check(check=None, *, applies=lambda detector: True):
-    """Put a check on the list: a function of the detector's name and the detector.
+    """Register a check, a function of the detector's name and the detector.
 
-    Warnings are not shown while it runs: that 24 images are few is no failure.
+    Warnings are suppressed while it runs: detectors may warn that 24 images are few.
     """
     if check is None:
         return lambda check: image_check(check, applies=applies)
@@ -46,7 +46,7 @@ def has_maps(detector) -> bool:
 
 
 def methods_of(detector) -> list[str]:
-    """Methods of images that the detector has, of those in the contract."""
+    """Methods of the contract that take images and that the detector has."""
     return [*SCORING, *(method for method in OPTIONAL if hasattr(detector, method))]
 
 
@@ -65,12 +65,12 @@ def train_labels() -> np.ndarray:
 
 
 def new_images() -> np.ndarray:
-    """8 further normal images: (8, 64, 64, 3), uint8."""
+    """8 other normal images: (8, 64, 64, 3), uint8."""
     return _parts().images[24:].copy()
 
 
 def crude_defects() -> tuple[np.ndarray, np.ndarray]:
-    """The new images with a bright chequered square over a sixth of each, and the squares as masks."""
+    """The new images with a bright chequered square on a sixth of each, and the masks of the squares."""
     images, masks = new_images(), np.zeros((8, 64, 64), dtype=bool)
     row, column = np.mgrid[:26, :26] // 4
     square = np.where(((row + column) % 2 == 0)[..., None], (255, 0, 255), (255, 255, 0))
@@ -97,14 +97,14 @@ def unfitted(detector, **parameters):
 
 
 def fitted(detector, X=None, y=None, **parameters):
-    """Clone, seed and fit; on the training images if no others are given."""
+    """Clone, seed and fit, by default on the training images."""
     made = unfitted(detector, **parameters)
     made.fit(train_images() if X is None else X, y)
     return made
 
 
 def outputs(detector, X) -> dict[str, list]:
-    """Score of every image, and its map if the detector gives maps."""
+    """Score of each image, and its map if the detector has maps."""
     found = {"score_samples": list(detector.score_samples(X))}
     if has_maps(detector):
         found["anomaly_map"] = list(detector.anomaly_map(X))
@@ -112,11 +112,11 @@ def outputs(detector, X) -> dict[str, list]:
 
 
 def assert_same(name: str, actual: dict[str, list], expected: dict[str, list], when: str) -> None:
-    """Assert that two `outputs` are the same."""
+    """Assert that two `outputs` are equal."""
     for method, values in expected.items():
         got = np.concatenate([np.ravel(v).astype(float) for v in actual[method]])
         want = np.concatenate([np.ravel(v).astype(float) for v in values])
-        assert got.shape == want.shape, f"{name}.{method} gives {got.size} values in place of {want.size} {when}."
+        assert got.shape == want.shape, f"{name}.{method} gives {got.size} values instead of {want.size} {when}."
         span = np.ptp(want) or np.abs(want).max()
         difference = np.abs(got - want).max()
         assert difference <= TOLERANCE * span, (  # also false for nan
@@ -126,7 +126,7 @@ def assert_same(name: str, actual: dict[str, list], expected: dict[str, list], w
 
 
 def loaded_torch():
-    """Torch if the detector, or anything else, has imported it."""
+    """torch, if anything has imported it."""
     return sys.modules.get("torch")
 
 
