@@ -1,1 +1,1 @@
-"""The two published models as plain torch modules."""
+"""HVQ-Trans and VQ-Flow as plain torch modules."""

@@ -1,9 +1,9 @@
-r"""What a condition adds to the convolutions that see it: once for all of them, and from codes by look-up.
+r"""The condition's part of the flows' convolutions, computed once for all blocks, and by look-up for codes.
 
-The first convolution of every subnet of the flows sees [passive half ; condition]. It is linear, so it is the
-convolution of the passive half plus that of the condition, and the latter does not depend on the flow's
-state. :class:`ConditionProjection` computes it for all the blocks of a stage at once. Where the condition is
-made of codes, it gives the same numbers as sums of table rows, without a convolution.
+The input of the first convolution of each subnet of the flows is [passive half ; condition]. The convolution is linear,
+so it is the sum of a convolution of the passive half and one of the condition, and the latter does not depend on the
+flow's state. :class:`ConditionProjection` computes it for all blocks of a stage at once. If the condition consists of
+codes, the same numbers are sums of table rows, without a convolution.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Condition:
-    """What one stage is conditioned on.
+    """The condition of one stage.
 
     Attributes
     ----------
     pattern : Tensor of shape (N, D, h, w)
-        The code of every cell, with straight-through gradients to the encoder; D = d_position + d_concept.
+        The code of each cell, with straight-through gradients to the encoder; D = d_position + d_concept.
     index : Tensor of shape (N, h, w), int64
-        Which of ``codes`` that is.
+        Index of the code in ``codes``.
     encoded : Tensor of shape (N, D, h, w)
-        What the encoder asked for, without gradient.
+        Output of the encoder, without gradient.
     codes : Tensor of shape (K, D)
-        The codebooks of the groups that are present, one after the other: code ``i`` is code ``i % n_patterns`` of the
-        group at place ``i // n_patterns``.
+        Concatenated codebooks of the groups that are present: code ``i`` is code ``i % n_patterns`` of the group at
+        position ``i // n_patterns``.
     position : Tensor of shape (d_position, h, w)
     concept : Tensor of shape (N, d_concept)
         ŷ, with straight-through gradients.
@@ -46,11 +46,11 @@ class Condition:
 
     @property
     def distance(self) -> Tensor:
-        """Mean squared difference between what was encoded and its code, (N, h, w)."""
+        """Mean squared difference between the encoded cell and its code, (N, h, w)."""
         return (self.pattern.detach() - self.encoded).square().mean(1)
 
     def of_group(self, place: int, n_groups: int, images: Tensor) -> Condition:
-        """The same of the images (n,) of one group, that at a place among those present."""
+        """The condition of the images (n,) of one group, given by its position among those present."""
         own = {name: getattr(self, name)[images] for name in ("pattern", "index", "encoded", "concept")}
         n_codes = len(self.codes) // n_groups
         first = place * n_codes
@@ -85,7 +85,7 @@ def _taps_inside(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def code_table(weight: Tensor, bias: Tensor, codes: Tensor, position: Tensor, concept: Tensor) -> Tensor:
-    r"""Everything that a condition made of codes can add to a convolution, as rows of one table.
+    r"""Table of everything that a condition made of codes can add to a convolution.
 
     The condition is :math:`[e_k + (p, \hat y) ; \hat y]`: a code, plus the position, plus the concept over
     the remaining channels, and the concept again. Its convolution is the sum over the nine taps of
@@ -146,7 +146,7 @@ def look_up(table: Tensor, n_codes: int, index: Tensor, concept_row: Tensor) -> 
 
 
 class _ConvolutionGradient(torch.autograd.Function):
-    """Leave a value as it is; give ``x`` the gradient that it would have from ``conv2d(x, weight)``."""
+    """Return a value unchanged, and give ``x`` the gradient that it would have from ``conv2d(x, weight)``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class ConditionProjection(nn.Module):
     ----------
     condition_channels : int
     passive_channels, widths : sequence of int
-        Input channels that the other part of each convolution has, and output channels of each.
+        Input channels of the other part of each convolution, and output channels of each.
     """
 
     def __init__(self, condition_channels: int, passive_channels: Sequence[int], widths: Sequence[int]) -> None:
@@ -184,7 +184,7 @@ class ConditionProjection(nn.Module):
                 init_as_part(bias, passive + condition_channels)
 
     def forward(self, condition: Tensor) -> list[Tensor]:
-        """What a condition (N, C, h, w) adds to each convolution, biases included: (N, H_b, h, w) each."""
+        """What a condition (N, C, h, w) adds to each convolution, including biases: (N, H_b, h, w) each."""
         return self._split(F.conv2d(condition, self.weight, self.bias, padding=1))
 
     def from_codes(self, condition: Condition) -> list[Tensor]:
@@ -212,6 +212,6 @@ class ConditionProjection(nn.Module):
 
 
 def init_as_part(parameter: Tensor, fan_in: int) -> None:
-    """Draw a part of a 3×3 convolution as torch draws the whole, which has ``fan_in`` input channels."""
+    """Initialise a part of a 3×3 convolution like torch's initialisation of all its ``fan_in`` input channels."""
     bound = (9 * fan_in) ** -0.5
     nn.init.uniform_(parameter, -bound, bound)

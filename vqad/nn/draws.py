@@ -1,7 +1,7 @@
-"""Random numbers of one thread's own, for several trainings at a time.
+"""Random states per thread, for several trainings at the same time.
 
-Modules of torch draw from one generator of the process. A training in a thread keeps a state of its own, which it puts
-in place while it draws: short moments, for which trainings in other threads wait.
+torch modules draw from one generator per process. Each training keeps its own state in its thread and swaps it in while
+it draws, which takes short moments for which trainings in other threads wait.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _PLACE = threading.RLock()
 
 
 def generator_place() -> threading.RLock:
-    """Lock on torch's generator of the CPU, to be held while its state is another one than the process's."""
+    """Lock on torch's CPU generator, to be held while its state is not that of the process."""
     return _PLACE
 
 
 @contextmanager
 def own_draws(seed: int) -> Iterator[None]:
-    """Let all that this thread draws within `drawing` come from ``seed`` alone."""
+    """Make everything that this thread draws within `drawing` depend only on ``seed``."""
     before = getattr(_HERE, "state", None)
     _HERE.state = torch.Generator().manual_seed(seed).get_state()
     try:
@@ -36,7 +36,7 @@ def own_draws(seed: int) -> Iterator[None]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw here what torch draws on a CPU: within `own_draws` from this thread's own state."""
+    """Context for drawing from torch's CPU generator: within `own_draws`, from this thread's own state."""
     state = getattr(_HERE, "state", None)
     if state is None or getattr(_HERE, "is_in_place", False):
         yield
@@ -52,19 +52,19 @@ def drawing() -> Iterator[None]:
 
 
 def random_state() -> Tensor:
-    """State of what this thread draws from."""
+    """The random state that this thread draws from."""
     with drawing():
         return torch.get_rng_state()
 
 
 def set_random_state(state: Tensor) -> None:
-    """Go on drawing from a state that `random_state` gave."""
+    """Set the random state that this thread draws from."""
     with drawing():
         torch.set_rng_state(state)
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout`, from this thread's own draws."""
+    """`torch.nn.Dropout` that draws from this thread's own state."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
@@ -74,7 +74,7 @@ class Dropout(nn.Dropout):
 
 
 def _unlock() -> None:
-    """In a process that was forked off, nobody lets go of what other threads held."""
+    """Renew the lock in a forked process, where a lock held by another thread would never be released."""
     global _PLACE
     _PLACE = threading.RLock()
 

@@ -1,4 +1,4 @@
-"""Fields of vectors that are read off a backbone's maps, for `LocationGaussian` to measure."""
+"""Fields of vectors from a backbone's maps, to be measured by `LocationGaussian`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_CELLS = 48
-"""Cells along each side of a field; a finer map is averaged."""
+"""Largest number of cells along a side of a field; finer maps are averaged."""
 _FINEST_STRIDE = 8
 
 
 def feature_fields(maps: Sequence[Tensor], strides: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Vectors of every cell, (N, d, h, w) each.
+    """Fields of vectors, (N, d, h, w) each.
 
-    Of several maps:
+    For several maps:
 
     - ``fine``: the map of stride 8, averaged over 3 x 3 cells;
-    - ``middle``: that and those between it and the last, averaged alike, on the grid of the coarsest of them;
+    - ``middle``: the same and the maps between it and the last, averaged likewise, on the grid of the coarsest of them;
     - ``deep``: the last map;
     - ``whole``: the mean of the last map over its cells, a single cell.
 
-    Of a single map: ``features``, averaged over 3 x 3 cells, and ``whole``, where it has several cells.
+    For a single map: ``features``, averaged over 3 x 3 cells, and ``whole`` if it has several cells.
 
     Parameters
     ----------
     maps : sequence of Tensor of shape (N, C_k, h_k, w_k)
     strides : sequence of int, optional
-        Pixels per cell of each; needed of several.
+        Pixels per cell of each map; required for several maps.
     """
     if len(maps) == 1 or strides is None:
         (single,) = maps
@@ -46,12 +46,12 @@ def feature_fields(maps: Sequence[Tensor], strides: Sequence[int] | None = None)
 
 
 def averaged(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 cells, at the border of those that are there."""
+    """Mean over 3 x 3 cells; at the border, over the existing ones."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def _limited(x: Tensor) -> Tensor:
-    """Averaged over blocks of cells where there are more than 48 along a side."""
+    """Average over blocks of cells if there are more than `MAX_CELLS` along a side."""
     block = math.ceil(max(x.shape[2:]) / MAX_CELLS)
     if block == 1:
         return x

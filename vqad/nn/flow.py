@@ -1,11 +1,11 @@
 r"""Conditional normalizing flows on feature maps: coupling blocks, a mixture component, a fusion of scales.
 
-Every transform maps a feature map :math:`x` to a latent :math:`z` of the same shape, has its inverse in
-closed form, and gives :math:`\log|\det \partial z / \partial x|`. Inside, that log-determinant is kept per
-cell, (N, h, w); the public ``forward`` sums it over the cells.
+Each transform maps a feature map :math:`x` to a latent :math:`z` of the same shape, has a closed-form inverse, and
+returns :math:`\log|\det \partial z / \partial x|`. Internally this log-determinant is kept per cell, (N, h, w); the
+public ``forward`` sums it over the cells.
 
-``forward`` and ``inverse`` take the condition; ``transform`` and ``restore`` take what the condition adds to
-each block's first convolution (see :mod:`vqad.nn.condition`).
+``forward`` and ``inverse`` take the condition; ``transform`` and ``restore`` take its contribution to each block's
+first convolution (see :mod:`vqad.nn.condition`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1×1 convolution of an (N, C, h, w) map, as the matrix product that it is: no gathering of windows."""
+    """1×1 convolution of an (N, C, h, w) map, computed as a matrix product."""
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
@@ -50,7 +50,7 @@ class CouplingSubnet(nn.Module):
         Width of the input's two parts.
     out_channels : int
     hidden : int, optional
-        Width in between; that of the input when left out.
+        Width of the hidden layer; the width of the input if left out.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CouplingSubnet(nn.Module):
         super().__init__()
         hidden = passive_channels + condition_channels if hidden is None else hidden
         self.hidden = hidden
-        # The condition's part of this convolution, and its bias, come in from outside.
+        # The condition's part of this convolution, and its bias, are passed to forward.
         self.conv1 = nn.Conv2d(passive_channels, hidden, 3, padding=1, bias=False)
         init_as_part(self.conv1.weight, passive_channels + condition_channels)
         self.norm = nn.LayerNorm(hidden)
@@ -88,7 +88,7 @@ class CouplingBlock(nn.Module):
     hidden : int, optional
         Width of the subnet; that of its input when left out.
     clamp : float, default=1.9
-        :math:`\alpha`, the largest size of a log-scale.
+        :math:`\alpha`, the bound on log-scales.
     """
 
     rotation: Tensor
@@ -103,7 +103,7 @@ class CouplingBlock(nn.Module):
         self.n_active = channels // 2
         self.n_passive = channels - self.n_active
         self.subnet = CouplingSubnet(self.n_passive, condition_channels, 2 * self.n_active, hidden)
-        # softplus_{1/2}(γ) = 10, so that a fresh block keeps the scale of its input.
+        # softplus_{1/2}(γ) = 10, so that a new block keeps the scale of its input.
         self.global_scale = nn.Parameter(torch.full((channels,), 2 * math.log(math.expm1(5))))
         self.global_offset = nn.Parameter(torch.zeros(channels))
         self.register_buffer("rotation", random_rotation(channels))
@@ -125,7 +125,7 @@ class CouplingBlock(nn.Module):
         log_scale, shift = self.coupling(passive, projected)
         u = torch.cat([passive, active * log_scale.exp() + shift], 1)
         gain = self.gain
-        # Under autocast this product would round the latent itself, not only what conditions it.
+        # Under autocast this product would round the latent itself.
         with torch.autocast(x.device.type, enabled=False):
             weight = self.rotation * gain
             z = pointwise(u, weight, self.rotation @ self.global_offset)
@@ -213,10 +213,9 @@ class ConditionalFlow(nn.Module):
 class MixtureComponent(nn.Module):
     r"""Standardise a latent by the mean and scale of its concept: :math:`(z - \mu(\hat y)) / \sigma(\hat y)`.
 
-    Both are linear in the concept before their constraint. Exact form: :math:`\log\sigma = b \tanh(r / b)`
-    with :math:`r` linear, so that :math:`\sigma` is positive by construction, and :math:`-\sum\log\sigma` is
-    in the log-determinant. Release form: :math:`\sigma = \sqrt{r^2 + 10^{-8}}` and no log-determinant, which
-    leaves out what makes the result a density.
+    Both are linear in the concept before their constraint. Exact form: :math:`\log\sigma = b \tanh(r / b)` with
+    :math:`r` linear, so that :math:`\sigma` is positive, and :math:`-\sum\log\sigma` is part of the log-determinant.
+    Form of the release: :math:`\sigma = \sqrt{r^2 + 10^{-8}}` without log-determinant, which is not a density.
 
     Parameters
     ----------
@@ -248,7 +247,7 @@ class MixtureComponent(nn.Module):
         return mean, log_scale.exp(), -log_scale
 
     def forward(self, z: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardise ``z`` (N, C, h, w); also the log-determinant of any one cell, (N,)."""
+        """Standardise ``z`` (N, C, h, w); also returns the log-determinant, equal for all cells, (N,)."""
         mean, scale, log_det = (moment.to(z.dtype) for moment in self.moments(concept))
         return (z - mean[:, :, None, None]) / scale[:, :, None, None], log_det.sum(1)
 
@@ -264,7 +263,7 @@ class CrossScaleSubnet(nn.Module):
     Parameters
     ----------
     passive, active : sequence of int
-        Channels of each stage in the half that is seen and the half that is transformed.
+        Channels of each stage in the passive half and in the half that is transformed.
     condition_channels : int
     hidden : int, optional
         Width at the coarsest grid; a quarter of the input's when left out.

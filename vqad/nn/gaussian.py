@@ -1,4 +1,4 @@
-"""Gaussians by location: how far vectors lie from where normal ones lie at the same place."""
+"""Gaussians by location: Mahalanobis distance of vectors to normal ones at the same location."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_WIDTH = 512
-"""Directions of a vector that are looked at: the ones in which normal vectors reach farthest."""
+"""Largest number of directions of a vector in use: those of the largest variance."""
 FACTOR_NUMBERS = 3 * 2**18
 """Numbers in the factors of one category: 1.5 MiB in float16."""
 RIDGE = 0.01
-"""How far a covariance is pulled to a multiple of the identity at least."""
+"""Smallest shrinkage of a covariance towards a multiple of the identity."""
 OWN_IMAGES = 60
-"""Of so many images a location's own covariance counts as much as the one that all locations share."""
+"""Number of images at which a location's own covariance and the shared one have equal weights."""
 _WHITENING_VECTORS = 20_000
-# Of subspace iteration: directions beyond those that are wanted, and steps.
+# Subspace iteration: extra directions, and number of steps.
 _OVERSAMPLED, _ITERATIONS = 8, 4
 
 
 class LocationGaussian(nn.Module):
-    r"""Mahalanobis distance of vectors to the normal ones of the same category and place.
+    r"""Mahalanobis distance of vectors to the normal ones of the same category and location.
 
     For a vector :math:`x` of d numbers at location l, of a category with n normal images, it is
 
     .. math:: \sqrt{(W^\top r)^\top S_l^{-1} W^\top r}, \qquad r = x - \mu_l, \qquad
               S_l = \frac{n}{n + 60} M_l + \frac{60}{n + 60} I,
 
-    where W whitens what all locations share: their deviations from :math:`\mu_l`, of a covariance shrunk after Ledoit
-    and Wolf [2]_, by a hundredth at least; and :math:`M_l` is the second moment
-    of the whitened deviations at l. Of :math:`M_l` the leading directions are kept, as many as fit into 1.5 MiB; in
-    the others the variance is that of their mean. This is PaDiM [1]_ with a covariance that is pulled to the shared one
-    where images are few. A single cell has the shared covariance alone.
+    where W whitens the deviations from :math:`\mu_l` over all locations, whose covariance has Ledoit-Wolf shrinkage
+    [2]_ of at least a hundredth, and :math:`M_l` is the second moment of the whitened deviations at l. The leading
+    directions of :math:`M_l` are kept, as many as fit into 1.5 MiB; in the others the variance is their mean. This is
+    PaDiM [1]_ with shrinkage towards a shared covariance if there are few images. A single cell has only the shared
+    covariance.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class LocationGaussian(nn.Module):
         self.dim, self.grid = dim, grid
         cells = math.prod(grid)
         width = min(dim, MAX_WIDTH)
-        # A single cell shares its covariance with no other.
+        # A single cell needs no factor: it has only the shared covariance.
         rank = 1 if cells == 1 else max(1, min(width, FACTOR_NUMBERS // (cells * width)))
         self.register_buffer("mean", torch.zeros(n_groups, dim, *grid))
         self.register_buffer("whitening", torch.zeros(n_groups, dim, width))
@@ -79,7 +79,7 @@ class LocationGaussian(nn.Module):
             return self._distance(deviation, group).mT.reshape(len(x), *self.grid)
 
     def _distance(self, deviation: Tensor, group: Tensor | int) -> Tensor:
-        """Distances (L, N) of deviations (L, N, d) from the means of their places."""
+        """Distances (L, N) of deviations (L, N, d) from the means of their locations."""
         white = deviation @ self.whitening[group]
         explained = white @ self.factor[group].float()
         squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
@@ -87,25 +87,26 @@ class LocationGaussian(nn.Module):
 
     @torch.no_grad()
     def learn(self, group: int, x: Tensor, fold: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        """Learn a category anew from maps (n, d, h, w) of normal images; the others keep every bit.
+        """Learn a category from maps (n, d, h, w) of normal images; the others keep every bit.
 
-        One image or two say nothing of how images differ at a place: their cells stand for them, and with a single
-        cell the length of a deviation counts.
+        One or two images do not show how images vary at a location, so the covariance over their cells is used instead,
+        and with a single cell the Euclidean length of a deviation.
 
         Parameters
         ----------
         group : int
+            Number of the category.
         x : Tensor of shape (n, d, h, w)
         fold : Tensor of shape (n,), int64, optional
-            Where given, each map is measured by what is learned of those of the other folds; where all are of one fold,
-            by all.
+            Folds for cross-fitting: each map is measured by Gaussians learned from the other folds, or from all maps if
+            there is a single fold.
         seen : Tensor of shape (n, h, w), bool, optional
-            The cells to learn from; all when left out.
+            The cells to learn from; all if left out.
 
         Returns
         -------
         Tensor of shape (n, h, w)
-            Those distances; empty without ``fold``.
+            Cross-fitted distances; empty without ``fold``.
         """
         cells, by_place = x.float().flatten(2).permute(2, 0, 1).contiguous(), len(x) > 2  # (L, n, d)
         counts = None if seen is None else seen.flatten(1).mT.to(cells)  # (L, n)
@@ -129,9 +130,9 @@ class LocationGaussian(nn.Module):
         start: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> Tensor | None:
-        """Learn vectors (L, n, d); gives the leading directions, where the search for similar ones may ``start``.
+        """Learn vectors (L, n, d); returns the leading directions, a good ``start`` for similar vectors.
 
-        Those that do not count, by ``counts`` (L, n) of 0 and 1, lie at the mean, and the others make up for them.
+        Vectors with ``counts`` (L, n) of 0 are set to the mean, and the others are scaled to compensate.
         """
         n, d = cells.shape[1:]
         mean = cells.mean(1, keepdim=True) if by_place else cells.mean((0, 1), keepdim=True).expand(len(cells), 1, d)
@@ -151,33 +152,33 @@ class LocationGaussian(nn.Module):
         return lead
 
     def add_groups(self, n: int) -> None:
-        """Append ``n`` categories without anything learned; the others keep every bit."""
+        """Append ``n`` categories that have learned nothing; the others keep every bit."""
         new = LocationGaussian(self.dim, self.grid, n)
         for name, buffer in new.named_buffers():
             setattr(self, name, torch.cat([getattr(self, name), buffer.to(getattr(self, name))]))
 
 
 def _counted_mean(cells: Tensor, counts: Tensor, by_place: bool, without: Tensor) -> Tensor:
-    """Mean (L, 1, d) of the vectors (L, n, d) that count; at places where none does, the mean ``without`` counting."""
+    """Mean (L, 1, d) of the vectors (L, n, d) that count; if none does, the mean ``without`` counting."""
     dims = 1 if by_place else (0, 1)
     total = counts.sum(dims, keepdim=True)
     return torch.where(total > 0, (counts * cells).sum(dims, keepdim=True) / total.clamp_min(1.0), without)
 
 
 def _whitening(vectors: Tensor, width: int) -> Tensor:
-    """A matrix (d, width) that brings deviations (n, d) to variance 1 in each of the directions that are kept.
+    """Whitening matrix (d, width) of deviations (n, d), for the directions that are kept.
 
-    It is symmetric where all are kept: of similar vectors it is similar.
+    It is symmetric if all are kept, so that similar vectors have similar matrices.
     """
     d = vectors.shape[1]
     sample = vectors[:: max(1, len(vectors) // _WHITENING_VECTORS)]
-    # Deviations of any size: their squares are numbers.
+    # Scale deviations, so that their squares do not overflow.
     size = sample.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(sample) else sample.new_ones(())
     sample = sample / size
     mean = float(sample.square().sum()) / max(1, sample.numel())
-    if not mean > 0:  # vectors that are all the same: any deviation counts by its length
+    if not mean > 0:  # all vectors are equal: measure deviations by their length
         return torch.eye(d, width, device=vectors.device)
-    # The larger product has the same eigenvalues as the smaller one, and zeros.
+    # Both products have the same nonzero eigenvalues, so use the smaller one.
     is_wide = len(sample) >= d
     second = (sample.mT @ sample if is_wide else sample @ sample.mT).double() / len(sample)
     values, directions = torch.linalg.eigh(second)
@@ -189,7 +190,7 @@ def _whitening(vectors: Tensor, width: int) -> Tensor:
         directions = sample.mT.double() @ directions[:, is_seen] / (len(sample) * values).sqrt()
     values, directions = values[-width:].clamp_min(0.0), directions[:, -width:]
     gain = ((1.0 - shrinkage) * values + least).rsqrt()
-    if width == d:  # in directions in which none of the vectors lies, the variance is the least
+    if width == d:  # directions without any vector have the smallest variance
         kept = directions * (gain - least**-0.5) @ directions.mT
         kept.diagonal().add_(least**-0.5)
     else:
@@ -202,9 +203,9 @@ def _whitening(vectors: Tensor, width: int) -> Tensor:
 
 
 def _ledoit_wolf(sample: Tensor, second: Tensor, mean: float) -> float:
-    """How far the second moment of vectors (n, d) is to be pulled to ``mean`` times the identity, in 0..1.
+    """Ledoit-Wolf shrinkage of the second moment of vectors (n, d) towards ``mean`` times the identity, in 0..1.
 
-    ``second`` is that moment, or the smaller product with the same eigenvalues.
+    ``second`` is that moment, or the smaller product with the same nonzero eigenvalues.
     """
     n, d = sample.shape
     apart = float(second.square().sum()) - d * mean**2
@@ -213,9 +214,9 @@ def _ledoit_wolf(sample: Tensor, second: Tensor, mean: float) -> float:
 
 
 def _inverse(white: Tensor, own: float, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""F (L, d, rank) and t (L,) of :math:`S_l^{-1} = t I - F F^\top`, of whitened deviations (L, n, d).
+    r"""F (L, d, rank) and t (L,) of :math:`S_l^{-1} = t I - F F^\top`, for whitened deviations (L, n, d).
 
-    And the leading directions (L, d, k), where the search for them may ``start`` from similar ones.
+    Also returns the leading directions (L, d, k), whose search may ``start`` from similar ones.
     """
     n, d = white.shape[1:]
     if own == 0.0:
@@ -231,14 +232,14 @@ def _inverse(white: Tensor, own: float, rank: int, start: Tensor | None) -> tupl
 
 
 def _leading(white: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of the second moments of vectors (L, n, d), (L, k), and their directions (L, d, k).
+    """The largest eigenvalues (L, k) of the second moments of vectors (L, n, d), and their directions (L, d, k).
 
-    Where few are wanted of many they come from subspace iteration, which costs n·d·k a location in place of d³.
+    If few of many are needed, subspace iteration finds them in n·d·k operations per location instead of d³.
     """
     n, d = white.shape[1:]
     width = rank + _OVERSAMPLED
     if 2 * width >= min(n, d):
-        if n < d:  # the eigenvectors of the smaller of both products
+        if n < d:  # use the eigenvectors of the smaller product
             values, vectors = torch.linalg.eigh(white @ white.mT / n)
             directions = white.mT @ vectors / (n * values.clamp_min(1e-6)[:, None, :]).sqrt()
         else:

@@ -1,7 +1,7 @@
-"""Which group each image of a batch is of, known on the host and on the device.
+"""The group of each image of a batch, on the host and on the device.
 
-A group has parts of its own: codebooks, a head, a flow. Which ones a batch needs is read on the host, so that no
-computation has to wait for a device to say it.
+A group has its own parts, such as codebooks, a head or a flow. Which ones a batch needs is read on the host, without
+synchronising with the device.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of the N images of a batch, P of them distinct.
+    """The groups of the N images of a batch, P of which are distinct.
 
     Attributes
     ----------
     numbers : list of int
         The distinct groups, ascending.
     counts : list of int
-        Images of each.
+        Number of images in each.
     host : Tensor of shape (N,), int64
         Group of each image, on the host.
     of_image : Tensor of shape (N,), int64
@@ -30,7 +30,7 @@ class Groups:
     present : Tensor of shape (P,), int64
         ``numbers`` on the device.
     row : Tensor of shape (N,), int64
-        Place of each image's group in ``present``, on the device.
+        Position of each image's group in ``present``, on the device.
     """
 
     numbers: list[int]
@@ -42,8 +42,8 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor, n_groups: int, device: torch.device) -> Groups:
-        """From the group of each image (N,), out of ``n_groups``."""
-        if torch.compiler.is_exporting():  # a graph does not branch on which groups there are
+        """Create it from the group of each image (N,), out of ``n_groups``."""
+        if torch.compiler.is_exporting():  # a graph cannot branch on the groups
             every = torch.arange(n_groups, device=device)
             return cls(list(range(n_groups)), [], group, group, every, group)
         host = group.detach().to("cpu", torch.long)
@@ -53,7 +53,7 @@ class Groups:
 
     @classmethod
     def joined(cls, parts: Sequence[Groups]) -> Groups:
-        """The groups of several batches in a row."""
+        """Concatenate the groups of several batches."""
         host = torch.cat([part.host for part in parts])
         return cls.of(host, max(part.numbers[-1] for part in parts) + 1, parts[0].of_image.device)
 
@@ -61,15 +61,15 @@ class Groups:
         return len(self.host)
 
     def images(self) -> list[Tensor]:
-        """Of each distinct group the numbers of its images, on the device."""
+        """The indices of the images of each distinct group, on the device."""
         return list(torch.split(_sent(self.host.argsort(stable=True), self.of_image.device), self.counts))
 
     def sorted_images(self) -> tuple[Tensor, Tensor]:
-        """Numbers of the images, group by group, and the place of each image among them, on the device."""
+        """Indices of the images sorted by group, and the position of each image among them, on the device."""
         order = self.host.argsort(stable=True)
         return _sent(order, self.of_image.device), _sent(order.argsort(), self.of_image.device)
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: it copies from pinned memory by itself."""
+    """Copy to the device asynchronously, from pinned memory."""
     return t.to(device) if device.type != "cuda" else t.pin_memory().to(device, non_blocking=True)
