@@ -1,4 +1,4 @@
-"""The hierarchy of codes of VQ-Flow: a concept for an image, a pattern for each cell of each stage."""
+"""The hierarchy of codes of VQ-Flow: one concept per image, one pattern per cell of each stage."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def _position_on(device: torch.device, dtype: torch.dtype, width: int, h: int, w
 
 @dataclass(frozen=True)
 class Codes:
-    """What an image is made of, as codes.
+    """The codes of a batch of images.
 
     Attributes
     ----------
     concept : Tensor of shape (N, d_concept)
         ŷ, with straight-through gradients to its encoder.
     concept_index : Tensor of shape (N,), int64
-        Number of its code, group by group: ``group * n_concepts + code``.
+        Number of its code, counted over groups: ``group * n_concepts + code``.
     concept_distance : Tensor of shape (N,)
         Mean squared difference between the encoded concept and its code.
     conditions : list of 4 Condition
         Patterns and concept of each stage.
     commitment : Tensor, scalar
-        Commitment of the concept and of the four stages' patterns, summed, mean over images.
+        Sum of the commitment of the concept and of the four stages' patterns, averaged over images.
     groups : Groups
-        Whose codebooks these are.
+        The group of each image.
     """
 
     concept: Tensor
@@ -69,7 +69,7 @@ class Codes:
     groups: Groups
 
     def of_group(self, number: int, images: Tensor) -> Codes:
-        """The same of the ``images`` (n,) that are all the images of one group; the commitment is that of all."""
+        """The codes of the ``images`` (n,), which are all images of one group; the commitment is that of the batch."""
         own = {name: getattr(self, name)[images] for name in ("concept", "concept_index", "concept_distance")}
         groups = Groups.of(torch.full((len(images),), number), number + 1, images.device)
         place = self.groups.numbers.index(number)
@@ -130,7 +130,7 @@ class CodeHierarchy(nn.Module):
         )
 
     def forward(self, stages: Sequence[Tensor], group: Tensor | None = None) -> Codes:
-        """Encode and quantise the four (pooled) stages, (N, C_k, h_k, w_k), each image with the codes of its group."""
+        """Encode and quantise the four pooled stages, (N, C_k, h_k, w_k), each image with the codes of its group."""
         encoded = self._encode_concept(stages[3])
         groups = self.concept_codebook.groups(group, encoded)
         concept, index, loss = _quantise(self.concept_codebook, encoded[:, None], groups)
@@ -163,7 +163,7 @@ class CodeHierarchy(nn.Module):
         return self.concept_codebook.nearest(encoded, groups)[:, 0] + groups.of_image * self.concept_codebook.n_codes
 
     def add_group(self) -> None:
-        """Append a group of codebooks, which want :meth:`initialise`; the others keep every bit."""
+        """Append a group of codebooks, to be initialised by :meth:`initialise`; the others keep every bit."""
         for quantizer in self.codebooks():
             quantizer.add_groups(1)
 
@@ -172,7 +172,7 @@ class CodeHierarchy(nn.Module):
         return [self.concept_codebook, *self._pattern_codebooks()]
 
     def perplexity(self) -> dict[str, Tensor]:
-        """Effective number of codes of the first group in use, of the concept codebook and of each stage's patterns."""
+        """Effective number of codes in use by the first group, for concepts and for the patterns of each stage."""
         of_patterns = {f"pattern_{k}": q.perplexity()[0] for k, q in enumerate(self._pattern_codebooks(), 1)}
         return {"concept": self.concept_codebook.perplexity()[0], **of_patterns}
 
@@ -210,20 +210,19 @@ class CodeHierarchy(nn.Module):
         generator: torch.Generator | None = None,
         cells_per_image: int = 64,
     ) -> None:
-        """Start the codebooks of the groups in ``batches`` from what the encoders make of data.
+        """Initialise the codebooks of the groups in ``batches`` from the encoders' outputs.
 
-        For the first group the encoders normalise by the statistics of each batch, as in the first step of training;
-        their running statistics stay as they were. Groups that were added go by those, as encoders that learn no more.
+        For the first group the encoders normalise by batch statistics, as in the first training step, and keep their
+        running statistics. For added groups, whose encoders are frozen, they use the running statistics.
 
         Parameters
         ----------
         batches : iterable of (stages, group)
-            Four Tensor (N, C_k, h_k, w_k), and the group of each image (N,), the first if it is None. Read once.
+            Four Tensor (N, C_k, h_k, w_k), and the group of each image (N,); None is the first group. Read once.
         generator : torch.Generator, optional
-            CPU generator of all draws; torch's default generator when left out.
+            CPU generator; torch's default generator if left out.
         cells_per_image : int, default=64
-            Cells that are drawn from each image and stage; fewer, down to one, where all together would not fit into
-            1 GiB.
+            Number of cells drawn from each image and stage; fewer, down to one, if all together would exceed 1 GiB.
         """
         concepts: list[Tensor] = []
         groups: list[Tensor] = []
@@ -249,7 +248,7 @@ class CodeHierarchy(nn.Module):
                     for kept in (*tokens, *positions):
                         kept[:] = [t[:, :cells_per_image].clone() for t in kept]
         if not n_batches:
-            raise ValueError("the codes are started from features: expected at least one batch, got none.")
+            raise ValueError("codes are initialised from features: expected at least one batch, got none.")
         encoded, of_image = torch.cat(concepts)[:, None], torch.cat(groups).to(concepts[0].device)
         for g in torch.unique(of_image).tolist():
             rows = of_image == g
@@ -266,7 +265,7 @@ def _linear(width_in: int, width: int) -> list[nn.Module]:
 
 
 def _encode(encoder: nn.Module, rows: Tensor) -> Tensor:
-    """Encode (n, D) rows; a single one, which has no statistics of a batch, by the running ones."""
+    """Encode (n, D) rows; a single row, which has no batch statistics, with the running ones."""
     if len(rows) > 1 or is_shared():
         encoded: Tensor = encoder(rows)
         return encoded
@@ -293,7 +292,7 @@ def _quantise(quantizer: VectorQuantizer, x: Tensor, groups: Groups) -> Quantize
 
 @contextmanager
 def _statistics(module: nn.Module, of_batch: bool) -> Iterator[None]:
-    """Let batch norms use the statistics of the batch or the running ones, and leave these as they are."""
+    """Make batch norms use batch statistics or running ones, without updating the latter."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:

@@ -1,7 +1,7 @@
-"""HVQ-Trans: a transformer that rebuilds features from hierarchically quantised ones.
+"""HVQ-Trans: a transformer that reconstructs features from hierarchically quantised ones.
 
-Lu et al., Hierarchical Vector Quantized Transformer for Multi-class Unsupervised Anomaly Detection,
-NeurIPS 2023. A model that only ever sees codes of normal images cannot hand an anomaly through.
+Lu et al., Hierarchical Vector Quantized Transformer for Multi-class Unsupervised Anomaly Detection, NeurIPS 2023. The
+decoder only sees codes of normal images, so it cannot reconstruct anomalies.
 """
 
 from __future__ import annotations
@@ -40,28 +40,29 @@ class HVQTrans(AnomalyModel):
         Rows and columns of the features (h, w).
     n_categories : int
     d_model : int, default=256
-        Width of the encoder (d); the decoder has twice that.
+        Width of the encoder (d); the decoder is twice as wide.
     n_layers : int, default=4
         Layers of the encoder and of the decoder (n).
     n_heads : int, default=8
     dim_feedforward : int, default=1024
     dropout : float, default=0.1
     n_codes : int, default=512
-        Codes of one codebook (K).
+        Codes per codebook (K).
     decay : float, default=0.99
-        Of the codebooks' moving averages.
+        Decay of the codebooks' moving averages.
     commitment_weight : float, default=0.25
+        Weight of the commitment in the loss.
     transport : {"conditional", "nearest", "sinkhorn", "exact"}, default="conditional"
         Cost of the transport terms, see :mod:`vqad.nn.transport`. The release uses "conditional".
     transport_weight : float, default=0.0
-        Weight in the loss of the mean transport cost over cells and levels. The release has no such term.
+        Weight of the transport cost, averaged over cells and levels, in the loss. The release has no such term.
     revive_threshold : float, default=0.03
-        See :class:`VectorQuantizer`; the release does not revive codes: 0.
+        See :class:`VectorQuantizer`; the release does not revive codes, as with 0.
     patch_size : int, default=1
-        Cells along each side of the patch that is one token. More than 1 takes finer features, and tells where
-        more finely, at the attention's same cost. The release has 1.
+        Cells along each side of the patch that forms a token. More than 1 gives finer maps at the same cost of
+        attention. The release has 1.
     n_maps : int or None, default=None
-        How many of the backbone's maps are rebuilt, the first ones; all when left out.
+        Number of the backbone's maps that are reconstructed, the first ones; None: all.
     """
 
     clip_norm = 0.1
@@ -141,7 +142,7 @@ class HVQTrans(AnomalyModel):
         return cast("list[VectorQuantizer]", list(self.codebook))
 
     def forward(self, features: Tensor, category: Tensor) -> HVQTransOutput:
-        """Rebuild the features.
+        """Reconstruct the features.
 
         Parameters
         ----------
@@ -153,7 +154,7 @@ class HVQTrans(AnomalyModel):
         return HVQTransOutput(self._untokenise(rebuilt), commitment, levels)
 
     def loss(self, features: Tensor, category: Tensor) -> Tensor:
-        """Training loss, a scalar: squared error, commitment, and transport if it has a weight.
+        """Training loss, a scalar: squared error, commitment, and transport cost if it has a weight.
 
         Parameters
         ----------
@@ -174,8 +175,8 @@ class HVQTrans(AnomalyModel):
     def anomaly_map(self, features: Tensor, category: Tensor, levels: Sequence[int] | None = None) -> dict[str, Tensor]:
         r"""Terms of the published anomaly map, each (N, h, w), higher = more anomalous.
 
-        ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` the cost of carrying
-        the cell's input of level J to the codes of its category. The release scores
+        ``reconstruction`` is :math:`\|\hat f - f\|_2` over the channels; ``transport_J`` is the cost of transporting
+        the cell's input of level J to the codes of its category. The release uses
         ``reconstruction + 80 * transport_0``.
 
         Parameters
@@ -183,29 +184,29 @@ class HVQTrans(AnomalyModel):
         features : Tensor of shape (N, C, h, w)
         category : Tensor of shape (N,), int64
         levels : sequence of int, optional
-            Levels whose transport term is wanted; all when left out.
+            Levels of the transport terms; all if left out.
         """
-        error, costs = self._missed(features, category, range(self.n_layers + 1) if levels is None else levels)
+        error, costs = self._errors(features, category, range(self.n_layers + 1) if levels is None else levels)
         return {"reconstruction": torch.linalg.vector_norm(error, dim=1), **costs}
 
     @torch.no_grad()
     def deviations(self, features: Tensor, category: Tensor) -> dict[str, Tensor]:
-        r"""The error as vectors, and the costs of the transport; arguments as for :meth:`anomaly_map`.
+        r"""The reconstruction error as vectors, and the transport costs; arguments as for :meth:`anomaly_map`.
 
         Returns
         -------
         dict of str to Tensor
-            ``error``: :math:`\hat f - f`, averaged over 3 x 3 cells and then over each token's, (N, C, rows, columns of
-            tokens). What the decoder misses at random cancels, what it misses throughout a place stays.
+            ``error``: :math:`\hat f - f`, averaged over 3 x 3 cells and then over the cells of each token, (N, C, rows,
+            columns of tokens). Averaging cancels random errors and keeps errors that extend over several cells.
             ``transport_J``: as in :meth:`anomaly_map`.
         """
-        error, costs = self._missed(features, category, range(self.n_layers + 1))
-        # Channels last, which a CPU averages ten times faster.
+        error, costs = self._errors(features, category, range(self.n_layers + 1))
+        # A CPU averages channels last ten times faster.
         smooth = averaged(error.contiguous(memory_format=torch.channels_last))
         return {"error": smooth if self.patch_size == 1 else F.avg_pool2d(smooth, self.patch_size), **costs}
 
-    def _missed(self, features: Tensor, category: Tensor, levels: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder misses, (N, C, h, w), and the transport's costs on the grid of the features."""
+    def _errors(self, features: Tensor, category: Tensor, levels: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction error, (N, C, h, w), and the transport costs on the grid of the features."""
         cells = self._tokens(features)
         groups = self._groups(category, cells)
         codes = self._codes(groups, levels)
@@ -218,7 +219,7 @@ class HVQTrans(AnomalyModel):
 
     @torch.no_grad()
     def look_up(self, features: Tensor, category: Tensor) -> tuple[Level, ...]:
-        """Levels 0, 1, ..., n_layers of the tokens, row by row; nothing is rebuilt from them.
+        """Quantise the tokens on levels 0, 1, ..., n_layers, without decoding.
 
         Parameters
         ----------
@@ -230,11 +231,11 @@ class HVQTrans(AnomalyModel):
 
     @torch.no_grad()
     def initialise_projection(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start the input projection as the principal components of the tokens, of variance 1 in the mean.
+        """Initialise the input projection with the principal components of the tokens, scaled to mean variance 1.
 
-        Distances between tokens, which decide on their codes, then mean something from the first step on. Where the
-        tokens have fewer channels than the model is wide, the other rows keep their random start. Where the tokens are
-        many and wide, a random part of them is looked at.
+        So distances between tokens, which decide on their codes, are meaningful from the first step. If tokens have
+        fewer channels than the model's width, the remaining rows keep their random initialisation. If tokens are many
+        and wide, a random subset is used.
 
         Parameters
         ----------
@@ -255,22 +256,23 @@ class HVQTrans(AnomalyModel):
         generator: torch.Generator | None = None,
         max_vectors: int | None = None,
     ) -> None:
-        """Start the codebooks of the categories in ``batches`` from what the encoder makes of them.
+        """Initialise the codebooks of the categories in ``batches`` from the encoder's outputs.
 
-        The top level comes first, because the levels below quantise its codes along with their own state.
-        The codebooks of other categories stay as they are.
+        The top level comes first, because the levels below quantise its codes together with their own states. The
+        codebooks of other categories do not change.
 
         Parameters
         ----------
         batches : iterable of (features (N, C, h, w), category (N,))
-            Gone through twice: a list or a data loader, not a generator.
+            Iterated twice: a list or a data loader, not a generator.
         generator : torch.Generator, optional
-            CPU generator of all draws; torch's default generator when left out.
+            CPU generator; torch's default generator if left out.
         max_vectors : int, optional
-            Cells of a category that are looked at, a random subset; 16 for every code when left out.
+            Largest number of cells of a category in use, a random subset; 16 per code if left out, and fewer if these
+            would need too much memory.
         """
         if iter(batches) is batches:
-            raise TypeError("batches is gone through twice: pass a list or a data loader, not an iterator.")
+            raise TypeError("batches is iterated twice: pass a list or a data loader, not an iterator.")
         d, n, cells = self.d_model, self.n_layers, self.token_grid[0] * self.token_grid[1]
         n_codes = self.n_codes
         room = SAMPLE_NUMBERS // (self.n_categories * (n + 1) * d)
@@ -308,17 +310,17 @@ class HVQTrans(AnomalyModel):
     # ---------------------------------------------------------------- as an AnomalyModel
 
     def arrange(self, maps: Sequence[Tensor]) -> Tensor:
-        """The maps that are rebuilt, side by side on one grid, (N, C, h, w)."""
+        """The maps that are reconstructed, concatenated on one grid, (N, C, h, w)."""
         return maps[0] if len(maps) == 1 else merge_maps(list(maps[: self.n_maps]), self.grid)
 
     def fields(self, features: Tensor, category: Tensor, gaussian: bool) -> dict[str, Tensor]:
-        """The decoder's error, as vectors or as their length, and the costs of the transport."""
+        """The reconstruction error, as vectors or as their lengths, and the transport costs."""
         return self.deviations(features, category) if gaussian else self.anomaly_map(features, category)
 
     def terms(self, gaussian: bool) -> tuple[list[Term], float | None]:
-        """Error and transport beside the features; or half the reconstruction's length, half the transport.
+        """Error and transport with ``gaussian``; otherwise reconstruction and transport with half the weight each.
 
-        The transport counts on the map alone, where it outlines what is missing (docs/choices.md).
+        With ``gaussian`` the transport only enters the map, where it outlines missing parts (docs/choices.md).
         """
         levels = range(self.n_layers + 1)
         transport = [Term(f"transport_{j}", 1.0 / len(levels), (), is_trained=True) for j in levels]
@@ -327,11 +329,11 @@ class HVQTrans(AnomalyModel):
         return [Term("reconstruction", 1.0, (), is_trained=True), *transport], 0.01
 
     def codebooks(self) -> dict[str, VectorQuantizer]:
-        """By the names "level_0", "level_1", ..."""
+        """The codebooks by the names "level_0", "level_1", ..."""
         return {f"level_{j}": quantizer for j, quantizer in enumerate(self.quantizers)}
 
     def codes(self, features: Tensor, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each level the codes of the tokens and their distances."""
+        """For each level, the codes of the tokens and their distances."""
         found = {}
         for j, level in enumerate(self.look_up(features, category)):
             distance = (level.input.float() - level.quantized.float()).norm(dim=-1)
@@ -340,12 +342,12 @@ class HVQTrans(AnomalyModel):
         return found
 
     def start(self, batches: Batches) -> None:
-        """Start the projection and the codes."""
+        """Initialise the projection and the codes."""
         self.initialise_projection(batches)
         self.initialise_codes(batches)
 
     def extend(self, n: int, batches: Batches) -> None:
-        """Codes of the new categories come from the data; their heads are the mean of those that are known."""
+        """Initialise codes of new categories from data, and their heads with the mean of the known heads."""
         known = cast("list[nn.Linear]", list(self.output_projection))
         for _ in range(n):
             new = cast(nn.Linear, self.output_projection[self.add_category()])
@@ -355,21 +357,21 @@ class HVQTrans(AnomalyModel):
         self.initialise_codes(batches)
 
     def parts_of(self, categories: Sequence[int]) -> list[nn.Module]:
-        """All codebooks, each of which learns from images of its own category alone, and the categories' heads."""
+        """All codebooks, each of which learns only from images of its own category, and the categories' heads."""
         return [*self.codebook, *(self.output_projection[c] for c in categories)]
 
     def check_export(self) -> None:
-        """Refuse plans that are solved for image by image."""
+        """Raise for transport plans that are solved per image."""
         if self.transport in ("sinkhorn", "exact"):
             raise ValueError(
-                f"transport={self.transport!r} solves for a plan at every image, which is no graph: fit with "
+                f"transport={self.transport!r} cannot be exported because it solves for a plan per image: fit with "
                 "transport='nearest' or 'conditional'."
             )
 
     def add_category(self) -> int:
-        """Append a head and codebooks for one more category, whose number is returned.
+        """Append a head and codebooks for another category; returns its number.
 
-        Everything that was there keeps every bit. The new codebooks want :meth:`initialise_codes`.
+        Everything else keeps every bit. Initialise the new codebooks with :meth:`initialise_codes`.
         """
         old = cast(Tensor, self.output_projection[0].weight)
         token_width = self.in_channels * self.patch_size**2
@@ -379,7 +381,7 @@ class HVQTrans(AnomalyModel):
         return self.n_categories - 1
 
     def _tokens(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) to one vector a token, (N, L, C * patch_size²), row by row."""
+        """From (N, C, h, w) to one vector per token, (N, L, C * patch_size²), row by row."""
         folded = features if self.patch_size == 1 else F.pixel_unshuffle(features, self.patch_size)
         return folded.flatten(2).mT.contiguous()
 
@@ -392,9 +394,9 @@ class HVQTrans(AnomalyModel):
         return Groups.of(category, self.n_categories, x.device)
 
     def _forward(self, cells: Tensor, groups: Groups, learns: bool = True) -> tuple[Tensor, Tensor, tuple[Level, ...]]:
-        """(N, L, C) to the rebuilt (N, L, C), the commitment (N,) and the levels.
+        """From (N, L, C) to the reconstruction (N, L, C), the commitment (N,) and the levels.
 
-        Without ``learns``, the codes are only looked up: no updates, no gradients through them, a commitment of 0.
+        Without ``learns``, codes are only looked up: no updates, no gradients, a commitment of 0.
         """
         position = self.position()
         levels, commitment = self._quantise(self.encoder(self.input_projection(cells), position), groups, learns)
@@ -419,7 +421,7 @@ class HVQTrans(AnomalyModel):
         return (*levels, top), commitment
 
     def _head(self, decoded: Tensor, groups: Groups) -> Tensor:
-        """Apply to each image the head of its category; heads of absent categories take no part in the graph."""
+        """Apply to each image the head of its category; other heads are not part of the autograd graph."""
         heads = [cast(nn.Linear, self.output_projection[c]) for c in groups.numbers]
         if len(heads) == 1:
             only: Tensor = heads[0](decoded)
@@ -428,13 +430,13 @@ class HVQTrans(AnomalyModel):
             order, place = groups.sorted_images()
             parts = torch.split(decoded.index_select(0, order), groups.counts)
             return torch.cat([head(part) for head, part in zip(heads, parts)]).index_select(0, place)
-        # One product of all images, where the number of operations counts and not that of copied weights.
+        # One product for all images: few kernels matter more here than copying weights.
         weight = torch.stack([head.weight for head in heads])[groups.row]
         bias = torch.stack([head.bias for head in heads])[groups.row]
         return decoded @ weight.mT + bias[:, None]
 
     def _codes(self, groups: Groups, levels: Iterable[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
-        """Codes and shares of each image on the given levels; None where the look-up itself is the plan."""
+        """Codes and their shares for each image on the given levels; None if the look-up itself is the plan."""
         if self.transport == "nearest":
             return dict.fromkeys(levels)
         quantizers = self.quantizers

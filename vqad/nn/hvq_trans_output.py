@@ -1,4 +1,4 @@
-"""What comes out of HVQ-Trans."""
+"""Outputs of HVQ-Trans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Level(NamedTuple):
     Attributes
     ----------
     input : Tensor of shape (N, L, width)
-        What was quantised: E_n on the top level, [E_J ; q_top] below.
+        Input of the quantiser: E_n on the top level, [E_J ; q_top] below.
     quantized : Tensor of shape (N, L, width)
     indices : Tensor of shape (N, L), int64
     """
@@ -24,7 +24,7 @@ class Level(NamedTuple):
 
 
 class HVQTransOutput(NamedTuple):
-    """What a pass through :class:`HVQTrans` returns.
+    """Output of :class:`HVQTrans`.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""k-means of vectors, seeded as k-means++: where codes start from data, and where dead ones are placed anew."""
+"""k-means with k-means++ seeding, to initialise codes from data and to revive dead codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _assign(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def k_means(vectors: Tensor, n_codes: int, n_iter: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Codes (K, D) of the vectors (V, D), and how many vectors each has (K,), at least one."""
+    """Codes (K, D) of the vectors (V, D), and the number of vectors of each code (K,), at least one."""
     if len(vectors) <= n_codes:
         extra = _draw(vectors.new_ones(len(vectors)), n_codes - len(vectors), True, generator)
         copies = vectors[extra]
-        # Two equal codes would never part: the first takes every vector.
+        # Equal codes would never separate, because the first one is assigned all vectors.
         noise = torch.randn(copies.shape, generator=generator, device=device_of(vectors, generator))
         spread = vectors.std(0, correction=0).mean()
         codes = torch.cat([vectors, copies + 0.01 * spread * noise.to(copies)])
@@ -51,13 +51,13 @@ def _seed(vectors: Tensor, n_codes: int, generator: torch.Generator | None) -> T
 
 
 def draw_far_apart(vectors: Tensor, distance: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """Draw ``n`` of the vectors (V, D) in the manner of k-means++.
+    """Draw ``n`` of the vectors (V, D) as in k-means++.
 
-    The probabilities are proportional to the squared distance to the nearest code, at first ``distance``
-    (V,), and those drawn count as codes from the next round on. A round draws an eighth more.
+    Probabilities are proportional to the squared distance to the nearest code, initially ``distance`` (V,); vectors
+    that were drawn count as codes from the next round. Each round draws an eighth of the number drawn so far.
     """
     distance, norm = distance.clone(), vectors.square().sum(-1)
-    # Where only copies of the codes are left, they are drawn like any other.
+    # If only copies of codes are left, they are drawn with equal probabilities.
     least = 1e-12 * float(norm.mean()) + 1e-30
     drawn = torch.zeros(0, dtype=torch.long, device=vectors.device)
     while len(drawn) < n:

@@ -1,4 +1,4 @@
-"""What a detector trains: the abstract model, and the terms that it is judged by."""
+"""The abstract model of a detector, and the terms of its maps and scores."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .quantize import VectorQuantizer
 
 Features = Tensor | Sequence[Tensor]
 Batches = Sequence[tuple[Any, Tensor]]
-"""Features and the category (N,) of each image, batch by batch; can be gone through again."""
+"""Features and the category (N,) of each image, batch by batch; can be iterated repeatedly."""
 
 
 class FeatureShape(NamedTuple):
-    """What a backbone gives of each image.
+    """Shape of the feature maps of an image.
 
     Attributes
     ----------
     channels : tuple of int
-        Of every map.
+        Channels of each map.
     grids : tuple of (int, int)
-        Rows and columns of every map.
+        Rows and columns of each map.
     strides : tuple of int or None
-        Pixels per cell of every map; None of maps that did not come from a known backbone.
+        Pixels per cell of each map; None if the maps do not come from a timm backbone.
     has_deep_view : bool
         Whether the last map comes from a smaller view of the image.
     """
@@ -38,18 +38,18 @@ class FeatureShape(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One quantity of every cell that says how anomalous it is.
+    """A measure of how anomalous each cell is.
 
     Attributes
     ----------
     name : str
     weight : float
-        On the map, on which all terms' weights add up to 1 after scaling.
+        Weight in the map; the weights of all terms are scaled to a sum of 1.
     peaks : tuple of float
-        Shares of the cells whose highest values count in the score of the image, one entry each; 0 is the highest cell.
+        Entries in the score of the image: each is the mean over this share of the highest cells; 0 is the highest cell.
     is_trained : bool
-        Whether it comes from a model that was trained on the images that it learns from: it is then lower on these than
-        on others, and held-out images say where it lies.
+        Whether it comes from a trained model. It is then lower on training images than on others, so that held-out
+        images must calibrate it.
     """
 
     name: str
@@ -59,27 +59,27 @@ class Term(NamedTuple):
 
 
 class Configured(nn.Module):
-    """A module that can be made again: every argument of its constructor is an attribute of the same name."""
+    """A module that can be recreated: each argument of its constructor is an attribute of the same name."""
 
     def config(self) -> dict[str, Any]:
-        """Arguments that make a module of the same parts and shapes."""
+        """Constructor arguments for a module with the same parts and shapes."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {name: getattr(self, name) for name in names}
 
 
 class AnomalyModel(Configured, ABC):
-    """What every model gives to the floors above, which train it, judge by it and save it.
+    """Interface of all models for training, scoring and saving.
 
-    ``features`` is what :meth:`arrange` makes of a backbone's maps, each channel scaled; ``category`` (N,) int64 the
-    number of each image's category.
+    ``features`` is the output of :meth:`arrange` for a backbone's maps with scaled channels; ``category`` (N,) int64 is
+    the number of each image's category.
     """
 
     clip_norm: ClassVar[float]
     """Largest norm of the gradient in training."""
     draws_apart: ClassVar[bool] = False
-    """Whether all that draws random numbers in a training step does so within `vqad.nn.draws.drawing`.
+    """Whether everything in a training step that draws random numbers does so within `vqad.nn.draws.drawing`.
 
-    Trainings in several threads then take their steps at once; else one at a time."""
+    Then trainings in several threads run their steps concurrently; otherwise one at a time."""
 
     @property
     @abstractmethod
@@ -88,7 +88,7 @@ class AnomalyModel(Configured, ABC):
 
     @property
     def n_added(self) -> int:
-        """How many of them have parts that they share with no other because they came after the first fit."""
+        """Number of categories that were added after the first fit and have their own parts."""
         return 0
 
     @abstractmethod
@@ -97,20 +97,20 @@ class AnomalyModel(Configured, ABC):
 
     @abstractmethod
     def fields(self, features: Any, category: Tensor, gaussian: bool) -> dict[str, Tensor]:
-        """Of every term vectors (N, d, h, w), which a Gaussian by location measures, or numbers (N, h, w).
+        """For each term, vectors (N, d, h, w), to be measured by a Gaussian by location, or numbers (N, h, w).
 
         Parameters
         ----------
         features, category
         gaussian : bool
-            Whether the terms stand beside the Gaussians of the features, or alone, as published.
+            Whether the terms are combined with Gaussians of the features, or used alone, as published.
         """
 
     @abstractmethod
     def terms(self, gaussian: bool) -> tuple[list[Term], float | None]:
-        """How the fields count; and the share of the highest cells of the map that make the image score.
+        """The terms, and the share of the highest cells of the map whose mean is the image score.
 
-        The share is None where terms have peaks of their own.
+        The share is None if terms have their own peaks.
         """
 
     @abstractmethod
@@ -119,34 +119,34 @@ class AnomalyModel(Configured, ABC):
 
     @abstractmethod
     def codes(self, features: Any, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each codebook the code of every cell, (N, h, w) int64, and its Euclidean distance to it, (N, h, w)."""
+        """For each codebook, the code of each cell, (N, h, w) int64, and its Euclidean distance, (N, h, w)."""
 
     @abstractmethod
     def start(self, batches: Batches) -> None:
-        """Start what learns from data before the first step, such as codes."""
+        """Initialise from data before the first step, for instance codes."""
 
     def arrange(self, maps: Sequence[Tensor]) -> Any:
-        """The backbone's maps (N, C_k, h_k, w_k), scaled, in the form that the model takes; here the only one."""
+        """Convert the scaled maps (N, C_k, h_k, w_k) of the backbone to the model's input; here the only map."""
         return maps[0]
 
     def settle(self, batches: Batches) -> None:
-        """Do what is to be done once after training, with the images that were learned; nothing here."""
+        """Finish after training, with the training images; nothing by default."""
 
     def extend(self, n: int, batches: Batches) -> None:
-        """Make room for ``n`` more categories and start them from their images; all others keep every bit."""
-        raise NotImplementedError(f"{type(self).__name__} takes no more categories after fit.")
+        """Add ``n`` categories and initialise them from their images; all others keep every bit."""
+        raise NotImplementedError(f"{type(self).__name__} does not support adding categories after fit.")
 
     def parts_of(self, categories: Sequence[int]) -> list[nn.Module]:
-        """What serves these categories and no others, and can go on learning for them."""
+        """The parts that belong only to these categories, and can be trained further."""
         return []
 
     def group_of(self, category: Any) -> Any:
-        """Which group of its codebooks' codes an image of a category has, (n,) of int; each category has its own."""
+        """Group of codes of each category, (n,) of int; by default each category has its own."""
         return category
 
     def ready(self) -> nn.Module:
-        """What gives the same fields for less in a pass over many images; it must not change from then on."""
+        """A faster equivalent for scoring many images; the model must not change afterwards."""
         return self
 
     def check_export(self) -> None:
-        """Raise ValueError where the model cannot be a graph, which has no branch on what is in an image."""
+        """Raise ValueError if the model cannot be exported to a graph, which cannot branch on the image."""

@@ -1,4 +1,4 @@
-"""Noise on features in training: what keeps a model of few images from learning them by heart."""
+"""Noise on features in training, against overfitting with few images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .draws import drawing
 
 
 class GaussianNoise(nn.Module):
-    """Add independent normal numbers in training; hand on what comes in otherwise.
+    """Add independent Gaussian noise in training; the identity otherwise.
 
-    A density that is fitted to noisy data is that of the data, smoothed by a Gaussian of the same width [1]_: between
-    few training images it cannot fall to nothing.
+    A density fitted to noisy data is the density of the data smoothed by a Gaussian of the same width [1]_, so it does
+    not collapse onto a few training images.
 
     Parameters
     ----------
     std : float, default=0.0
-        Standard deviation of what is added; 0 adds nothing.
+        Standard deviation of the noise; 0 adds none.
 
     References
     ----------

@@ -16,18 +16,18 @@ from .k_means import device_of, draw_far_apart, k_means
 from .ranks import gathered, is_shared, of_first, summed
 
 SAMPLE_NUMBERS = 2**28
-"""What is kept of a model's outputs to start its codes from, in numbers (1 GiB)."""
+"""Largest number of values that are held to initialise a model's codes (1 GiB)."""
 
 
 class Quantized(NamedTuple):
-    """What a quantiser returns.
+    """Output of a quantiser.
 
     Attributes
     ----------
     quantized : Tensor of shape (N, L, D)
-        The nearest code of every vector; gradients pass straight through to the input.
+        The nearest code of each vector; gradients pass straight through to the input.
     indices : Tensor of shape (N, L), int64
-        Which code that was.
+        Index of that code.
     loss : Tensor of shape (N,)
         Commitment of each image: the mean over its elements of ``(sg[code] - input) ** 2``.
     """
@@ -38,7 +38,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    r"""Nearest-code look-up, and codes that follow the mean of what was assigned to them.
+    r"""Nearest-code look-up, with codes that follow the mean of the vectors assigned to them.
 
     For an input vector :math:`x` of group :math:`g` the output is the code :math:`e_{gk}` with the smallest
     :math:`\|x - e_{gk}\|_2^2`. In training mode, :meth:`step` lets the codebooks of the groups that were looked up
@@ -49,10 +49,10 @@ class VectorQuantizer(nn.Module):
               e_k = m_k / \tilde n_k, \quad
               \tilde n_k = \frac{n_k + \epsilon}{\sum_j n_j + K \epsilon} \sum_j n_j
 
-    All groups of a batch are looked up and updated at once, whatever the number of groups that exist. The forward pass
-    changes nothing: like an optimiser, :meth:`step` is called after the backward pass.
+    All groups of a batch are looked up and updated together, whatever the total number of groups. The forward pass does
+    not change codes: like an optimiser, :meth:`step` is called after the backward pass.
 
-    Codes start as standard normal vectors with zero counts. :meth:`initialise` starts them from data instead.
+    Codes start as standard normal vectors with zero counts. :meth:`initialise` initialises them from data instead.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ class VectorQuantizer(nn.Module):
     eps : float, default=1e-5
         :math:`\epsilon` of the Laplace smoothing of the counts.
     revive_threshold : float, default=0.0
-        A code whose count fell below this fraction of its codebook's mean count is dead: it is placed anew on
-        a vector of the batch that the codebook represents badly. 0 leaves dead codes dead.
+        A code whose count is below this fraction of its codebook's mean count is dead: it is moved to a vector of the
+        batch that the codebook represents badly. 0 never revives codes.
 
     Attributes
     ----------
@@ -119,23 +119,23 @@ class VectorQuantizer(nn.Module):
         return f"n_codes={self.n_codes}, dim={self.dim}, n_groups={self.n_groups}, decay={self.decay}"
 
     def groups(self, group: Tensor | Groups | None, x: Tensor) -> Groups:
-        """The groups of the images of ``x``; all the first when left out."""
+        """The groups of the images of ``x``; all the first if left out."""
         if group is None:
             group = torch.zeros(len(x), dtype=torch.long)
         return group if isinstance(group, Groups) else Groups.of(group, self.n_groups, x.device)
 
     def codes(self, group: Tensor | Groups) -> Tensor:
-        """Codebook of each image, (N, K, D); of a single one without a copy."""
+        """Codebook of each image, (N, K, D); without a copy for a single image."""
         groups = self.groups(group, self.embed)
         one = len(groups) == 1 and not torch.compiler.is_exporting()
         return self.embed[groups.numbers[0]][None] if one else self.embed[groups.of_image]
 
     def books(self, groups: Groups) -> Tensor:
-        """Codebooks of the groups that are present, (P, K, D); of all, the buffer itself."""
+        """Codebooks of the groups that are present, (P, K, D); the buffer itself if all are."""
         return self._rows(self.embed, groups)
 
     def weights(self, group: Tensor | Groups) -> Tensor:
-        """How often each code is used: for each image (K,) positive numbers of sum 1, (N, K)."""
+        """Shares of the codes in use, (N, K): positive, with a sum of 1 for each image."""
         size = self.cluster_size[self.groups(group, self.embed).of_image] + self.eps
         return size / size.sum(-1, keepdim=True)
 
@@ -150,13 +150,13 @@ class VectorQuantizer(nn.Module):
         return perplexity
 
     def forward(self, x: Tensor, group: Tensor | Groups | None = None) -> Quantized:
-        """Quantise ``x``; in training mode keep, for :meth:`step`, what was assigned to which code.
+        """Quantise ``x``; in training mode, record the assignments for :meth:`step`.
 
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
         group : Tensor of shape (N,), int64, or Groups, optional
-            Codebook of each image; all zero when left out. On the host, or a device has to be waited for.
+            Codebook of each image; all zero if left out. Pass it on the host to avoid synchronising with the device.
         """
         groups = self.groups(group, x)
         code, indices = self.look_up(x, groups)
@@ -169,7 +169,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def look_up(self, x: Tensor, group: Tensor | Groups) -> tuple[Tensor, Tensor]:
-        """The nearest code (N, L, D), in the type of ``x``, and its index (N, L); neither gradients nor updates."""
+        """The nearest code (N, L, D), in the type of ``x``, and its index (N, L), without gradients and updates."""
         groups = self.groups(group, x)
         indices = self.nearest(x, groups)
         if torch.compiler.is_exporting():  # by row: gathering along an axis would take an index for every number
@@ -181,32 +181,32 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, group: Tensor | Groups) -> Tensor:
-        """Index of the nearest code of every vector, (N, L, D) to (N, L), int64."""
+        """Index of the nearest code of each vector, from (N, L, D) to (N, L), int64."""
         groups = self.groups(group, x)
         centre, codes, bias = (t[groups.row] for t in self._centred(groups.present, x.dtype))
-        # max finds what argmax does, on a CPU in a quarter of the time.
+        # On a CPU, max takes a quarter of the time of argmax.
         return torch.baddbmm(bias, x - centre, codes.mT).max(-1).indices
 
     def _centred(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some codebooks the middle (n, 1, D), the codes seen from there (n, K, D), and their bias (n, 1, K)."""
+        """Centres (n, 1, D) of some codebooks, their centred codes (n, K, D), and the codes' biases (n, 1, K)."""
         codes = self.embed if len(present) == self.n_groups else self.embed.index_select(0, present)
-        # Seen from the middle of the codebook the products are as small as the distances that decide, so that
-        # rounding (under autocast, to 8 bits) hardly changes which code is nearest.
+        # For centred vectors, products are as small as the distances that decide, so that rounding (to 8 bits under
+        # autocast) hardly changes which code is nearest.
         centre = codes.mean(1, keepdim=True).to(dtype)
         codes = codes - centre
-        # |x|^2 is the same for every code: it does not change which one is nearest.
+        # |x|^2 is the same for all codes and can be left out.
         bias = torch.linalg.vector_norm(codes, dim=-1).square_().mul_(-0.5).unsqueeze(1)
         return centre, codes.to(dtype), bias.to(dtype)
 
     @torch.no_grad()
     def step(self, revive: bool = False) -> None:
-        """Let the codes follow all that was assigned to them since the last step, as if it had come in one batch.
+        """Update the codes with everything assigned to them since the last step, as if it were one batch.
 
         Parameters
         ----------
         revive : bool, default=False
-            Also place dead codes anew, see ``revive_threshold``. Alone in all of a training step, this waits for the
-            device.
+            Also revive dead codes, see ``revive_threshold``. This is the only part of a training step that synchronises
+            with the device.
         """
         if not self._seen:
             return
@@ -222,7 +222,7 @@ class VectorQuantizer(nn.Module):
             self._revive(x, code, groups)
 
     def forget(self) -> None:
-        """Forget what was assigned since the last step."""
+        """Discard the assignments since the last step."""
         self._seen.clear()
 
     def _update(self, x: Tensor, indices: Tensor, groups: Groups) -> None:
@@ -242,7 +242,7 @@ class VectorQuantizer(nn.Module):
             self.get_buffer(name).index_copy_(0, groups.present, rows)
 
     def _step_together(self, x: Tensor, indices: Tensor, groups: Groups, revive: bool) -> None:
-        """A step by what all processes that learn together have seen: their counts and sums are added up."""
+        """A step with the assignments of all processes that learn together: their counts and sums are added."""
         index = (indices + groups.of_image[:, None] * self.n_codes).flatten()
         vectors = x.flatten(0, 1).to(self.embed.dtype)
         vectors = torch.cat([vectors, torch.ones_like(vectors[:, :1])], 1)
@@ -261,7 +261,7 @@ class VectorQuantizer(nn.Module):
         self.embed_avg.copy_(mean)
         if code is not None:
             self._revive(x, code, groups)
-            for buffer in (self.embed, self.cluster_size, self.embed_avg):  # by the draws of one of them
+            for buffer in (self.embed, self.cluster_size, self.embed_avg):  # all use the draws of the first process
                 of_first(buffer)
 
     def _rows(self, buffer: Tensor, groups: Groups) -> Tensor:
@@ -273,22 +273,22 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, x: Tensor, group: Tensor | Groups, generator: torch.Generator | None = None) -> int:
-        """Place the dead codes of the groups in ``group`` on badly represented vectors of ``x``.
+        """Move the dead codes of the groups in ``group`` to badly represented vectors of ``x``.
 
-        The vectors are drawn as in k-means++, with probabilities proportional to their squared distance to
-        the nearest code, and no more than one in eight of them. A revived code starts with the mean count.
+        Vectors are drawn as in k-means++, with probabilities proportional to their squared distance to the nearest
+        code, and at most one in eight of them. A revived code starts with the mean count.
 
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
         group : Tensor of shape (N,), int64, or Groups
         generator : torch.Generator, optional
-            Source of the draws; torch's default generator when left out.
+            Generator; torch's default generator if left out.
 
         Returns
         -------
         int
-            How many codes were revived.
+            Number of revived codes.
         """
         groups = self.groups(group, x)
         return self._revive(x, self._of_index(self.nearest(x, groups), groups), groups, generator)
@@ -326,24 +326,24 @@ class VectorQuantizer(nn.Module):
         max_vectors: int | None = None,
         update_size: float | None = None,
     ) -> None:
-        """Start the codebooks of the groups in ``group`` from data: k-means, seeded as k-means++.
+        """Initialise the codebooks of the groups in ``group`` from data, by k-means with k-means++ seeding.
 
-        The counts become what an update would assign to each code in the mean, and the sums fit to codes and
-        counts, so that the first updates continue from here. Other groups stay as they are.
+        Counts are set to the expected number of vectors that an update assigns to each code, and sums accordingly, so
+        that the first updates continue from here. Other groups do not change.
 
         Parameters
         ----------
         x : Tensor of shape (N, L, D)
         group : Tensor of shape (N,), int64, or Groups, optional
-            Codebook of each image; all zero when left out.
+            Codebook of each image; all zero if left out.
         generator : torch.Generator, optional
-            Source of the draws; torch's default generator when left out.
+            Generator; torch's default generator if left out.
         n_iter : int, default=4
-            Lloyd's iterations after seeding.
+            Lloyd iterations after seeding.
         max_vectors : int, optional
-            Vectors of a group that are looked at, a random subset of all; 16 * n_codes when left out.
+            Largest number of vectors of a group in use, a random subset; 16 * n_codes if left out.
         update_size : float, optional
-            Vectors of a group that an update is expected to bring; those of one image (L) when left out.
+            Expected number of vectors of a group per update; those of one image (L) if left out.
 
         References
         ----------
@@ -386,7 +386,7 @@ def _joined(seen: list[_Seen]) -> _Seen:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Hand on the code, and hand its gradient back to the input; together with the commitment."""
+    """Return the code, pass its gradient to the input, and compute the commitment."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:

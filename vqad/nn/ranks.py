@@ -1,6 +1,6 @@
-"""Sums over the processes of one training; in a training of one process nothing happens here.
+"""Sums over the processes of one training; without effect in a training with one process.
 
-The seam to `torch.distributed`, as far as tensors go: which processes there are is said by `vqad.collective`.
+This module has the tensor operations of `torch.distributed`; `vqad.collective` manages the processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _group: Any = None
 
 @contextmanager
 def summing_over(group: Any) -> Iterator[None]:
-    """Have `summed` add up over the processes of a group."""
+    """Make `summed` sum over the processes of a group."""
     global _group
     before, _group = _group, group
     try:
@@ -32,21 +32,21 @@ def is_shared() -> bool:
 
 
 def summed(x: Tensor) -> Tensor:
-    """``x`` added up over all processes, in place; they all must come here, with tensors of one shape."""
+    """Sum ``x`` over all processes, in place; all must call this with tensors of one shape."""
     if _group is not None:
         torch.distributed.all_reduce(x, group=_group)
     return x
 
 
 def of_first(x: Tensor) -> Tensor:
-    """What the first process has, in place of ``x``."""
+    """Replace ``x`` by that of the first process, in place."""
     if _group is not None:
         torch.distributed.broadcast(x, src=0, group=_group)
     return x
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, in their order; they may have different numbers of rows."""
+    """Concatenate the rows of all processes in order of rank; their numbers may differ."""
     if _group is None:
         return x
     import torch.distributed as dist
@@ -54,7 +54,7 @@ def gathered(x: Tensor) -> Tensor:
     n = torch.zeros(dist.get_world_size(_group), dtype=torch.long, device=x.device)
     n[dist.get_rank(_group)] = len(x)
     counts = summed(n).tolist()
-    # Of one length: that is all that every backend can.
+    # Pad to one length, as not all backends support different ones.
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
@@ -75,12 +75,12 @@ class _Summed(torch.autograd.Function):
 
 
 class BatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d`, by the statistics of what all processes have of a batch."""
+    """`torch.nn.BatchNorm1d` with the statistics of a batch over all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_shared() or not (self.training or not self.track_running_stats):
             return super().forward(x)
-        own = x.double()  # a difference of squares leaves few digits
+        own = x.double()  # a difference of squares loses digits
         total = torch.cat([own.sum(0), own.square().sum(0), own.new_full((1,), float(len(x)))])
         total = _Summed.apply(total)
         n, (first, second) = total[-1].detach(), total[:-1].view(2, -1)

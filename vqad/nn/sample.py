@@ -1,4 +1,4 @@
-"""What is looked at of vectors that come in batches: a random part, or their principal directions."""
+"""Subsamples and principal directions of vectors that come in batches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 PROJECTION_NUMBERS = 2**27
-"""Numbers in the vectors that principal directions come from; it takes so many times their length."""
+"""Largest number of values from which principal directions are computed."""
 
 
 def principal_directions(batches: Iterable[Tensor], n_batches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), rising variances (D,) and directions (D, D) of vectors (V, D) that come in batches, in float64.
+    """Mean (D,), ascending variances (D,) and principal directions (D, D) of vectors (V, D) in batches, in float64.
 
-    Where they are many and long, a random part of them is looked at.
+    If there are many long vectors, a random subset is used.
     """
     count, first, second = 0, torch.zeros(()), torch.zeros(())
     for vectors in batches:
@@ -30,9 +30,9 @@ def principal_directions(batches: Iterable[Tensor], n_batches: int) -> tuple[Ten
 
 
 class CellSample:
-    """A uniform sample of the cells of each category, out of a stream of batches.
+    """A uniform sample of the cells of each category from a stream of batches.
 
-    Every cell draws a key; the cells with the smallest keys stay.
+    Each cell draws a random key, and the cells with the smallest keys are kept.
     """
 
     def __init__(self, limit: int, generator: torch.Generator | None) -> None:
@@ -43,7 +43,7 @@ class CellSample:
         self.count: dict[int, int] = {}
 
     def add(self, vectors: Tensor, category: Tensor) -> None:
-        """Offer the cells (N, L, D) of a batch."""
+        """Add the cells (N, L, D) of a batch to the stream."""
         for c in torch.unique(category).tolist():
             offered = vectors[category == c].flatten(0, 1)
             key = torch.rand(len(offered), generator=self.generator)
@@ -61,7 +61,7 @@ class CellSample:
         self.bound[c] = float(smallest[-1])
 
     def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The category (1,) and the cells (1, V, D) of each category that came."""
+        """Yield each category (1,) with its sampled cells (1, V, D)."""
         for c in sorted(self.kept):
             self._thin(c)
             ((_, vectors),) = self.kept.pop(c)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def pooled_stages(features: Sequence[Tensor] | Tensor, channels: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """Four stages (N, C_k, h_k, w_k) with these channels, of which the first three are averaged 3×3 with stride 2.
+    """Four stages (N, C_k, h_k, w_k) with these channels; the first three are averaged over 3×3 cells with stride 2.
 
-    That brings the third to the grid of the fourth; where all came on one grid, none is averaged. A single map
-    is taken as the finest stage; each coarser one is the average of the one before.
+    That brings the third to the grid of the fourth. If all have one grid, none is averaged. A single map is used as the
+    finest stage, and each coarser stage is the average of the one before.
     """
     single = isinstance(features, Tensor)
     features = _pyramid(features) if isinstance(features, Tensor) else features
@@ -29,7 +29,7 @@ def pooled_stages(features: Sequence[Tensor] | Tensor, channels: Sequence[int], 
 
 
 def _pyramid(finest: Tensor) -> list[Tensor]:
-    """Four stages from one map, each of half the grid of the one before, as a backbone's are."""
+    """Four stages from one map, each with half the grid of the one before."""
     stages = [finest]
     for _ in range(3):
         stages.append(F.avg_pool2d(stages[-1], 3, 2, 1, count_include_pad=False))

@@ -21,9 +21,9 @@ PLACE_IMAGES = 20
 HIGH, HIGH_SPREAD = 0.9, 1.2816
 # Least spread of a term, as a share of its mean.
 LEAST_SPREAD = 0.02
-# The most that a map or a score says: of vectors whose squares are no numbers, too.
+# Bound on maps and scores, also for vectors that overflow when squared.
 LARGEST = 1e6
-# Held-out images of a category from which on they alone say where a trained model's terms lie.
+# Smallest number of held-out images of a category that calibrate a trained model's terms on their own.
 HELD_OUT_IMAGES = 5
 # The spread of a trained model's terms comes from few held-out images: it counts as 1 + CAUTION / sqrt(n) times what n
 # of them show, one and a half standard errors of a spread that is read off a 90th percentile. An underestimate would
