@@ -189,7 +189,7 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
     rows = np.random.default_rng(0).random((40, 5), np.float32)
     with pytest.raises(ValueError, match=r"with a timm model as backbone; this detector has backbone=None"):
         export_onnx(HVQTransDetector(**{**HVQ, "backbone": None}).fit(rows), path)
-    with pytest.raises(ValueError, match=r"transport='exact' solves for a plan"):
+    with pytest.raises(ValueError, match=r"transport='exact' cannot be exported because it solves for a plan"):
         export_onnx(fitted(transport="exact"), path)
     flow = fitted(VQFlowDetector)
     flow.partial_fit(1 - GOOD[:8] / 255.0, category=["negative"] * 8)

@@ -333,7 +333,7 @@ def test_an_image_that_cannot_be_read_is_named_and_not_kept(tmp_path):
 
 def test_a_memory_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"memory='.*file' must be a folder, or the path of one to be made"):
+    with pytest.raises(NotADirectoryError, match=r"memory='.*file' must be a folder, or the path of a new one"):
         clone(SMALL).set_params(memory=tmp_path / "file").fit(PARTS.images)
 
 
