@@ -16,7 +16,7 @@ from .draws import Dropout, drawing
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between them; a base that gives its layers the names of torch's."""
+    """Feed-forward network of a layer, under torch's parameter names: two linear maps with a ReLU in between."""
 
     def __init__(self, dim: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 
 def _attention(dim: int, n_heads: int, dropout: float) -> nn.MultiheadAttention:
     if dim % n_heads:
-        raise ValueError(f"The width {dim} of an attention layer is not a multiple of its {n_heads} heads.")
+        raise ValueError(f"The width of an attention layer must be a multiple of its {n_heads} heads, got {dim}.")
     return nn.MultiheadAttention(dim, n_heads, dropout, batch_first=True)
 
 
@@ -94,7 +94,7 @@ class DecoderLayer(FeedForward):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        """Map tokens (N, L, D), looking at memory (N, L, D) of the same positions (L, D), to (N, L, D)."""
+        """Map tokens (N, L, D), attending to memory (N, L, D) at the same positions (L, D), to (N, L, D)."""
         x = self.norm1(x + self.dropout(_attend(self.self_attn, x, x, position)))
         x = self.norm2(x + self.dropout(_attend(self.cross_attn, x, memory, position)))
         output: Tensor = self.norm3(x + self.dropout(self.feed_forward(x)))
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of :class:`DecoderLayer`, each with a memory of its own, and a final LayerNorm.
+    """A stack of :class:`DecoderLayer`, each attending to its own memory, and a final LayerNorm.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, memories: Sequence[Tensor], position: Tensor) -> Tensor:
-        """Start from ``memories[0]``; layer i looks at ``memories[i]``. (N, L, D) throughout."""
+        """Start from ``memories[0]``; layer i attends to ``memories[i]``. (N, L, D) throughout."""
         x = memories[0]
         for layer, memory in zip(self.layers, memories, strict=True):
             x = layer(x, memory, position)

@@ -1,8 +1,8 @@
-r"""Cost of carrying an image's cells to the codes of its category.
+r"""Cost of transporting an image's cells to the codes of its category.
 
 Every function takes the cells' vectors ``z`` (N, L, D) and each image's codes ``codes`` (N, K, D), and gives
-the cost of every cell (N, L): high where the codes, which describe normal images, do not reach. What comes
-out for one image does not depend on the others of the batch.
+the cost of every cell (N, L): high where a cell is far from the codes, which describe normal images. The cost
+of one image does not depend on the others of the batch.
 
 ``conditional`` is what the HVQ-Trans release computes [1]_. The others solve, with the cost
 :math:`C_{lk} = \|z_l - e_k\|_2^2`, variants of
@@ -37,7 +37,7 @@ KINDS: tuple[TransportKind, ...] = ("conditional", "nearest", "sinkhorn", "exact
 
 
 def transport_cost(kind: TransportKind, z: Tensor, codes: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cost of every cell by the name of its kind, with the defaults of that kind.
+    """Compute the cost of every cell by the named kind of transport, with its default parameters.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def sinkhorn_plan(
     cost: Tensor, codes: Tensor, weights: Tensor | None = None, *, reg: float = 0.1, n_iter: int = 50
 ) -> Tensor:
     """Entropic transport plan of :func:`sinkhorn` for a cost (N, L, K): (N, L, K), each of sum 1."""
-    # Importing POT takes seconds, which those who do not solve for a plan need not spend.
+    # Importing POT takes seconds: import it only where a plan is solved for.
     from ot.batch import bregman_log_projection_batch
 
     weights = _shares(codes, weights)

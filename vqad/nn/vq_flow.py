@@ -1,8 +1,8 @@
 r"""VQ-Flow: normalizing flows on feature maps, conditioned on a hierarchy of vector-quantised codes.
 
-A concept code says what kind of object an image shows, pattern codes say what each cell of it should look
-like, and a flow for each stage, then one over all stages, gives the likelihood of the features given both.
-No labels.
+A concept code says what kind of object an image shows; pattern codes say what each of its cells should look
+like. A flow for each stage, followed by one over all stages, gives the likelihood of the features given both.
+It needs no labels.
 
 References
 ----------
@@ -33,7 +33,7 @@ _ADDED_BLOCKS = 2  # of an added category's own flow in each stage
 
 
 class VQFlow(AnomalyModel):
-    r"""The density of a frozen backbone's features, given codes that are read off the same features.
+    r"""Density of a frozen backbone's features, conditioned on codes quantised from the same features.
 
     .. math::
 
@@ -54,26 +54,26 @@ class VQFlow(AnomalyModel):
     n_blocks : sequence of 3 int
         Coupling blocks of each stage's flow.
     hidden : int, optional
-        Width of the coupling subnets; the published width, that of their input, when left out.
+        Width of the coupling subnets; default: the width of their input, as published.
     clamp : float
         Largest log-scale of a coupling.
     likelihood : {"exact", "release"}
-        Whether :math:`-\sum \log\sigma(\hat y)` is in the log-determinant. The public release leaves it out,
-        and its loss adds over the dimensions of an image where ours is their mean, in nats per dimension.
+        Whether the log-determinant includes :math:`-\sum \log\sigma(\hat y)`. The public release leaves it out;
+        its loss is a sum over the dimensions of an image, whereas ours is their mean, in nats per dimension.
     commitment_weight : float
     revive_threshold : float
-        See :class:`vqad.nn.quantize.VectorQuantizer`; the release does not revive codes: 0.
+        See :class:`vqad.nn.quantize.VectorQuantizer`. The release does not revive codes, which is 0.
     condition_path : {"table", "convolution"}
         How the condition reaches the subnets: looked up by code, or written out and convolved, for comparison.
     noise : float
-        Standard deviation of the noise that training adds to each number of the pooled stages, see
-        :class:`vqad.nn.noise.GaussianNoise`; the release adds none: 0.
+        Standard deviation of the noise that training adds to each value of the pooled stages, see
+        :class:`vqad.nn.noise.GaussianNoise`. The release adds none, which is 0.
     n_shared : int
-        Categories, numbered from 0, that share everything.
+        Number of categories, numbered from 0, that share all parameters.
     n_added : int
-        Further ones with parts of their own, see :meth:`add_category`.
+        Number of further categories with parameters of their own, see :meth:`add_category`.
     top_grid : (int, int), optional
-        Grid that the fourth of the backbone's maps is brought to; its own when left out.
+        Grid to which the backbone's fourth map is resized; default: its own.
     """
 
     clip_norm = 2.0
@@ -137,7 +137,7 @@ class VQFlow(AnomalyModel):
         for _ in range(n_added):
             self.add_category()
 
-    # ---- what the floors above call
+    # ---- called by the modules above nn/
 
     def loss(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Tensor:
         """Minus the log-likelihood plus the commitment, a scalar.
@@ -147,7 +147,7 @@ class VQFlow(AnomalyModel):
         features : sequence of 4 Tensor (N, C_k, H_k, W_k)
             The backbone's stages, from the finest, before any pooling.
         category : Tensor of shape (N,), int64, optional
-            Category of each image, which matters for those that were added.
+            Category of each image; needed only when categories were added.
         """
         output: VQFlowOutput = self(features, category)
         return output.loss
@@ -176,13 +176,13 @@ class VQFlow(AnomalyModel):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start codebooks from what the encoders make of data, by k-means++.
+        """Initialise the codebooks from encoded features, by k-means++.
 
         Parameters
         ----------
         batches : iterable of (features, category)
-            As for :meth:`loss`, of normal images, two or more in a batch. Read once. Only the codebooks of these
-            categories start anew.
+            As for :meth:`loss`, of normal images, two or more in a batch. Read once. Only the codebooks of the
+            categories that occur are initialised.
         generator : torch.Generator, optional
             CPU generator of all draws; torch's default generator when left out.
         """
@@ -191,10 +191,10 @@ class VQFlow(AnomalyModel):
 
     @torch.no_grad()
     def settle(self, batches: Iterable[tuple[Sequence[Tensor] | Tensor, Tensor | None]]) -> None:
-        """Let every concept code that no image of ``batches`` has stand for the nearest one that some image has.
+        """Replace every concept code that no image of ``batches`` uses by the nearest one in use.
 
-        To be called after training, with the images that were trained on. No flow has learned what an unused concept
-        means: of a new image that came nearest to one, the likelihood would say nothing.
+        Call it after training, with the training images. The flows never saw an unused concept: the likelihood of a
+        new image assigned to one would mean nothing.
 
         Parameters
         ----------
@@ -211,10 +211,10 @@ class VQFlow(AnomalyModel):
             codebook.embed[g] = nearest
 
     def add_category(self) -> int:
-        """Append the own parts of one more category, whose number is returned.
+        """Add a category with parameters of its own and return its number.
 
-        They are codebooks, which want :meth:`initialise_codes`, and for each stage a short flow that goes on from the
-        latent of the shared one, and a mixture component. Everything that was there keeps every bit.
+        It gets codebooks, to be initialised by :meth:`initialise_codes`, and for each stage a mixture component and a
+        short flow on the latents of the shared flow. All existing parameters keep every bit.
         """
         self.hierarchy.add_group()
         like = self.hierarchy.concept_codebook.embed
@@ -239,13 +239,13 @@ class VQFlow(AnomalyModel):
 
     @property
     def n_added(self) -> int:
-        """Number of categories that were added."""
+        """Number of added categories."""
         return len(self.added_mixture)
 
     # ---- as an AnomalyModel
 
     def arrange(self, maps: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
-        """Four stages; the fourth, which tells the concept, on a grid of its own where it comes from another view."""
+        """Four stages; the fourth, from which the concept is read, is resized to ``top_grid`` if one is set."""
         if len(maps) == 1:
             return maps[0]
         *flowing, top = maps[:4]
@@ -254,7 +254,7 @@ class VQFlow(AnomalyModel):
         return [*flowing, top]
 
     def fields(self, features: Sequence[Tensor] | Tensor, category: Tensor, gaussian: bool) -> dict[str, Tensor]:
-        """The latents of the coarsest flow, which with few images are the steadiest; or the published terms."""
+        """Latents of the coarsest flow, the most stable with few images; or the published terms."""
         if gaussian:
             return {"latent": self(features, category).latents.z[-1]}
         raw = self.anomaly_map(features, category)
@@ -273,7 +273,7 @@ class VQFlow(AnomalyModel):
         return {**{f"pattern_{k}": q for k, q in enumerate(patterns, 1)}, "concept": self.hierarchy.concept_codebook}
 
     def codes(self, features: Sequence[Tensor] | Tensor, category: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each stage the patterns of the cells and their distances; of the concept those of the image."""
+        """Index and distance of each cell's pattern at every stage, and of each image's concept."""
         codes, books = self.look_up(features, category), self.codebooks()
         found = {}
         for k, at in enumerate(codes.conditions, 1):
@@ -285,20 +285,20 @@ class VQFlow(AnomalyModel):
         return found
 
     def start(self, batches: Batches) -> None:
-        """Start the codes."""
+        """Initialise the codes."""
         self.initialise_codes(batches)
 
     def extend(self, n: int, batches: Batches) -> None:
-        """Add the own parts of ``n`` categories and start their codes."""
+        """Add ``n`` categories and initialise their codes."""
         for _ in range(n):
             self.add_category()
         self.initialise_codes(batches)
 
     def parts_of(self, categories: Sequence[int]) -> list[nn.Module]:
-        """What can be trained for some categories and moves no other; nothing of those that share everything.
+        """Modules that can be trained for these categories without changing any other; empty for shared categories.
 
-        All codebooks are part of it: each learns from images of its own group alone. So is the noise, which only
-        training adds.
+        All codebooks are among them, because each learns only from images of its own group; so is the noise, which
+        is only added in training.
         """
         own = [c - self.n_shared for c in categories if c >= self.n_shared]
         if not own:
@@ -307,15 +307,15 @@ class VQFlow(AnomalyModel):
         return [self.noisy, *self.hierarchy.codebooks(), *parts]
 
     def group_of(self, category: Any) -> Any:
-        """The categories that share everything share the first group."""
+        """Group of each category: 0 for all that share their parameters."""
         return (category - self.n_shared + 1).clip(0)
 
     def check_export(self) -> None:
-        """Refuse categories with flows of their own."""
+        """Raise a ValueError if categories were added: they have flows of their own."""
         if self.n_added:
             raise ValueError(
-                "Categories that partial_fit added have flows of their own, between which a graph cannot choose: fit "
-                "all categories together to export them."
+                "Categories added by partial_fit cannot be exported, because each has flows of its own: fit all "
+                "categories together to export them."
             )
 
     @torch.no_grad()
@@ -325,15 +325,15 @@ class VQFlow(AnomalyModel):
 
     @torch.no_grad()
     def look_up(self, features: Sequence[Tensor] | Tensor, category: Tensor | None = None) -> Codes:
-        """The codes of each image and cell; nothing else is computed. Arguments as for :meth:`loss`."""
+        """Codes of each image and cell, without running the flows. Arguments as for :meth:`loss`."""
         codes: Codes = self.hierarchy(self.pool(features), self._group(category))
         return codes
 
     def ready(self) -> VQFlow:
-        """This module, with the same parameters and parts, as one that keeps the tables of all codes.
+        """Return a view of this module, on the same parameters, that caches the tables of all codes.
 
-        It is for scoring, under ``torch.no_grad``. Tables are built when first needed: the module must not change from
-        then on. The module itself makes, in every call, the tables of just the codes that it meets.
+        Use it for scoring, under ``torch.no_grad``. The tables are built when first needed, and the parameters must
+        not change afterwards. This module itself computes, in every call, the tables of the codes that occur.
         """
         view = copy.copy(self)
         view._tables = {}
@@ -354,7 +354,7 @@ class VQFlow(AnomalyModel):
         return VQFlowOutput(codes, latents, objective + self.commitment_weight * codes.commitment)
 
     def pool(self, features: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """The four stages as codes and flows see them, see :func:`pooled_stages`."""
+        """The four pooled stages, the input of codes and flows; see :func:`pooled_stages`."""
         return pooled_stages(features, self.channels, self.hierarchy.concept_codebook.embed.dtype)
 
     def transform(self, stages: Sequence[Tensor], codes: Codes) -> Latents:
@@ -386,7 +386,7 @@ class VQFlow(AnomalyModel):
         return stages
 
     def _standardise(self, k: int, z: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-        """Latents of stage k + 1 through the own parts of their groups; log-determinant of each cell, (N, h, w)."""
+        """Apply the groups' own flows and mixtures to stage k + 1: latents, and log-determinants (N, h, w)."""
         parts = []
         for rows, g, own_codes in self._by_group(codes):
             x, cells = z[rows], z.new_zeros(())
@@ -403,14 +403,14 @@ class VQFlow(AnomalyModel):
         return standard, log_det
 
     def _by_group(self, codes: Codes) -> list[tuple[Tensor | slice, int, Codes]]:
-        """Groups that the images are of: which images these are, the group, and their codes."""
+        """For each group of the batch: its images, its number and their codes."""
         numbers = codes.groups.numbers
         if len(numbers) == 1 or torch.compiler.is_exporting():
             return [(slice(None), numbers[0], codes)]
         return [(images, g, codes.of_group(g, images)) for g, images in zip(numbers, codes.groups.images())]
 
     def _group(self, category: Tensor | None) -> Tensor | None:
-        """Group of each category: 0, or from 1 on that of an added one."""
+        """Group of each category: 0 if shared, 1, 2, ... if added."""
         return None if category is None or not self.n_added else (category.cpu() - self.n_shared + 1).clamp_min(0)
 
     def _flows(self) -> list[ConditionalFlow]:
@@ -423,9 +423,9 @@ class VQFlow(AnomalyModel):
         return cast(ConditionalFlow, cast(nn.ModuleList, self.added_flow[g - 1])[k])
 
     def _project(self, flow: ConditionalFlow | FusionFlow, k: int, codes: Codes) -> list[Tensor]:
-        """What the condition of stage k + 1 adds to the first convolution of each subnet of a flow that sees it."""
+        """Contribution of stage k + 1's condition to the first convolution of each of a flow's subnets."""
         condition, projection = codes.conditions[k], flow.project
-        if self.condition_path == "convolution" or torch.compiler.is_exporting():  # a table is made of what comes
+        if self.condition_path == "convolution" or torch.compiler.is_exporting():  # tables depend on the data
             return cast(list[Tensor], projection(condition.dense()))
         if self._tables is None or torch.is_grad_enabled():
             return projection.from_codes(condition)

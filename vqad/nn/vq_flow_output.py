@@ -1,4 +1,4 @@
-"""What comes out of VQ-Flow, and the published maps and scores that are made of it."""
+"""Output of VQ-Flow, and the published anomaly maps and scores computed from it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .hierarchy import Codes
 
 @dataclass(frozen=True)
 class Latents:
-    """Where the flows take three stages, and at what change of volume. All lists run over the stages.
+    """Latents of the three stages and their log-determinants. All lists run over the stages.
 
     Attributes
     ----------
     flow_z : list of Tensor (N, C_k, h_k, w_k)
         Latents after each stage's own flow.
     flow_log_det_cells : list of Tensor (N, h_k, w_k)
-        Log-determinant of each cell up to there.
+        Log-determinant of each cell, up to ``flow_z``.
     z : list of Tensor (N, C_k, h_k, w_k)
         Latents after mixture and fusion: standard normal under the model.
     log_det_cells : list of Tensor (N, h_k, w_k)
@@ -46,19 +46,19 @@ class Latents:
 
     @property
     def n_dimensions(self) -> int:
-        """Numbers that describe one image."""
+        """Number of dimensions of one image's latents."""
         return sum(z[0].numel() for z in self.z)
 
     @property
     def log_prob(self) -> Tensor:
-        r"""Log-density of the features in nats, (N,); without the mixture's volume it is none ("release")."""
+        r"""Log-density of the features in nats, (N,); no density if ``likelihood="release"``."""
         square = torch.stack([z.square().flatten(1).sum(1) for z in self.z]).sum(0)
         return self.log_det - 0.5 * square - 0.5 * self.n_dimensions * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
 class VQFlowOutput:
-    """Everything that one pass computes.
+    """Result of one forward pass.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class VQFlowOutput:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, h, w) on another grid."""
+    """Resize maps (N, h, w) to another grid, bilinearly."""
     if x.shape[1:] == size:
         return x
     return F.interpolate(x[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
@@ -98,7 +98,7 @@ def multiplicative_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor
 
 
 def additive_map(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    r"""The published map for localisation: :math:`\sum_k p_k / \max p_k`, taken from its maximum.
+    r"""The published map for localisation: the maximum of :math:`s = \sum_k p_k / \max p_k` minus :math:`s`.
 
     Parameters and result as in :func:`multiplicative_map`; the range is 0 to the number of stages.
     """
