@@ -2,10 +2,11 @@
 A first hour
 ============
 
-From a folder of pictures to a decision at the line: how many images, learning, a look at the report, a rate, some
-defects, an ONNX graph, a new lamp, and one more product. Each step is given in Python and for the command line.
+From a folder of images to a decision on the production line: how many images to take, fitting, the report, the
+false-alarm rate, some defects, an ONNX graph, a new lamp, and one more product. Each step is shown in Python and on the
+command line.
 
-The pictures are drawn ones, small and few, and so is the network: this page is built in about a minute. With
+The images are synthetic, small and few, and the network is small, so that this page is built in about a minute. With
 photographs of your own, leave out ``image_size``, ``d_model``, ``n_codes`` and ``max_iter``.
 """
 
@@ -71,17 +72,17 @@ print(f"learned {', '.join(detector.categories_)}; threshold {-detector.offset_:
 # The first look
 # --------------
 #
-# Judge pictures that the model has not seen. Good ones first: about as many as the rate says should be called
-# anomalous. If there are many more, they differ from those learned from; ``drift`` says so in one number, the p-value
-# of "nothing has changed".
+# Score images that the model has not seen. Good ones first: the share called anomalous should be about the false-alarm
+# rate. If it is much larger, the new images differ from the training images. ``drift`` tests this: a small p-value says
+# that they do.
 
 fresh = load_folder(folder / "new-good-parts")
 alarms = detector.predict(fresh) == -1
 print(f"{alarms.sum()} of {len(fresh)} good parts called anomalous; drift: p = {detector.drift(fresh):.2g}")
 
 # %%
-# Then look at the report, with defects if you have some. Are the heatmaps where you would look? Is what scores high
-# among the good parts odd to your eye too? If it is defective, take it out of the folder and learn again.
+# Then look at the report, with defects if you have some. Are the heatmaps high where you would look? Do the good parts
+# with high scores look odd to you too? If one of them is defective, take it out of the folder and fit again.
 #
 # .. code-block:: sh
 #
@@ -99,8 +100,8 @@ print(f"{page.name}: {page.stat().st_size / 1e6:.1f} MB")
 # A rate
 # ------
 #
-# How many false alarms a day can be looked at? That, over the parts a day, is the rate. A higher one finds more. The
-# held-out pictures know what each costs, so nothing is trained again:
+# How many false alarms can you inspect a day? Divide that by the number of parts a day: this is the false-alarm rate. A
+# higher rate finds more defects. The held-out images give the threshold for any rate, so nothing is trained again:
 #
 # .. code-block:: sh
 #

@@ -2,9 +2,9 @@
 What the prototypes look like
 =============================
 
-The detectors turn every patch of an image into the nearest of the codes that they learned from sound images. This page
-shows what those codes stand for, and what a defect is turned into: the solar cells of the quick start [1]_, seen
-through the codes of `~vqad.HVQTransDetector`.
+The detectors quantise every patch of an image to the nearest of the codes that they learned from normal images. This
+page shows what those codes stand for, and to which codes a defect is quantised: the solar cells of the quick start
+[1]_, through the codes of `~vqad.HVQTransDetector`.
 
 The images are few and the network is small, so that this page is built in less than a minute.
 """
@@ -48,12 +48,12 @@ CodebookDisplay.from_estimator(detector, n_codes=36)
 # silicon, for the bars that collect the current, at several heights, and for edges and corners; of polycrystalline
 # cells also for grains of different brightness.
 #
-# A defect, and what it was turned into
-# -------------------------------------
+# A defect, and its nearest codes
+# -------------------------------
 #
 # ``explain`` gives for each image the arrays behind its map. Below are the six most anomalous images: where the map is
-# highest, the map, the patch at that place, and the prototype of the code that it was turned into. All codes come from
-# sound cells, so the model had to take something sound instead, and could not rebuild what was there.
+# highest, the map, the patch at that place, and the prototype of the code that it was quantised to. All codes come from
+# sound cells, so the model had to use a sound patch instead, and could not reconstruct the defect.
 
 explanations = detector.explain(new)
 order = np.argsort([-explanation.anomaly_score for explanation in explanations])[:6]

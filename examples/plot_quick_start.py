@@ -20,9 +20,8 @@ from vqad.metrics import evaluate
 # Images
 # ------
 #
-# The data set is a list of files with what is known of each: nothing is read yet. Experts have said how probable a
-# defect is; here we take the cells that they were sure of. 150 sound cells to learn from; 60 sound and 60 defective
-# ones that the model does not see.
+# The data set is a list of files with labels: no image is read yet. Experts rated how probable a defect is; here we
+# take the cells that they were sure of: 150 sound cells to learn from, and 60 sound and 60 defective ones to test on.
 
 cells = load_elpv()
 rng = np.random.default_rng(0)

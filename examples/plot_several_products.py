@@ -2,9 +2,9 @@
 Several products in one model
 =============================
 
-Drawn parts of three kinds, some with planted defects. One detector learns the good ones of all kinds together, is not
-told which is which, and finds out on its own. Then it says of new parts what kind they are, whether they are
-defective and where. At the end it learns a fourth kind without forgetting the others.
+Synthetic parts of three kinds, some with defects. One detector learns the good ones of all kinds together and
+discovers the kinds itself, without labels. Then it tells the kind of each new part, whether it is defective, and where.
+At the end it learns a fourth kind without forgetting the others.
 
 The network is small and the passes are few, so that this page is built in a minute.
 """

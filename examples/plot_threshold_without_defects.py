@@ -2,12 +2,12 @@
 A threshold without defects
 ===========================
 
-When a line starts there are good parts and no defective ones. A threshold can be set all the same: not by what it
-finds, which nobody knows yet, but by how often it stops a good part.
+When a production line starts, there are good parts and no defective ones. A threshold can be set all the same: not by
+the defects that it finds, which nobody knows yet, but by its false-alarm rate on good parts.
 
-Solar cells without defects, of one kind; a fifth of those that the detector is given is held out of training and sets
-the threshold. Then it scores hundreds of others. Few passes: the promise below does not depend on how good the model
-is.
+Here the detector learns solar cells of one kind, without defects. A fifth of them is held out of training and sets the
+threshold. Then the detector scores hundreds of others. It trains for few epochs: the guarantee below does not depend on
+how good the model is.
 """
 
 import warnings
@@ -37,9 +37,9 @@ print(f"asked: 5 %; of {len(further)} further sound cells {np.mean(alarms):.1%} 
 # A p-value for every image
 # -------------------------
 #
-# ``p_values`` says how often a sound cell would look this anomalous. Calling what has a p-value of at most
-# :math:`\alpha` anomalous gives a false-alarm rate of at most :math:`\alpha` in expectation, whichever :math:`\alpha`
-# is chosen, and whenever. The blue line is what came of it. It cannot follow the diagonal exactly: with :math:`n`
+# ``p_values`` says how often a sound cell would look this anomalous. Calling a p-value of at most :math:`\alpha`
+# anomalous gives a false-alarm rate of at most :math:`\alpha` in expectation, for any :math:`\alpha`, even one chosen
+# later. The blue line is the rate that was measured. It cannot follow the diagonal exactly: with :math:`n`
 # held-out cells, the rate of one fitted detector at :math:`\alpha = k / (n + 1)` is a draw from Beta(k, n + 1 − k).
 # The band holds 90 % of these draws at each rate; the sampling of the further cells comes on top of it, and is small.
 
@@ -61,8 +61,8 @@ axis.legend(frameon=False, fontsize=8)
 # Too few images
 # --------------
 #
-# :math:`n` held-out images say nothing of rates below :math:`1 / (n + 1)`. Asked for such a rate, the detector warns,
-# and says which one it reached.
+# :math:`n` held-out images support no rate below :math:`1 / (n + 1)`. If you ask for one, the detector warns and says
+# which rate it reached.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

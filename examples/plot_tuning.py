@@ -2,10 +2,10 @@
 Tuning with GridSearchCV, InlierKFold and cached features
 =========================================================
 
-Which parameters suit these images? Where some defective parts are at hand, scikit-learn's searches answer that: folds
-that train on good images alone, scorers with anomalies as the positive class, and features that are computed once.
+Which parameters suit these images? With some defective parts, scikit-learn's searches answer that. They need folds that
+train on good images only and scorers with anomalies as the positive class; caching the features saves time.
 
-The grid is tiny, the network small and the images few: this page is about how, not about the best parameters.
+The grid is tiny, the network small and the images few: this page shows how to search, not which parameters are best.
 """
 
 import tempfile
@@ -33,8 +33,8 @@ y = images.target  # +1 sound, -1 defective
 # ------
 #
 # `~vqad.model_selection.InlierKFold` trains on sound cells alone and tests on its share of both. With ``memory``, the
-# backbone sees each image once for all candidates that want the same features: the first of them pays, the others read
-# them from disk.
+# backbone sees each image once for all candidates that use the same features: the first of them computes them, the
+# others read them from disk.
 
 cache = tempfile.TemporaryDirectory()
 detector = HVQTransDetector(
@@ -66,7 +66,7 @@ axis.set(ylabel="AUROC", xlabel="candidate")
 axis.legend(frameon=False, fontsize=8)
 
 # %%
-# The winner has been fitted again on all sound cells, and has its threshold from those of them that it held out.
+# The best candidate is refitted on all sound cells; those that it holds out set its threshold.
 
 print("share of all cells called anomalous:", f"{np.mean(search.predict(images) == -1):.0%}")
 
@@ -74,8 +74,8 @@ print("share of all cells called anomalous:", f"{np.mean(search.predict(images) 
 # What the cache saves
 # --------------------
 #
-# The same images, scored with features computed anew and with features from disk. What is left are the model itself and
-# the reading of the files. The larger the backbone and the images, the more the cache saves.
+# The same images, scored with features computed anew and with features from disk. What remains is the time of the model
+# and of reading the files. The larger the backbone and the images, the more the cache saves.
 
 started = time.perf_counter()
 search.best_estimator_.set_params(memory=None).score_samples(images)

@@ -32,14 +32,14 @@ PACKAGES = ("torch", "timm", "scikit-learn", "numpy")
 
 
 def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
-    """Write a fitted detector to one ``.safetensors`` file, whole or not at all.
+    """Write a fitted detector to one ``.safetensors`` file, atomically.
 
     Parameters
     ----------
     detector : HVQTransDetector or VQFlowDetector
         Fitted.
     path : path-like
-        An older file is replaced once the new one is complete; of a link, the file that it leads to.
+        An existing file is replaced once the new one is complete. A link is followed: its target is replaced.
     include_backbone : bool, default=False
         Whether to write the backbone's weights too, so that the file opens on machines that do not have them. If not,
         `load` takes them from where `fit` did and compares their digest. With ``weights="random"`` and ``"hub"`` they
@@ -50,22 +50,22 @@ def save(detector: BaseImageDetector, path: str | os.PathLike[str], *, include_b
     NotFittedError
         When the detector is not fitted.
     OSError
-        When the file cannot be written, as on a full disk; an older one stays as it was.
+        When the file cannot be written, as on a full disk. An existing file stays unchanged.
     TypeError
-        When it is no detector of vqad; when ``include_backbone=True`` and its backbone is a transformer of the
-        caller's own; or when it has an attribute of a kind that the format does not know.
+        When it is not one of vqad's detectors, when ``include_backbone=True`` and its backbone is your own
+        transformer, or when it has an attribute of a type that the format does not support.
 
     Warns
     -----
     UserWarning
-        When its backbone is a transformer of the caller's own. The file does not hold it: `load` must be given it.
+        When its backbone is your own transformer. The file does not contain it: pass it to `load`.
 
     Notes
     -----
     Tensors and arrays are the file's tensors; everything else is JSON in its header, along with a format version, the
-    versions of the packages and a SHA-256 over all of it. Parameters that were changed after `fit` are kept as they
-    are now: they take effect at the next `fit`, and scores are those of the last one. A ``RandomState`` is kept in the
-    state that it is in. The parameter ``memory`` is not kept.
+    versions of the packages and a SHA-256 over all of it. Parameters that were changed after `fit` are saved as they
+    are now: they take effect at the next `fit`, and scores are those of the last one. A ``RandomState`` is saved in
+    its current state. The parameter ``memory`` is not saved.
     """
     if type(detector) not in detector_classes():
         raise TypeError(
@@ -98,10 +98,10 @@ def load(path: str | os.PathLike[str], *, backbone: Any = None, weights: str | o
     ----------
     path : path-like
     backbone : transformer, default=None
-        For a detector that was fitted with a transformer of the caller's own as backbone: that transformer, fitted as
-        it was (``detector.features_``). Not used otherwise.
+        The fitted transformer (``detector.features_``), if the detector was fitted with your own transformer as
+        backbone. Otherwise leave it out.
     weights : path-like, default=None
-        Where the weights of a timm backbone are now, if they are neither in the file nor where `fit` found them.
+        File of the timm backbone's weights, if they are neither in the model file nor where `fit` found them.
 
     Returns
     -------
@@ -113,10 +113,10 @@ def load(path: str | os.PathLike[str], *, backbone: Any = None, weights: str | o
     FileNotFoundError, IsADirectoryError
         When there is no such file, or the backbone's weights are not on this machine.
     ValueError
-        When the file is no saved detector, is damaged or of a newer format; when the backbone's weights found here are
-        others than those of `fit`; when a ``backbone`` is needed and missing.
+        When the file is not a saved detector, is damaged, or has a newer format; when the backbone's weights differ
+        from those of `fit`; when ``backbone`` is needed and missing.
     TypeError
-        When ``backbone`` is not the transformer that is needed.
+        When ``backbone`` is not the transformer that is needed, or none is needed.
     """
     path = Path(path)
     with torch.inference_mode(False):
@@ -162,7 +162,7 @@ def _packages() -> dict[str, str]:
 
 
 def _versions(metadata: dict[str, str]) -> str:
-    """Which packages wrote a file and are others here, as a sentence."""
+    """Sentence on the packages whose versions differ from those that wrote the file."""
     try:
         wrote, here = dict(json.loads(metadata["packages"])), _packages()
     except (KeyError, TypeError, ValueError):
@@ -172,7 +172,7 @@ def _versions(metadata: dict[str, str]) -> str:
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over all that a file holds but this."""
+    """SHA-256 over the file's metadata and tensors, without the checksum itself."""
     digest = hashlib.sha256()
     for key in sorted(metadata.keys() - {"checksum"}):
         digest.update(json.dumps([key, metadata[key]]).encode())
@@ -184,7 +184,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def replaceable(path: Path) -> Path:
-    """The file that ``path`` leads to over links, if there is none or one that another can take the place of."""
+    """Resolve links in ``path`` and check that a file can be written there, or replaced."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
@@ -197,7 +197,7 @@ def replaceable(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place at the end, or is deleted on an error."""
+    """Yield a temporary file beside ``path`` that replaces it at the end, or is deleted on an error."""
     target = replaceable(path)
     with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -217,12 +217,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_checksum(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over all that the file of a saved detector holds, as its header says; nothing else is read."""
+    """Checksum of a saved detector, from the file's header alone."""
     return _header(Path(path))["checksum"]
 
 
 def _header(path: Path) -> dict[str, str]:
-    """Metadata of a file of ours, of a format that this version knows."""
+    """Read the metadata of a saved detector, and check its format version."""
     if path.is_dir():
         raise IsADirectoryError(f"model {str(path)!r} is a folder; a file that vqad.save or vqad fit wrote is needed.")
     if not path.is_file():
@@ -246,7 +246,7 @@ def _foreign(path: Path) -> ValueError:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file of ours, undamaged and of a format that this version knows."""
+    """Read the metadata and tensors of a saved detector, and check its format version and checksum."""
     metadata = _header(path)
     try:
         tensors = _tensors(path)
@@ -258,7 +258,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """In memory of torch's own: what a matrix product gives may depend on where in memory its numbers lie."""
+    """Read the tensors into memory allocated by torch: a matrix product's last bits may depend on alignment."""
     try:
         str(path).encode()
     except UnicodeError:  # torch opens no file whose name is not UTF-8
