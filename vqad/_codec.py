@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils._metadata_requests import SIMPLE_METHODS, MetadataRequest
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
@@ -255,7 +256,7 @@ class Reader:
     def module(self, owner: Any, name: str, data: dict[str, Any]) -> nn.Module:
         state = None if data["state"] is None else {key: self.tensor(value) for key, value in data["state"].items()}
         if owner is Fitted and state is not None and self.detector is not None:
-            with torch.device("meta"):  # room for numbers is in the file alone
+            with torch.device("meta"), _Unfilled():  # room for numbers is in the file alone
                 scorer = Scorer.make(self.detector.model_class, self.decode(data["config"])).eval()
             scorer.load_state_dict(state, assign=True)
             return scorer
@@ -281,6 +282,20 @@ class Reader:
             )
         network.normalization = normalization
         return network.requires_grad_(False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """On the meta device some functions are Python, and to import what they need takes two seconds: go without."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.rand, torch.randn):
+            func = torch.empty
+        elif func is torch.cat:
+            first, *others = args[0]
+            return first.new_empty(len(first) + sum(map(len, others)), *first.shape[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _check_attribute(owner: Any, name: str) -> None:

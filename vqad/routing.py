@@ -8,15 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import pdist, squareform
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from vqad._warn import warn
 from vqad.nn.model import Configured
+
+# What only learning needs of scipy and scikit-learn is imported there: scoring one image starts sooner.
 
 # A partition whose mean silhouette is below this is no evidence of several kinds of object. Single categories of real
 # products reach 0.31 at the most when they are cut in parts, different products 0.51 and more (docs/choices.md).
@@ -200,6 +197,8 @@ class CategoryRouter(Configured):
         return ((torch.from_numpy(descriptor).double() - self.center) / self.scale) @ self.components
 
     def _fit_gaussians(self, projected: np.ndarray, index: np.ndarray) -> None:
+        from sklearn.covariance import LedoitWolf
+
         n = int(index.max()) + 1
         means = np.stack([projected[index == c].mean(0) for c in range(n)])
         residual = projected - means[index]
@@ -247,6 +246,8 @@ def _warn_of_many(n_categories: int, index: np.ndarray) -> None:
 
 def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Middle and scale of each number of descriptors, and their principal directions, from a part of them."""
+    from sklearn.decomposition import PCA
+
     rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
     sample = descriptor[rows].astype(np.float64)
     center, scale = sample.mean(0), sample.std(0)
@@ -276,6 +277,8 @@ def discover(
     index : ndarray of shape (n,), int64
     silhouette : float
     """
+    from sklearn.metrics import pairwise_distances_argmin
+
     if groups is not None:
         _, piece = np.unique(groups, return_inverse=True)
         total = np.zeros((piece.max() + 1, projected.shape[1]))
@@ -302,6 +305,9 @@ def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
 
     A step to fewer parts joins two of them, and so their sums of distances: all cuts take no more than n * k**2 steps.
     """
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import pdist, squareform
+
     n = len(sample)
     pairs = pdist(sample)
     tree = linkage(pairs, "ward")[:, :2].astype(int)
