@@ -23,6 +23,7 @@ from vqad.base import BaseImageDetector
 from vqad.calibration import ConformalCalibration, HeldOut, Seen, Thresholds
 from vqad.features import BackboneFeatures
 from vqad.fitted import Fitted, History
+from vqad.nn.quantize import VectorQuantizer
 from vqad.prototypes import Prototypes
 from vqad.registry import detector_classes
 from vqad.scoring import Scorer
@@ -148,7 +149,8 @@ class Writer:
 
     def module(self, owner: Any, name: str, module: nn.Module, where: str) -> dict[str, Any]:
         if isinstance(module, Scorer):
-            return {"state": self.state_dict(module, where), "config": self.encode(module.config(), where)}
+            state = self.state_dict(module, where, without=VectorQuantizer.DERIVED)
+            return {"state": state, "config": self.encode(module.config(), where)}
         if isinstance(owner, BackboneFeatures) and name == "network_":
             included = self.include_backbone or owner.weights in UNFINDABLE
             return {
@@ -157,8 +159,9 @@ class Writer:
             }
         raise TypeError(f"{where} is a torch module that the format has no place for.")
 
-    def state_dict(self, module: nn.Module, where: str) -> dict[str, Any]:
-        return {name: self.tensor(value, f"{where}.{name}") for name, value in module.state_dict().items()}
+    def state_dict(self, module: nn.Module, where: str, without: str | None = None) -> dict[str, Any]:
+        state = {name: value for name, value in module.state_dict().items() if name.rpartition(".")[2] != without}
+        return {name: self.tensor(value, f"{where}.{name}") for name, value in state.items()}
 
 
 class Reader:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 MAX_WIDTH = 512
 """Directions of a vector that are looked at: the ones in which normal vectors reach farthest."""
-FACTOR_NUMBERS = 3 * 2**18
-"""Numbers in the factors of one category: 1.5 MiB in float16."""
+FACTOR_NUMBERS = 1_200_000
+"""Numbers in the factors of one category, a byte each."""
 RIDGE = 0.01
 """How far a covariance is pulled to a multiple of the identity at least."""
 OWN_IMAGES = 60
@@ -31,7 +31,7 @@ class LocationGaussian(nn.Module):
 
     where W whitens what all locations share: their deviations from :math:`\mu_l`, of a covariance shrunk after Ledoit
     and Wolf [2]_, by a hundredth at least; and :math:`M_l` is the second moment
-    of the whitened deviations at l. Of :math:`M_l` the leading directions are kept, as many as fit into 1.5 MiB; in
+    of the whitened deviations at l. Of :math:`M_l` the leading directions are kept, as many as fit into 1.2 MB; in
     the others the variance is that of their mean. This is PaDiM [1]_ with a covariance that is pulled to the shared one
     where images are few. A single cell has the shared covariance alone.
 
@@ -55,6 +55,7 @@ class LocationGaussian(nn.Module):
     mean: Tensor
     whitening: Tensor
     factor: Tensor
+    step: Tensor
     tail: Tensor
 
     def __init__(self, dim: int, grid: tuple[int, int], n_groups: int = 1) -> None:
@@ -66,7 +67,9 @@ class LocationGaussian(nn.Module):
         rank = 1 if cells == 1 else max(1, min(width, FACTOR_NUMBERS // (cells * width)))
         self.register_buffer("mean", torch.zeros(n_groups, dim, *grid))
         self.register_buffer("whitening", torch.zeros(n_groups, dim, width))
-        self.register_buffer("factor", torch.zeros(n_groups, cells, width, rank, dtype=torch.float16))
+        # In steps of the largest number of each column over 127: ranks bring more than digits do.
+        self.register_buffer("factor", torch.zeros(n_groups, cells, width, rank, dtype=torch.int8))
+        self.register_buffer("step", torch.zeros(n_groups, cells, rank, dtype=torch.float16))
         self.register_buffer("tail", torch.ones(n_groups, cells))
 
     def extra_repr(self) -> str:
@@ -81,7 +84,7 @@ class LocationGaussian(nn.Module):
     def _distance(self, deviation: Tensor, group: Tensor | int) -> Tensor:
         """Distances (L, N) of deviations (L, N, d) from the means of their places."""
         white = deviation @ self.whitening[group]
-        explained = white @ self.factor[group].float()
+        explained = white @ self.factor[group].float() * self.step[group][:, None]
         squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
         return squared.clamp_min(0.0).sqrt()
 
@@ -147,7 +150,10 @@ class LocationGaussian(nn.Module):
         own = n / (n + OWN_IMAGES) if by_place and len(vectors) > 1 else 0.0
         factor, tail, lead = _inverse(white, own, self.factor.shape[-1], start)
         self.mean[group], self.whitening[group] = mean[:, 0].mT.reshape(d, *self.grid), whitening
-        self.factor[group], self.tail[group] = factor.to(self.factor), tail
+        step = (factor.abs().amax(1) / 127.0).to(self.step)
+        whole = factor / step.float().clamp_min(1e-7)[:, None]
+        self.factor[group] = whole.round().clamp(-127, 127).to(torch.int8)
+        self.step[group], self.tail[group] = step, tail
         return lead
 
     def add_groups(self, n: int) -> None:

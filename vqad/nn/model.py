@@ -132,6 +132,12 @@ class AnomalyModel(Configured, ABC):
     def settle(self, batches: Batches) -> None:
         """Do what is to be done once after training, with the images that were learned; nothing here."""
 
+    def rest(self) -> None:
+        """Drop what a file of the model does not hold, once nothing learns any more."""
+        for module in self.modules():
+            if isinstance(module, VectorQuantizer):
+                module.rest()
+
     def extend(self, n: int, batches: Batches) -> None:
         """Make room for ``n`` more categories and start them from their images; all others keep every bit."""
         raise NotImplementedError(f"{type(self).__name__} takes no more categories after fit.")

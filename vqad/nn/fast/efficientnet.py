@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Where the networks and the blocks of the EfficientNet family are defined, by timm and by vqad.
 EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks", "vqad.nn.efficientnet_lite")
-PREPARATION = 3
+PREPARATION = 4
 """Another number whenever the last bits of what :func:`ready_network` computes change."""
 
 _PREPARING = threading.Lock()
