@@ -39,6 +39,7 @@ from vqad.batches import channel_statistics
 from vqad.datasets import make_textured_parts
 from vqad.engine import chunk_size, filled, pad_chunk, side_by_side
 from vqad.images import check_images
+from vqad.nn.efficientnet_lite import SCALES, EfficientNetLite
 from vqad.nn.fields import merge_maps
 from vqad.nn.hvq_trans import HVQTrans
 from vqad.nn.model import FeatureShape
@@ -83,11 +84,44 @@ def no_package(monkeypatch):
 def test_the_packaged_weights_know_a_flower():
     """They stand under other names than timm's: in a wrong order nothing sensible would come out."""
     network = timm.create_model(DEFAULT_BACKBONE).eval()
-    network.load_state_dict(_packaged_state_dict(DEFAULT_BACKBONE))
+    network.load_state_dict(_packaged_state_dict(DEFAULT_BACKBONE, network))
     flower = check_images(load_sample_images().images).load([1], (224, 224))
     with torch.inference_mode():
         guess = network((flower - 0.5) / 0.5).argmax()
     assert int(guess) == 985  # ImageNet's daisy
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("stages", [(0, 1, 2, 3, 4), (1, 3)])
+def test_an_efficientnet_lite_is_that_of_timm(name, stages):
+    own, theirs = EfficientNetLite(name, stages).eval(), timm.create_model(name, features_only=True, out_indices=stages)
+    state = own.state_dict()
+    for value in state.values():
+        if value.ndim == 1:  # of normalisations
+            value.uniform_(0.5, 2.0)
+    assert theirs.load_state_dict(state, strict=False).unexpected_keys == []
+    assert own.feature_info.module_name() == theirs.feature_info.module_name()
+    assert own.feature_info.reduction() == list(theirs.feature_info.reduction())
+    config = theirs.pretrained_cfg
+    assert (own.mean, own.std) == (config["mean"], config["std"])
+    for size in ((64, 64), (75, 101)):
+        pixels = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            for a, b in zip(own(pixels), theirs.eval()(pixels), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_hub_downloads_by_timm(monkeypatch):
+    asked = []
+    real = timm.create_model
+
+    def create(name, **options):
+        asked.append((name, options))
+        return real(name)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    load_backbone(DEFAULT_BACKBONE, "hub", (0, 1))
+    assert asked == [(DEFAULT_BACKBONE, {"pretrained": True})]
 
 
 def test_the_default_needs_no_network(no_network):

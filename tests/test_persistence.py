@@ -263,6 +263,19 @@ def test_requests_for_metadata_come_back(on_maps, path):
         assert through_file(on_maps, path).get_metadata_routing().fit.requests == {"category": None, "groups": None}
 
 
+@pytest.mark.parametrize("detector", DETECTORS, ids=lambda detector: type(detector).__name__)
+def test_to_open_and_score_imports_no_more_than_it_needs(detector, images, path):
+    vqad.save(clone(detector).set_params(stages=None, image_size=64, max_iter=1).fit(images), path)
+    np.save(path.parent / "image.npy", images[:1])
+    code = (
+        "import sys, numpy as np, vqad\n"
+        f"vqad.load({path.name!r}).predict(np.load('image.npy'))\n"
+        "print(*({'timm', 'torchvision', 'sympy', 'torch._dynamo', 'sklearn.metrics'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_a_fresh_process_scores_the_same(on_maps, maps, saved):
     folder = saved.parent
     np.save(folder / "maps.npy", maps)

@@ -268,8 +268,8 @@ def test_set_threshold_needs_a_fitted_detector(detector, labelled):
     ("y", "match"),
     [
         (np.arange(90) % 2, r"y must contain only \+1 \(normal\) and -1 \(anomaly\); it also contains '0'"),
-        (np.where(np.arange(90) % 2, "good", "bad"), "and -1 .*; got 'bad', 'good' too"),
-        (np.r_[np.ones(89), np.nan], "and -1 .*; got 'nan' too"),
+        (np.where(np.arange(90) % 2, "good", "bad"), "and -1 .*; it also contains 'bad', 'good'"),
+        (np.r_[np.ones(89), np.nan], "and -1 .*; it also contains 'nan'"),
         (-np.ones(90), "y is -1 for all 90 images"),
         (np.ones(7), r"y has shape \(7,\), but X has 90 images"),
         (np.ones((90, 1)), r"y has shape \(90, 1\), but X has 90 images"),

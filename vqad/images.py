@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -270,8 +271,12 @@ class ImageSequence:
         indices = np.asarray(indices, dtype=np.intp)
         batch = torch.empty((len(indices), 3, *size), dtype=torch.float32)
         for slot, i in zip(batch, indices):
-            slot.copy_(self._resized(int(i), size))
+            slot.copy_(self._resized(int(i), [size])[0])
         return batch
+
+    def views(self, i: int, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Result of `load` for one image at several sizes, (1, 3, h, w) each, decoding it once."""
+        return [view.expand(1, 3, *size).contiguous() for view, size in zip(self._resized(int(i), sizes), sizes)]
 
     def stored(self, i: int) -> np.ndarray:
         """Pixels of image `i` as stored, (H, W, 1) or (H, W, 3) of any type, without alpha."""
@@ -299,8 +304,8 @@ class ImageSequence:
             return None
         return self.ignored.at(int(self._indices[i]), (raw.shape[0], raw.shape[1]), self.name(i))
 
-    def _resized(self, i: int, size: tuple[int, int]) -> torch.Tensor:
-        """Image `i` at `size`: (3, h, w), or (1, h, w) if it is grey.
+    def _resized(self, i: int, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Image `i` at each of several sizes: (3, h, w), or (1, h, w) if it is grey.
 
         A large image of integers is converted to float and made narrower some rows at a time. The result is the same
         to the last bit, without floats of the whole image in memory.
@@ -308,14 +313,16 @@ class ImageSequence:
         raw, name = self.stored(i), self.name(i)
         mask = self._mask_of(i, raw)
         height, width = raw.shape[:2]
-        in_bands = raw.dtype.kind in "bu" and (height, width) != tuple(size)
+        in_bands = raw.dtype.kind in "bu" and any((height, width) != tuple(size) for size in sizes)
         n_rows = max(1, BAND_PIXELS // width) if in_bands else height
         bands = []
         for y in range(0, height, n_rows):
             hidden = None if mask is None else mask[y : y + n_rows]
             band = torch.from_numpy(_scaled(raw[y : y + n_rows], hidden, name)).permute(2, 0, 1)
-            bands.append(band if n_rows >= height else _interpolated(band, (band.shape[1], size[1])))
-        return _interpolated(bands[0] if len(bands) == 1 else torch.cat(bands, 1), size).clamp_(0.0, 1.0)
+            whole = n_rows >= height
+            bands.append([band if whole else _interpolated(band, (band.shape[1], size[1])) for size in sizes])
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*bands)]
+        return [_interpolated(image, size).clamp(0.0, 1.0) for image, size in zip(joined, sizes)]
 
     def _item(self, i: int) -> Any:
         origin = int(self._indices[i])

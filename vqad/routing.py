@@ -8,15 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import pdist, squareform
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from vqad._warn import warn
 from vqad.nn.model import Configured
+
+# Parts of scipy and scikit-learn that only learning needs are imported there, so that scoring starts sooner.
 
 # Smallest mean silhouette of a partition that counts as several categories. Single categories of real products reach at
 # most 0.31 when they are divided, different products 0.51 and more (docs/choices.md).
@@ -201,6 +198,8 @@ class CategoryRouter(Configured):
         return ((torch.from_numpy(descriptor).double() - self.center) / self.scale) @ self.components
 
     def _fit_gaussians(self, projected: np.ndarray, index: np.ndarray) -> None:
+        from sklearn.covariance import LedoitWolf
+
         n = int(index.max()) + 1
         means = np.stack([projected[index == c].mean(0) for c in range(n)])
         residual = projected - means[index]
@@ -248,6 +247,8 @@ def _warn_of_many(n_categories: int, index: np.ndarray) -> None:
 
 def _scaling(descriptor: np.ndarray, random_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and standard deviation of descriptors, and their principal components, from a subsample."""
+    from sklearn.decomposition import PCA
+
     rows = _subsample(len(descriptor), random_state, MAX_SCALING_IMAGES)
     sample = descriptor[rows].astype(np.float64)
     center, scale = sample.mean(0), sample.std(0)
@@ -277,6 +278,8 @@ def discover(
     index : ndarray of shape (n,), int64
     silhouette : float
     """
+    from sklearn.metrics import pairwise_distances_argmin
+
     if groups is not None:
         _, piece = np.unique(groups, return_inverse=True)
         total = np.zeros((piece.max() + 1, projected.shape[1]))
@@ -303,6 +306,9 @@ def _cuts(sample: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
 
     Each step merges two clusters and adds their sums of distances, so all cuts take at most n * k**2 operations.
     """
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import pdist, squareform
+
     n = len(sample)
     pairs = pdist(sample)
     tree = linkage(pairs, "ward")[:, :2].astype(int)

@@ -23,6 +23,8 @@ from vqad.nn.condition import ConditionProjection, init_as_part
 
 def random_rotation(channels: int) -> Tensor:
     """Draw a rotation from the uniform distribution on SO(c), (c, c) of the default dtype."""
+    if torch.get_default_device().type == "meta":  # the shape alone is wanted
+        return torch.empty(channels, channels)
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     q = q * r.diagonal().sign()
     q[:, 0] = q[:, 0] * torch.linalg.det(q).sign()

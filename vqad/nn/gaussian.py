@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 MAX_WIDTH = 512
 """Largest number of directions of a vector in use: those of the largest variance."""
-FACTOR_NUMBERS = 3 * 2**18
-"""Numbers in the factors of one category: 1.5 MiB in float16."""
+FACTOR_NUMBERS = 1_200_000
+"""Numbers in the factors of one category, a byte each."""
 RIDGE = 0.01
 """Smallest shrinkage of a covariance towards a multiple of the identity."""
 OWN_IMAGES = 60
@@ -31,7 +31,7 @@ class LocationGaussian(nn.Module):
 
     where W whitens the deviations from :math:`\mu_l` over all locations, whose covariance has Ledoit-Wolf shrinkage
     [2]_ of at least a hundredth, and :math:`M_l` is the second moment of the whitened deviations at l. The leading
-    directions of :math:`M_l` are kept, as many as fit into 1.5 MiB; in the others the variance is their mean. This is
+    directions of :math:`M_l` are kept, as many as fit into 1.2 MB; in the others the variance is their mean. This is
     PaDiM [1]_ with shrinkage towards a shared covariance if there are few images. A single cell has only the shared
     covariance.
 
@@ -55,6 +55,7 @@ class LocationGaussian(nn.Module):
     mean: Tensor
     whitening: Tensor
     factor: Tensor
+    step: Tensor
     tail: Tensor
 
     def __init__(self, dim: int, grid: tuple[int, int], n_groups: int = 1) -> None:
@@ -66,7 +67,9 @@ class LocationGaussian(nn.Module):
         rank = 1 if cells == 1 else max(1, min(width, FACTOR_NUMBERS // (cells * width)))
         self.register_buffer("mean", torch.zeros(n_groups, dim, *grid))
         self.register_buffer("whitening", torch.zeros(n_groups, dim, width))
-        self.register_buffer("factor", torch.zeros(n_groups, cells, width, rank, dtype=torch.float16))
+        # In steps of the largest number of each column over 127: ranks bring more than digits do.
+        self.register_buffer("factor", torch.zeros(n_groups, cells, width, rank, dtype=torch.int8))
+        self.register_buffer("step", torch.zeros(n_groups, cells, rank, dtype=torch.float16))
         self.register_buffer("tail", torch.ones(n_groups, cells))
 
     def extra_repr(self) -> str:
@@ -81,7 +84,7 @@ class LocationGaussian(nn.Module):
     def _distance(self, deviation: Tensor, group: Tensor | int) -> Tensor:
         """Distances (L, N) of deviations (L, N, d) from the means of their locations."""
         white = deviation @ self.whitening[group]
-        explained = white @ self.factor[group].float()
+        explained = white @ self.factor[group].float() * self.step[group][:, None]
         squared = self.tail[group][:, None] * white.square().sum(-1) - explained.square().sum(-1)
         return squared.clamp_min(0.0).sqrt()
 
@@ -148,7 +151,10 @@ class LocationGaussian(nn.Module):
         own = n / (n + OWN_IMAGES) if by_place and len(vectors) > 1 else 0.0
         factor, tail, lead = _inverse(white, own, self.factor.shape[-1], start)
         self.mean[group], self.whitening[group] = mean[:, 0].mT.reshape(d, *self.grid), whitening
-        self.factor[group], self.tail[group] = factor.to(self.factor), tail
+        step = (factor.abs().amax(1) / 127.0).to(self.step)
+        whole = factor / step.float().clamp_min(1e-7)[:, None]
+        self.factor[group] = whole.round().clamp(-127, 127).to(torch.int8)
+        self.step[group], self.tail[group] = step, tail
         return lead
 
     def add_groups(self, n: int) -> None:

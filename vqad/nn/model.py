@@ -132,6 +132,12 @@ class AnomalyModel(Configured, ABC):
     def settle(self, batches: Batches) -> None:
         """Finish after training, with the training images; nothing by default."""
 
+    def rest(self) -> None:
+        """Drop what a file of the model does not hold, once nothing learns any more."""
+        for module in self.modules():
+            if isinstance(module, VectorQuantizer):
+                module.rest()
+
     def extend(self, n: int, batches: Batches) -> None:
         """Add ``n`` categories and initialise them from their images; all others keep every bit."""
         raise NotImplementedError(f"{type(self).__name__} does not support adding categories after fit.")

@@ -84,6 +84,9 @@ class VectorQuantizer(nn.Module):
     van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, NeurIPS 2017, appendix A.1.
     """
 
+    DERIVED = "embed_avg"
+    """The buffer that `rest` makes of the others: no file needs it."""
+
     embed: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
@@ -362,6 +365,20 @@ class VectorQuantizer(nn.Module):
             self.embed[g] = codes
             self.cluster_size[g] = size
             self.embed_avg[g] = codes * self._smoothed(size).unsqueeze(-1)
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """After training, let the sums be what codes and counts say, as they are but for rounding."""
+        self.embed_avg = self._sums(self.embed, self.cluster_size)
+
+    def _sums(self, embed: Tensor, size: Tensor) -> Tensor:
+        return embed * self._smoothed(size).unsqueeze(-1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        embed, size = (state_dict.get(prefix + name) for name in ("embed", "cluster_size"))
+        if embed is not None and size is not None:
+            state_dict.setdefault(prefix + self.DERIVED, self._sums(embed, size))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def add_groups(self, n: int) -> None:
         """Append ``n`` new codebooks (standard normal, zero counts); the others keep every bit."""

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# Where timm defines the networks and the blocks of the EfficientNet family.
-EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks")
-PREPARATION = 3
+# Where the networks and the blocks of the EfficientNet family are defined, by timm and by vqad.
+EFFICIENTNETS = ("timm.models.efficientnet", "timm.models._efficientnet_blocks", "vqad.nn.efficientnet_lite")
+PREPARATION = 4
 """Another number whenever the last bits of what :func:`ready_network` computes change."""
 
 _PREPARING = threading.Lock()
@@ -81,4 +81,4 @@ def _fold_normalization(network: nn.Module) -> None:
         for (name, convolution), (after, norm) in itertools.pairwise(list(block.named_children())):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(block, name, fuse_conv_bn_eval(convolution, norm))
-                setattr(block, after, getattr(norm, "act", nn.Identity()))  # timm's normalisation holds what follows
+                setattr(block, after, getattr(norm, "act", nn.Identity()))  # the normalisation holds what follows
