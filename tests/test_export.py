@@ -182,7 +182,7 @@ def test_what_torch_cannot_write_is_said_with_the_backbone(detector, tmp_path, m
 
 def test_what_cannot_be_a_graph_is_refused(tmp_path, detector):
     path = tmp_path / "model.onnx"
-    with pytest.raises(TypeError, match="takes a fitted HVQTransDetector or VQFlowDetector; got int"):
+    with pytest.raises(TypeError, match="needs a fitted HVQTransDetector or VQFlowDetector; got int"):
         export_onnx(3, path)
     with pytest.raises(NotFittedError):
         export_onnx(HVQTransDetector(), path)
