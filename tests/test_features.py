@@ -740,7 +740,7 @@ def test_detectors_on_other_networks(tmp_path, images, name, kind):
                                            ("resnet18", 64), ("tf_efficientnet_lite0", 64)])  # fmt: skip
 def test_a_smaller_view_is_as_small_as_the_network_takes(name, seen):
     """Its map is that of the last stage, of an EfficientNet of the block before too."""
-    pixels, last = torch.rand(2, 96, 96, 3).numpy(), len(backbone_strides(name)) - 1
+    pixels, last = torch.rand(2, 160, 120, 3).numpy(), len(backbone_strides(name)) - 1
     features = BackboneFeatures(name, weights="random", image_size=96, stages=(1,), merge=False, deep_size=64).fit()
     assert features.deep_size_ == (seen, seen)
     fine, deep = features.transform(pixels)

@@ -725,6 +725,18 @@ def test_loading_at_the_own_size_changes_nothing(colour_images):
     np.testing.assert_array_equal(images.load(range(5), (20, 24)).numpy(), expected)
 
 
+@pytest.mark.parametrize("shape", [(90, 120, 3), (64, 48), (32, 48, 3), (20, 30, 3)])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_views_are_what_the_image_gives_at_each_size(shape, kind, monkeypatch):
+    monkeypatch.setattr(vqad.images, "BAND_PIXELS", 1000)
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(kind) / (255 if kind is np.float32 else 1)
+    images, sizes = check_images([image.astype(kind)]), [(32, 48), (24, 36), (64, 48)]
+    views = images.views(0, sizes)
+    assert [tuple(view.shape) for view in views] == [(1, 3, *size) for size in sizes]
+    for view, size in zip(views, sizes):
+        assert torch.equal(view, images.load([0], size))
+
+
 def test_halving_by_load_averages_the_area():
     """Halving with a bilinear filter and antialiasing weighs 1 3 3 1 over 8 in each direction."""
     image = np.random.default_rng(4).random((12, 16))

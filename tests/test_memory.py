@@ -51,7 +51,7 @@ def asked(monkeypatch):
     """Numbers of images that a timm backbone was asked for, call by call."""
     calls = []
     maps = BackboneFeatures._maps
-    monkeypatch.setattr(BackboneFeatures, "_maps", lambda self, *args: calls.append(len(args[1])) or maps(self, *args))
+    monkeypatch.setattr(BackboneFeatures, "_maps", lambda self, *args: calls.append(len(args[1][0])) or maps(self, *args))
     return calls
 
 
@@ -183,10 +183,10 @@ def test_chunks_of_several_images_are_put_together_from_old_and_new(tmp_path, as
 def test_out_of_memory_halves_what_passes_the_backbone_together(monkeypatch):
     maps = BackboneFeatures._maps
 
-    def small_device(self, network, pixels, dtype):
-        if len(pixels) > 2:
+    def small_device(self, network, views, dtype):
+        if len(views[0]) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return maps(self, network, pixels, dtype)
+        return maps(self, network, views, dtype)
 
     features = BackboneFeatures(image_size=64).fit()
     expected = features.transform(PARTS.images[:7])
