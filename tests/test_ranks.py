@@ -14,9 +14,9 @@ from vqad.collective import Crew, batches_of_all, in_turns, learning_together
 
 DATA = Path(os.environ.get("VQAD_TEST_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
 
-# What each process does: a few fits, of which the first writes down what came out. Started by torchrun it is one of two.
-# Run alone it first forks two processes twice, as torchrun would start them but without what it takes to import torch:
-# a training that kills itself, and one that goes on. Then it does alone what the two did, with the batches that they had.
+# What each process does: a few fits, of which the first writes down what came out. Started by torchrun it is one of
+# two. Run alone it first forks two processes twice, as torchrun would start them but without what it takes to import
+# torch: a training that kills itself, and one that goes on. Then it does alone what the two did, with their batches.
 SCRIPT = """
 import contextlib, json, os, signal, socket, sys, traceback
 import numpy as np, torch

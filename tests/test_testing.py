@@ -62,9 +62,8 @@ def checks_of_backbones():
     """Of one detector with the packaged backbone, of the others with one of few layers, which all go through alike."""
     packaged = {"backbone": "tf_efficientnet_lite0", "image_size": 64}
     of_few_layers = {"backbone": "test_efficientnet", "weights": "random", "image_size": 64}
-    made = [
-        clone(detector).set_params(**(of_few_layers if others else packaged)) for others, detector in enumerate(DETECTORS)
-    ]
+    first, *others = map(clone, DETECTORS)
+    made = [first.set_params(**packaged), *(detector.set_params(**of_few_layers) for detector in others)]
     cases = parametrize_with_image_checks(made).mark.args[1]
     return [case for case in cases if case.values[1].func.__name__ in OF_THE_BACKBONE]
 

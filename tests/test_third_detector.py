@@ -88,9 +88,7 @@ def test_it_passes_all_checks(estimator, check):
 @pytest.mark.parametrize("gaussian", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_is_saved_loaded_explained_and_exported(gaussian, tmp_path):
     parts = make_textured_parts(n_normal=12, n_anomalous=3, image_size=64, random_state=0)
-    detector = NearestCodeDetector(
-        max_iter=2, false_alarm_rate=0.2, gaussian=gaussian, random_state=0, **OF_FEW_LAYERS
-    )
+    detector = NearestCodeDetector(max_iter=2, false_alarm_rate=0.2, gaussian=gaussian, random_state=0, **OF_FEW_LAYERS)
     detector.fit(parts.images, parts.target, category=parts.category)
     path = tmp_path / "model.safetensors"
     vqad.save(detector, path)
