@@ -182,8 +182,11 @@ def test_the_command(tmp_path, capsys):
 
 def test_scores_that_were_rescaled_twice_are_of_one_scale():
     scorer = TermScorer([Term("t", 1.0, (0.0,))], {"t": (0, 1, 1)}, 1)
-    first, second = 3 * torch.randn(40, dtype=torch.float64) + 5, torch.randn(30, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (40, 31))
+    first, second = 3 * first + 5, 4 * second
     scorer.rescale(0, first)
     center, scale = scorer.ends[0].clone()
     scorer.rescale(0, second)
     assert torch.allclose(scorer.ends[0, 0], center + scale * second.median(), atol=0.3)
+    assert 2 < scorer.ends[0, 1] / scale < 6
