@@ -2,12 +2,9 @@
 
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from vqad import HVQTransDetector, save
 from vqad.cli import main
 from vqad.cli._files import CSV_COLUMNS, RowsBefore
 from vqad.datasets import make_textured_parts
+from vqad.workers import map_in_order
 
 
 @pytest.fixture(scope="module")
@@ -145,36 +143,62 @@ def test_arguments_that_do_not_go_together(model, capsys):
         assert expected in capsys.readouterr().err
 
 
+# The command in a process that kills itself while its workers go on.
+DYING = """
+import os, signal, sys
+import vqad.cli._scoring as scoring
+from vqad.cli import main
+
+scoring.ROWS_AT_ONCE = 8
+map_in_order = scoring.map_in_order
+
+def and_die(*args):
+    for k, each in enumerate(map_in_order(*args)):
+        if k == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield each
+
+scoring.map_in_order = and_die
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def scored_by_workers(model, folder, tmp_path):
+    """Arguments to score images of a list, one of which is cut short, to a table; and the names of the others."""
+    names = sorted(map(str, folder.iterdir()))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    arguments = ["score", model, "--list", str(tmp_path / "list.txt"), "--csv", str(tmp_path / "scores.csv")]
+    return [*arguments, "--resume", "--workers", "2"], [name for name in names if "077" not in name]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_after_a_kill_every_image_has_one_row(model, folder, tmp_path, victim):
-    """Workers are killed while it runs; or all of it is, and it is run again."""
-    table = tmp_path / "scores.csv"
-    names = [tmp_path / "many" / f"{k}.png" for k in range(1200)]
-    names[0].parent.mkdir()
-    for k, name in enumerate(names):
-        shutil.copy(folder / f"{k % 70:03d}.png", name)
-    (tmp_path / "list.txt").write_text("\n".join(map(str, names)))
-    command = [sys.executable, "-m", "vqad", "score", model, "--list", str(tmp_path / "list.txt"), "--csv", str(table)]
-    command += ["--resume", "--workers", "2"]
+def test_after_a_kill_the_next_run_gives_every_image_one_row(scored_by_workers, tmp_path, few_at_once, capsys):
+    arguments, names = scored_by_workers
     with open(tmp_path / "said.txt", "w") as said:  # which the workers of a killed process keep open for a while
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-    while not table.exists() or table.read_bytes().count(b"\n") < 40:
-        assert running.poll() is None, (tmp_path / "said.txt").read_text()
-        time.sleep(0.02)
-    if victim == "driver":
-        running.kill()
-        running.wait()
-        n_before = len(rows_of(table)) - 1
-        assert 0 < n_before < 1200
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert "already has rows for" in done.stderr
-        code, told = done.returncode, done.stderr
-    else:
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        workers = [pid for pid in children if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(int(workers[0]), signal.SIGKILL)
-        code, told = running.wait(), (tmp_path / "said.txt").read_text()
-        assert "A worker was lost" in told
-    assert code == 0, told
-    assert [row[0] for row in rows_of(table)[1:]] == list(map(str, names))
+        killed = subprocess.run([sys.executable, "-c", DYING, *arguments], stdout=said, stderr=said, check=False)
+    assert killed.returncode == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
+    n_before = len(rows_of(tmp_path / "scores.csv")) - 1
+    assert 0 < n_before < len(names)
+    assert main(arguments) == 2
+    assert "already has rows for" in capsys.readouterr().err
+    assert [row[0] for row in rows_of(tmp_path / "scores.csv")[1:]] == names
+
+
+@pytest.mark.slow
+def test_of_a_worker_that_is_killed_no_row_is_lost(scored_by_workers, tmp_path, few_at_once, monkeypatch, capsys):
+    (arguments, names), killed = scored_by_workers, []
+
+    def and_kill(*args):
+        for each in map_in_order(*args):
+            if not killed:
+                killed.append(int(each.worker.split()[-1]))
+                os.kill(killed[0], signal.SIGKILL)
+            yield each
+
+    monkeypatch.setattr(vqad.cli._scoring, "map_in_order", and_kill)
+    assert main(arguments) == 2
+    assert "A worker was lost" in capsys.readouterr().err
+    assert killed
+    assert killed[0] != os.getpid()
+    assert [row[0] for row in rows_of(tmp_path / "scores.csv")[1:]] == names

@@ -95,16 +95,21 @@ def count_steps(monkeypatch):
 
 # ---- after a kill --------------------------------------------------------------------------------
 
-# One process that imports everything once, and a fork of it for every fit: half of them kill themselves.
+# One process that imports everything once, and a fork of it for every fit: half of them kill themselves. A step
+# before them has torch import what it needs for its first optimiser, which takes three times as long as a fit.
 SCRIPT = """
 import json, os, signal, sys
 import numpy as np
+import torch
 import vqad.checkpoint
 import vqad.fitting
 from vqad.training import Trainer
 sys.path.insert(0, sys.argv[1])
 from test_continue import MAPS, NAMES, small
 
+first = torch.zeros(1, requires_grad=True)
+first.grad = torch.ones(1)
+torch.optim.AdamW([first]).step()
 vqad.checkpoint.SECONDS_BETWEEN = vqad.checkpoint.WRITING_TIMES = 0
 folder = sys.argv[2]
 

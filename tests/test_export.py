@@ -23,6 +23,8 @@ onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime
 
 SMALL = {"image_size": 64, "max_iter": 1, "false_alarm_rate": 0.25, "random_state": 0, "precision": "float32"}
 HVQ = {"d_model": 32, "n_layers": 1, "n_codes": 16, **SMALL}
+# A graph of the packaged backbone takes most of the time, and is not the point of each test.
+OF_FEW_LAYERS = {"backbone": "test_efficientnet", "weights": "random"}
 FLOW = {"hidden": 8, "n_patterns": 16, "n_concepts": 4, "n_blocks": (1, 1, 1), **SMALL}
 PARTS = make_textured_parts(20, 6, categories=("disc", "weave"), image_size=64, random_state=0)
 GOOD, KIND = PARTS.images[PARTS.target == 1], PARTS.category[PARTS.target == 1]
@@ -112,7 +114,7 @@ def test_a_graph_of_vq_flow(tmp_path):
 def test_a_category_that_was_added_is_in_the_graph(tmp_path):
     """With a threshold of its own; of a detector that rebuilds three stages cell by cell."""
     detector = HVQTransDetector(**HVQ, transport="nearest", patch_size=1, threshold="category", stages=(1, 2, 3))
-    detector.set_params(false_alarm_rate=0.4)
+    detector.set_params(false_alarm_rate=0.4, **OF_FEW_LAYERS)
     detector.fit(GOOD[KIND == "disc"], category=KIND[KIND == "disc"])
     detector.partial_fit(GOOD[KIND == "weave"], category=KIND[KIND == "weave"])
     export_onnx(detector, tmp_path / "model.onnx")

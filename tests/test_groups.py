@@ -70,15 +70,17 @@ def test_every_image_of_a_group_may_be_the_one():
 def test_false_alarms_on_new_pieces_are_no_more_than_asked():
     """Of six pictures of each of 20 pieces; without groups the thresholds are of further pictures of the same ones."""
     shares = {True: [], False: []}
-    for seed in range(60):
+    for seed in range(30):
         X, piece, kind = draw_pieces(20, 6, 2 * seed)
         new, _, _ = draw_pieces(100, 1, 2 * seed + 1)
         for told, share in shares.items():
+            if not told and seed >= 10:  # which is plain sooner
+                continue
             made = clone(SMALL).set_params(random_state=seed, calibration_fraction=0.4, false_alarm_rate=0.2)
             made.fit(X, category=kind, groups=piece if told else None)
             share.append([(made.predict(new) == -1).mean(), (made.p_values(new) <= 0.2).mean()])
     told, untold = (np.array(shares[key]) for key in (True, False))
-    assert (told.mean(0) <= 0.2 + 3 * told.std(0) / np.sqrt(60)).all()
+    assert (told.mean(0) <= 0.2 + 3 * told.std(0) / np.sqrt(30)).all()
     # It is no empty promise; of few images cross-fitted distances are longer than those of new ones: on the safe side.
     assert (told.mean(0) > 0.05).all()
     assert (untold.mean(0) > 0.4).all()

@@ -82,7 +82,8 @@ def read(content, answer):
 def test_a_small_image_file_fills_no_memory(name):
     content = BOMBS[name]()
     assert len(content) < 2_000_000
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # each from one process that has imported what it takes
+    context.set_forkserver_preload(["vqad.images"])
     answer = context.Queue()
     process = context.Process(target=read, args=(content, answer))
     process.start()

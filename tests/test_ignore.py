@@ -15,7 +15,8 @@ from vqad.images import check_images
 from vqad.nn.gaussian import LocationGaussian
 from vqad.nn.terms import _place_statistics
 
-SMALL = {"image_size": 64, "weights": "random", "max_iter": 1, "false_alarm_rate": 0.25, "random_state": 0}
+SMALL = {"backbone": "test_efficientnet", "weights": "random", "image_size": 64, "max_iter": 1, "random_state": 0}
+SMALL["false_alarm_rate"] = 0.25
 HVQ = {"d_model": 16, "n_layers": 1, "n_codes": 8, **SMALL}
 FLOW = {"hidden": 8, "n_patterns": 8, "n_concepts": 4, "n_blocks": (1, 1, 1), **SMALL}
 PARTS = make_textured_parts(24, 2, categories=("tile",), image_size=64, random_state=0)

@@ -14,26 +14,26 @@ from vqad.collective import Crew, batches_of_all, in_turns, learning_together
 
 DATA = Path(os.environ.get("VQAD_TEST_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
 
-# What each process does: a few fits, of which the first writes down what came out. Run alone it does the same, with the
-# batches that two processes would have.
+# What each process does: a few fits, of which the first writes down what came out. Started by torchrun it is one of
+# two. Run alone it first forks two processes twice, as torchrun would start them but without what it takes to import
+# torch: a training that kills itself, and one that goes on. Then it does alone what the two did, with their batches.
 SCRIPT = """
-import contextlib, json, os, sys
+import contextlib, json, os, signal, socket, sys, traceback
 import numpy as np, torch
 import vqad, vqad.collective as collective, vqad.training as training, vqad.training_run as training_run
 from vqad.nn.ranks import summed
 
-out, only, kill_at = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
+folder = sys.argv[1]
 rng = np.random.default_rng(0)
 kinds = np.repeat(["a", "b", "c"], 21)
 X = (rng.standard_normal((63, 6, 6, 8)) + 3 * (kinds == "b")[:, None, None, None]).astype(np.float32)
 new = rng.standard_normal((9, 6, 6, 8)).astype(np.float32)
-is_alone = "RANK" not in os.environ
-losses, backward = [], training.Trainer._backward
+losses, backward, is_deadly = [], training.Trainer._backward, False
 
 def noted(self, *batch):
     total = backward(self, *batch)
     losses.append(float(summed(total.detach().clone())))
-    if len(losses) == kill_at and (is_alone or crew.rank == 0):
+    if is_deadly and len(losses) == 14:
         os._exit(9)
     return total
 
@@ -44,23 +44,18 @@ def same_order(category, balance):
     n_passes += 1
     return torch.randperm(len(category), generator=torch.Generator().manual_seed(n_passes))
 plain_order = training_run.one_pass
-if is_alone:
-    two = collective.Crew(0, 2)
-    def start_pass(self, train, category):
-        self.order = collective.in_turns(train[same_order(train, 0)], two)
-        self.n_done, self.total = 0, torch.zeros(())
-    training_run.Run.start_pass = start_pass
-    collective.batches = lambda order, size: collective.batches_of_all(order, size, two)
 
 shared = dict(backbone=None, max_iter=4, batch_size=8, false_alarm_rate=0.3, random_state=0, early_stopping=True)
 detectors = {
     "hvq": vqad.HVQTransDetector(dropout=0.0, d_model=16, n_codes=8, **shared),
     "flow": vqad.VQFlowDetector(n_patterns=8, hidden=8, **shared),
-    "kept": vqad.HVQTransDetector(d_model=16, n_codes=8, checkpoint_dir=out + "-kept", **{**shared, "max_iter": 8}),
+    "kept": vqad.HVQTransDetector(d_model=16, n_codes=8, checkpoint_dir=folder + "/kept", **shared),
 }
-found = {}
-with contextlib.nullcontext() if is_alone else collective.learning_together() as crew:
-    for name in only:
+
+def learn(names, out, rank=0):
+    global n_passes
+    found = {}
+    for name in names:
         losses.clear()
         n_passes = 0
         training_run.one_pass = plain_order if name == "kept" else same_order
@@ -72,9 +67,54 @@ with contextlib.nullcontext() if is_alone else collective.learning_together() as
                        "validation": made.validation_curve_, "held_out": made.fitted_.held_out.score.tolist()}
         made.partial_fit(X[:8] + 9, category=["new"] * 8)
         found[name]["more"] = made.score_samples(new).tolist()
-    if is_alone or crew.rank == 0:
-        with open(out, "w") as file:
+    if rank == 0:
+        with open(f"{folder}/{out}.json", "w") as file:
             json.dump(found, file)
+
+def two_forks(out, deadly):
+    global is_deadly
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    forks = []
+    for rank in range(2):
+        forks.append(os.fork())
+        if not forks[-1]:
+            try:
+                os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+                is_deadly = deadly and rank == 0
+                with collective.learning_together():
+                    learn(["kept"], out, rank)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(forks[0], 0)[1])
+    if status:
+        os.kill(forks[1], signal.SIGKILL)
+    os.waitpid(forks[1], 0)
+    return status
+
+if "RANK" in os.environ:
+    with collective.learning_together() as crew:
+        learn(["hvq", "flow"], "two", crew.rank)
+        detectors["kept"].set_params(checkpoint_dir=folder + "/whole")
+        learn(["kept"], "whole", crew.rank)
+else:
+    first = torch.zeros(1, requires_grad=True)  # torch imports what it takes with the first step; no thread starts
+    first.grad = torch.ones(1)
+    torch.optim.AdamW([first]).step()
+    assert two_forks("killed", True) == 9
+    assert os.listdir(folder + "/kept"), "no checkpoint"
+    assert two_forks("again", False) == 0
+    two = collective.Crew(0, 2)
+    def start_pass(self, train, category):
+        self.order = collective.in_turns(train[same_order(train, 0)], two)
+        self.n_done, self.total = 0, torch.zeros(())
+    training_run.Run.start_pass = start_pass
+    collective.batches = lambda order, size: collective.batches_of_all(order, size, two)
+    learn(["hvq", "flow"], "one")
 """
 
 
@@ -110,27 +150,32 @@ if found:
 """
 
 
-def run(folder, processes, name, kill_at=0, out=None, code=None):
-    """What came out of the script, run by so many processes."""
-    script, out = folder / "script.py", folder / f"{out or f'{processes}'}.json"
-    script.write_text(SCRIPT if code is None else code)
+def run(code, processes, *arguments):
+    """Run a script by so many processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(out), name, str(kill_at)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(code), *map(str, arguments)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
-    if kill_at:
-        assert done.returncode, done.stderr
-        return None
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """What came out of the script, run by two processes and by one."""
+    if not hasattr(os, "fork"):
+        pytest.skip("trainings are killed in forks")
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    for processes in (2, 1):
+        run(folder / "script.py", processes, folder)
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
-    alone, together = (run(tmp_path, n, "hvq,flow") for n in (1, 2))
+def test_two_processes_learn_what_one_does(learned):
     for name in ("hvq", "flow"):
-        one, two = alone[name], together[name]
+        one, two = learned["one"][name], learned["two"][name]
         assert len(one["losses"]) == len(two["losses"]) >= 20
         np.testing.assert_allclose(two["losses"][:20], one["losses"][:20], atol=1e-4)
         np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-3)
@@ -140,12 +185,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_killed_go_on_to_the_same_model(tmp_path):
-    whole = run(tmp_path, 2, "kept", out="whole")["kept"]
-    run(tmp_path, 2, "kept", kill_at=20, out="killed")
-    kept = list((tmp_path / "killed.json-kept").glob("*.vqad"))
-    assert kept
-    again = run(tmp_path, 2, "kept", out="killed")["kept"]
+def test_two_processes_that_were_killed_go_on_to_the_same_model(learned):
+    whole, again = learned["whole"]["kept"], learned["again"]["kept"]
+    assert "killed" not in learned
     assert len(again["losses"]) < len(whole["losses"])
     assert again["curve"] == whole["curve"]
     assert again["scores"] == whole["scores"]
@@ -157,7 +199,10 @@ def test_two_processes_that_were_killed_go_on_to_the_same_model(tmp_path):
     reason=f"NO REAL IMAGES: set VQAD_TEST_DATA to a folder in MVTec layout with bottle, magnetic_tile (not in {DATA})",
 )
 def test_two_processes_find_what_one_does_on_real_images(tmp_path):
-    alone, together = (run(tmp_path, n, str(DATA), code=REAL) for n in (1, 2))
+    (tmp_path / "script.py").write_text(REAL)
+    for processes in (1, 2):
+        run(tmp_path / "script.py", processes, tmp_path / f"{processes}.json", DATA)
+    alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
     assert len(alone) == 4
     assert together == pytest.approx(alone, abs=0.01)
 

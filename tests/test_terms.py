@@ -141,3 +141,19 @@ def test_scales_are_pulled_towards_one_where_images_are_few():
     scorer = TermScorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
     scorer.learn(0, fields, torch.arange(2), torch.ones(2, dtype=torch.bool))
     assert scorer.ends[0, 1] * (2 + PRIOR_IMAGES) >= PRIOR_IMAGES * 0.999
+
+
+def test_spreads_are_in_the_units_of_their_term():
+    """A thousandth of the values has a thousandth of the spread."""
+    spreads = []
+    for size in (1.0, 1e-3):
+        scorer = TermScorer([Term("b", 1.0, (0.0,))], SHAPES, 1)
+        scorer.learn(0, {"b": size * draw(20)["b"]}, torch.arange(20), torch.ones(20, dtype=torch.bool))
+        spreads.append(scorer.spread_b)
+    torch.testing.assert_close(spreads[1], 1e-3 * spreads[0], rtol=1e-3, atol=0)
+
+
+def test_a_peak_may_be_of_all_cells_and_of_no_more():
+    TermScorer([Term("b", 1.0, (1.0,))], SHAPES, 1)
+    with pytest.raises(ValueError, match="share"):
+        TermScorer([Term("b", 1.0, (1.5,))], SHAPES, 1)

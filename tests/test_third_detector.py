@@ -76,9 +76,11 @@ class NearestCodeDetector(BaseImageDetector):
 
 registry.register("nearest-code", NearestCodeDetector)
 
+OF_FEW_LAYERS = {"backbone": "test_efficientnet", "weights": "random", "image_size": 64}
+
 
 @pytest.mark.slow
-@parametrize_with_image_checks([NearestCodeDetector(image_size=64, max_iter=1, n_codes=4, false_alarm_rate=0.2)])
+@parametrize_with_image_checks([NearestCodeDetector(max_iter=1, n_codes=4, false_alarm_rate=0.2, **OF_FEW_LAYERS)])
 def test_it_passes_all_checks(estimator, check):
     check(estimator)
 
@@ -86,7 +88,7 @@ def test_it_passes_all_checks(estimator, check):
 @pytest.mark.parametrize("gaussian", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_is_saved_loaded_explained_and_exported(gaussian, tmp_path):
     parts = make_textured_parts(n_normal=12, n_anomalous=3, image_size=64, random_state=0)
-    detector = NearestCodeDetector(image_size=64, max_iter=2, false_alarm_rate=0.2, gaussian=gaussian, random_state=0)
+    detector = NearestCodeDetector(max_iter=2, false_alarm_rate=0.2, gaussian=gaussian, random_state=0, **OF_FEW_LAYERS)
     detector.fit(parts.images, parts.target, category=parts.category)
     path = tmp_path / "model.safetensors"
     vqad.save(detector, path)

@@ -322,7 +322,7 @@ def test_set_threshold_is_quiet_where_nothing_is_wrong(per_category, labelled):
 
 # ---- what is promised without labels -------------------------------------------------------------
 
-N_FITS = 100
+N_FITS = 40
 ALPHAS = (0.05, 0.1, 0.2, 0.3)
 
 
@@ -400,8 +400,7 @@ def trained(request, detector):
     ("threshold", "n_held", "n_splits"),
     [("global", 8, 12),
      *(pytest.param(*case, marks=pytest.mark.slow)
-       for case in (("global", 2, 50), ("global", 8, 50), ("global", 40, 50), ("category", 8, 50),
-                    ("category", 21, 100)))],
+       for case in (("global", 2, 20), ("global", 40, 16), ("category", 8, 20), ("category", 21, 30)))],
 )  # fmt: skip
 def test_false_alarms_over_many_splits_are_no_more_than_asked(trained, threshold, n_held, n_splits):
     """The scorer learns from the very images that set the threshold, with each left out of what it is judged by."""
@@ -505,7 +504,7 @@ def test_a_fit_learns_from_all_its_images_and_calibrates_as_if_from_none_held_ou
 @pytest.mark.parametrize(
     ("form", "n", "n_fits"),
     [("maps", 2, 6), ("rows", 3, 6),
-     *(pytest.param(form, n, 40, marks=pytest.mark.slow)
+     *(pytest.param(form, n, 20, marks=pytest.mark.slow)
        for form, n in (("maps", 2), ("maps", 3), ("rows", 4), ("maps", 8), ("rows", 8)))],
 )  # fmt: skip
 def test_few_images_of_many_categories_raise_no_more_false_alarms_than_asked(detector, form, n, n_fits):
