@@ -51,7 +51,9 @@ def asked(monkeypatch):
     """Numbers of images that a timm backbone was asked for, call by call."""
     calls = []
     maps = BackboneFeatures._maps
-    monkeypatch.setattr(BackboneFeatures, "_maps", lambda self, *args: calls.append(len(args[1][0])) or maps(self, *args))
+    monkeypatch.setattr(
+        BackboneFeatures, "_maps", lambda self, *args: calls.append(len(args[1][0])) or maps(self, *args)
+    )
     return calls
 
 
