@@ -307,7 +307,7 @@ def test_reading_a_checkpoint_runs_no_code(tmp_path):
 
 def test_a_checkpoint_folder_that_is_a_file_is_explained(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"checkpoint_dir='.*file' is no folder"):
+    with pytest.raises(ValueError, match=r"checkpoint_dir='.*file' is not a folder"):
         small(checkpoint_dir=tmp_path / "file").fit(MAPS)
 
 
@@ -823,7 +823,7 @@ def test_what_is_wrong_with_labels_is_said_before_features_are_extracted(plain, 
     per_category, with_one = {"threshold": "category"}, ["d", *NAMES[1:]]
     for parameters, call, more, message in (
         ({}, "partial_fit", {"category": KIND}, "has labels such as 0, but the detector knows 'a'"),
-        ({"warm_start": True}, "fit", {"category": ["a"] * 60}, "goes on with the categories"),
+        ({"warm_start": True}, "fit", {"category": ["a"] * 60}, "needs images of all categories"),
         ({"warm_start": True, **per_category}, "fit", {"category": [*"ab" * 29, "b", "c"]}, "needs .*; c has 1"),
         (per_category, "fit", {"category": with_one}, "needs at least 2 images .* d has 1"),
         (per_category, "partial_fit", {"category": ["e", "e", *with_one[:58]]}, "needs at least 2 images .* d has 1"),

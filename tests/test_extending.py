@@ -28,7 +28,7 @@ def fitted():
 @pytest.mark.parametrize("n", [1, 5, 30])
 def test_they_are_left_out_and_said(fitted, n):
     made = copy.deepcopy(fitted)
-    with pytest.warns(UserWarning, match=rf"{n} images of category 'a' are left out: their scores, \d+\.\d in the med"):
+    with pytest.warns(UserWarning, match=rf"{n} images of category 'a' are left out: their median score, \d+\.\d"):
         made.partial_fit(rows("a", n, 5, shift=12.0), category=["a"] * n)
     X = np.vstack([rows("a", 20, 6), rows("b", 20, 7)])
     np.testing.assert_array_equal(made.decision_function(X), fitted.decision_function(X))

@@ -227,7 +227,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_width_that_the_heads_do_not_divide_is_named():
-    with pytest.raises(ValueError, match=r"10.*multiple.*4 heads"):
+    with pytest.raises(ValueError, match=r"multiple of its 4 heads, got 10"):
         EncoderLayer(10, 4, 8)
 
 

@@ -557,7 +557,7 @@ def test_other_weights_than_those_of_fit_are_refused(of_file, weights, path):
     other = load_file(weights)
     other["conv_stem.weight"][0, 0, 0, 0] += 1
     save_file(other, path.with_name("other.safetensors"))
-    with pytest.raises(ValueError, match=r"model .* the weights found here .* are others .*SHA-256"):
+    with pytest.raises(ValueError, match=r"model .* the weights found here .* differ from those .*SHA-256"):
         vqad.load(path, weights=path.with_name("other.safetensors"))
 
 
