@@ -238,3 +238,18 @@ def test_fits_that_share_nothing_run_at_once_and_as_alone():
         for found, expected in zip(pool.map(fit, range(3)), alone):
             np.testing.assert_array_equal(found, expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_pool_inside_a_pool_leaves_its_threads_with_one_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def work(rows):
+        list(side_by_side(lambda part: part.tolist(), rows, CPU))
+        return [torch.get_num_threads()]
+
+    try:
+        assert set(side_by_side(work, np.arange(4), CPU)) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

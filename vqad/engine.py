@@ -277,7 +277,8 @@ def one_core_each() -> Iterator[int]:
     finally:
         with _COUNTING:
             _pools -= 1
-            torch.set_num_threads(threads)
+            # A thread of another pool, which opened this one, still computes with one core.
+            torch.set_num_threads(1 if hasattr(_HERE, "threads") else threads)
 
 
 _HERE = threading.local()
