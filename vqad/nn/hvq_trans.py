@@ -424,8 +424,7 @@ class HVQTrans(AnomalyModel):
         """Apply to each image the head of its category; other heads are not part of the autograd graph."""
         heads = [cast(nn.Linear, self.output_projection[c]) for c in groups.numbers]
         if len(heads) == 1:
-            only: Tensor = heads[0](decoded)
-            return only
+            return cast(Tensor, heads[0](decoded))
         if decoded.device.type == "cpu" and not torch.compiler.is_exporting():
             order, place = groups.sorted_images()
             parts = torch.split(decoded.index_select(0, order), groups.counts)
